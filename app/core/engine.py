@@ -1,0 +1,84 @@
+"""The private protocol between the gateway and an inference engine: JSON over HTTP, answers as lines of JSON.
+
+`POST /generate` takes a `GenerateRequest` and answers `Chunk` lines; the last one has a `finish_reason`.
+`POST /prefetch` takes an `AdapterRef`. `GET /stats` answers `EngineStats`. Failures are the public error envelope.
+Every call carries `Authorization: Bearer <engine token>`. An engine publishes its base's card (tokenizer and template)
+at `card_keys` before its first heartbeat.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def card_keys(base: str) -> tuple[str, str]:
+    """Storage keys of a base's `tokenizer.json` and `base.json`, which the gateway renders with."""
+    return f"bases/{base}/tokenizer.json", f"bases/{base}/base.json"
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class AdapterRef(_Message):
+    """One immutable adapter directory in object storage. `digest` is the sha256 of its manifest.json."""
+
+    id: str
+    digest: str
+    prefix: str
+    base: str
+
+    @property
+    def internal_name(self) -> str:
+        """Retrained weights under the same public name can never answer for the old ones."""
+        return f"{self.id}@{self.digest[:12]}"
+
+
+class Sampling(_Message):
+    """Temperature 0 is greedy. `stop` strings end the answer and are not part of it."""
+
+    max_tokens: int = Field(ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+class GenerateRequest(_Message):
+    """Token ids in, text out: the gateway renders, the engine decodes."""
+
+    request_id: str
+    prompt: tuple[int, ...] = Field(min_length=1)
+    sampling: Sampling
+    adapter: AdapterRef | None = None
+
+
+class Chunk(_Message):
+    """New text since the last chunk, perhaps empty. `error` ends the stream in place of a `finish_reason`."""
+
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    completion_tokens: int = 0
+    error: str | None = None
+
+
+class EngineStats(_Message):
+    base: str
+    base_digest: str
+    running: int
+    waiting: int
+    adapters: tuple[str, ...]
+
+
+class Heartbeat(_Message):
+    """An engine tells the gateway where it listens and what it holds."""
+
+    engine_id: str
+    url: str
+    base: str
+    base_digest: str
+    running: int
+    waiting: int

@@ -1,0 +1,94 @@
+"""What the training engine says while it works. It does not know who listens."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Started(_Event):
+    """The base is loaded, the data is open, the first forward comes next. `resumed_from` is 0 for a fresh run."""
+
+    kind: Literal["started"] = "started"
+    total_steps: int
+    resumed_from: int
+    trainable_parameters: int
+
+
+class Stepped(_Event):
+    """One optimizer step. Loss is the mean over the step's labelled tokens, in nats."""
+
+    kind: Literal["stepped"] = "stepped"
+    step: int
+    total_steps: int
+    train_loss: float
+    train_mean_token_accuracy: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    labelled_tokens: int
+    tokens_per_second: float
+
+
+class Evaluated(_Event):
+    """Loss on the validation file, over all of its labelled tokens."""
+
+    kind: Literal["evaluated"] = "evaluated"
+    step: int
+    valid_loss: float
+    valid_mean_token_accuracy: float
+
+
+class Checkpointed(_Event):
+    """A committed checkpoint lies in `directory`: its manifest was written last, so all of it is there."""
+
+    kind: Literal["checkpointed"] = "checkpointed"
+    step: int
+    directory: str
+    metrics: dict[str, float]
+
+
+class Noted(_Event):
+    """Something the customer should know; customers read `message` as it is."""
+
+    kind: Literal["noted"] = "noted"
+    level: Literal["info", "warn", "error"]
+    message: str
+
+
+class Finished(_Event):
+    """The run is over and `directory` holds the adapter. `peak_rss_bytes` is the trainer process's own maximum."""
+
+    kind: Literal["finished"] = "finished"
+    step: int
+    trained_tokens: int
+    directory: str
+    peak_rss_bytes: int
+
+
+class Stopped(_Event):
+    """The run ended early because it was told to; the newest checkpoint is that of `step`."""
+
+    kind: Literal["stopped"] = "stopped"
+    step: int
+
+
+class Failed(_Event):
+    """The run cannot go on. `is_user_error`: the same data and spec would fail again on any machine."""
+
+    kind: Literal["failed"] = "failed"
+    code: str
+    message: str
+    is_user_error: bool
+
+
+Event = Annotated[Started | Stepped | Evaluated | Checkpointed | Noted | Finished | Stopped | Failed, Field(discriminator="kind")]
+_adapter: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def parse(line: bytes) -> Event:
+    """An event from its line of JSON. Raises pydantic's ValidationError."""
+    return _adapter.validate_json(line)

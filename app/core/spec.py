@@ -1,0 +1,139 @@
+"""What a run is told: what was asked for, and the frozen value it resolves to, stored with the job and in the manifest."""
+
+import math
+from typing import Annotated, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.core.catalog import Base
+
+AUTO: Final = "auto"
+Auto = Literal["auto"]
+Number = TypeVar("Number", int, float)
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoraSpec(_Frozen):
+    """The adapter's shape. `all-linear` is every linear layer of the decoder: what decides quality in the QLoRA paper."""
+
+    rank: int = Field(default=16, ge=1, le=128)
+    alpha: float = Field(default=32, gt=0, le=512)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[Target, ...] = "all-linear"
+
+
+class QuantizationSpec(_Frozen):
+    """How the frozen base is held."""
+
+    scheme: Literal["nf4"] = "nf4"
+    double_quant: bool = True
+
+
+class OptimizerSpec(_Frozen):
+    """AdamW with 8-bit states on fp32 masters; a linear warm-up, then a cosine to zero."""
+
+    learning_rate: float = Field(gt=0, le=1)
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+class TrainSpec(_Frozen):
+    """Everything that decides the weights, given base and data.
+
+    `batch_size` counts examples per optimizer step; `micro_batch_tokens` bounds the tokens of one forward.
+    """
+
+    base: str
+    n_epochs: int = Field(ge=1, le=100)
+    batch_size: int = Field(ge=1, le=4096)
+    seed: int = Field(ge=0, le=2**31 - 1)
+    max_seq_length: int = Field(ge=8)
+    micro_batch_tokens: int = Field(ge=8)
+    checkpoint_every_steps: int = Field(ge=1)
+    lora: LoraSpec = LoraSpec()
+    quantization: QuantizationSpec = QuantizationSpec()
+    optimizer: OptimizerSpec
+
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps of the whole run: the last batch of an epoch may be smaller."""
+        return self.n_epochs * math.ceil(examples / self.batch_size)
+
+
+class Hyperparameters(_Frozen):
+    """The API's three, each `auto` or a value."""
+
+    n_epochs: Auto | Annotated[int, Field(strict=True, ge=1, le=100)] = AUTO
+    batch_size: Auto | Annotated[int, Field(strict=True, ge=1, le=256)] = AUTO
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=100)] = AUTO
+
+
+class TrainingOptions(_Frozen):
+    """What the API does not know and we offer."""
+
+    max_seq_length: Auto | Annotated[int, Field(strict=True, ge=8, le=1_048_576)] = AUTO
+    learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = AUTO
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    checkpoint_every_steps: Auto | Annotated[int, Field(strict=True, ge=1)] = AUTO
+
+
+class Requested(_Frozen):
+    """A job's settings as its owner asked for them."""
+
+    hyperparameters: Hyperparameters = Hyperparameters()
+    adapter: LoraSpec = LoraSpec()
+    quantization: QuantizationSpec = QuantizationSpec()
+    training: TrainingOptions = TrainingOptions()
+
+
+def max_seq_length(requested: Requested, base: Base) -> int:
+    """Longer rows are not trained on. `auto` is what the base can hold, up to 4,096 tokens."""
+    return min(base.context_length, _given(requested.training.max_seq_length, 4096))
+
+
+def resolve(requested: Requested, base: Base, *, seed: int, examples: int) -> TrainSpec:
+    """Turn every `auto` into a number.
+
+    Epochs: about 1,200 examples seen, between 1 and 10 epochs. Batch: a 1/32 of the examples, between 1 and 16.
+    Rate: 2e-4 as in the QLoRA paper, and more for bases under a billion parameters, which move less per step.
+    """
+    asked, options = requested.hyperparameters, requested.training
+    n_epochs = _given(asked.n_epochs, min(10, max(1, round(1200 / examples))))
+    batch_size = _given(asked.batch_size, min(16, max(1, examples // 32)))
+    total_steps = n_epochs * math.ceil(examples / batch_size)
+    longest = max_seq_length(requested, base)
+    return TrainSpec(
+        base=base.id,
+        n_epochs=n_epochs,
+        batch_size=batch_size,
+        seed=seed,
+        max_seq_length=longest,
+        micro_batch_tokens=max(longest, 2048),
+        checkpoint_every_steps=_given(options.checkpoint_every_steps, math.ceil(total_steps / 4)),
+        lora=requested.adapter,
+        quantization=requested.quantization,
+        optimizer=OptimizerSpec(
+            learning_rate=_learning_rate(requested, base),
+            warmup_ratio=options.warmup_ratio,
+            weight_decay=options.weight_decay,
+            max_grad_norm=options.max_grad_norm,
+        ),
+    )
+
+
+def _learning_rate(requested: Requested, base: Base) -> float:
+    usual = 2e-4 if base.architecture.linear_parameters > 1e9 else 1e-3
+    multiplier = _given(requested.hyperparameters.learning_rate_multiplier, 1.0)
+    return _given(requested.training.learning_rate, min(1.0, usual * multiplier))
+
+
+def _given(asked: Auto | Number, otherwise: Number) -> Number:
+    return otherwise if isinstance(asked, str) else asked

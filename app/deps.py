@@ -1,0 +1,62 @@
+"""What routes ask for. Below them there are only arguments."""
+
+import hmac
+from collections.abc import Iterator
+from typing import Annotated
+
+from fastapi import Depends, Request
+from sqlalchemy import orm
+
+from app import db
+from app.accounts import caller
+from app.core.catalog import Catalog
+from app.core.errors import Unauthenticated
+from app.core.settings import Settings as AppSettings
+from app.core.storage import Storage as AppStorage
+
+
+def get_caller(request: Request) -> caller.Caller:
+    """Whoever the middleware found behind the key."""
+    found: caller.Caller = request.state.caller
+    return found
+
+
+Caller = Annotated[caller.Caller, Depends(get_caller)]
+
+
+def get_session(request: Request, caller: Caller) -> Iterator[orm.Session]:
+    """One request, one transaction of one organization: commit if the route returns, roll back if it raises."""
+    with request.app.state.sessions.begin() as session:
+        db.use_organization(session, caller.organization_id)
+        yield session
+
+
+# scope="function" commits before the answer leaves; FastAPI's default answers 200 first, whatever the commit says
+Session = Annotated[orm.Session, Depends(get_session, scope="function")]
+
+
+def get_settings(request: Request) -> AppSettings:
+    settings: AppSettings = request.app.state.settings
+    return settings
+
+
+def get_storage(request: Request) -> AppStorage:
+    storage: AppStorage = request.app.state.storage
+    return storage
+
+
+def get_catalog(request: Request) -> Catalog:
+    catalog: Catalog = request.app.state.catalog
+    return catalog
+
+
+Settings = Annotated[AppSettings, Depends(get_settings)]
+Storage = Annotated[AppStorage, Depends(get_storage)]
+BaseModels = Annotated[Catalog, Depends(get_catalog)]
+
+
+def require_engine(request: Request, settings: Settings) -> None:
+    """Only our own engines may speak to the internal routes. Raises Unauthenticated."""
+    expected = f"Bearer {settings.engine_token.get_secret_value()}"
+    if not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected.encode()):
+        raise Unauthenticated("the engine token is wrong; set TUNESMITH_ENGINE_TOKEN to the gateway's value")

@@ -1,0 +1,115 @@
+"""Read a multipart upload as it arrives: the file's bytes go to storage in parts, and neither memory nor disk holds it."""
+
+from collections.abc import AsyncIterator
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.concurrency import run_in_threadpool
+
+from app.core.errors import BadRequest
+from app.core.storage import Storage, Stored, Upload
+
+MAX_FIELD_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a request held: its fields, and the file that is in storage by now."""
+
+    fields: dict[str, str]
+    filename: str
+    stored: Stored
+
+
+async def receive(body: AsyncIterator[bytes], content_type: str, storage: Storage, key: str) -> Received:
+    """Store the part named `file` under `key` and collect the other parts. Raises BadRequest; then nothing is stored."""
+    kind, options = parse_options_header(content_type)
+    if kind != b"multipart/form-data" or b"boundary" not in options:
+        raise BadRequest("send the file as multipart/form-data with the fields `purpose` and `file`", code="not_multipart")
+    upload = await run_in_threadpool(storage.upload, key)
+    form = _Form(options[b"boundary"], upload)
+    with closing(upload):
+        async for chunk in body:
+            await run_in_threadpool(form.feed, chunk)
+        return await run_in_threadpool(form.finish)
+
+
+@dataclass
+class _Part:
+    name: str
+    filename: str | None
+    value: bytearray = field(default_factory=bytearray)
+
+
+class _Form:
+    """Gets the parser's calls: headers of a part, its data, its end."""
+
+    def __init__(self, boundary: bytes, upload: Upload) -> None:
+        self._upload = upload
+        self._fields: dict[str, str] = {}
+        self._filename: str | None = None
+        self._header = (bytearray(), bytearray())
+        self._headers: dict[str, bytes] = {}
+        self._part: _Part | None = None
+        self._is_whole = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._headers.clear,
+                "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
+                "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
+                "on_header_end": self._end_header,
+                "on_headers_finished": self._begin_part,
+                "on_part_data": self._take,
+                "on_part_end": self._end_part,
+                "on_end": self._end,
+            },
+        )
+
+    def feed(self, chunk: bytes) -> None:
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise BadRequest(f"the multipart body is broken: {error}", code="not_multipart") from None
+
+    def finish(self) -> Received:
+        if not self._is_whole:
+            raise BadRequest("the multipart body ended early; send it again", code="not_multipart")
+        if self._filename is None:
+            raise BadRequest("the part `file` is required", param="file", code="missing_required_parameter")
+        return Received(self._fields, self._filename, self._upload.finish())
+
+    def _end_header(self) -> None:
+        name, value = self._header
+        self._headers[name.decode("latin-1").lower()] = bytes(value)
+        name.clear()
+        value.clear()
+
+    def _begin_part(self) -> None:
+        _, options = parse_options_header(self._headers.get("content-disposition", b""))
+        filename = options.get(b"filename")
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        self._part = _Part(name, filename.decode("utf-8", "replace") if filename is not None else None)
+        if name == "file":
+            if self._filename is not None:
+                raise BadRequest("the body holds two parts `file`; upload one file a request", param="file")
+            self._filename = (self._part.filename or "upload")[:255]
+
+    def _take(self, data: bytes, start: int, end: int) -> None:
+        assert self._part is not None  # the parser calls this between a part's headers and its end
+        if self._part.name == "file":
+            self._upload.write(data[start:end])
+            return
+        self._part.value += data[start:end]
+        if len(self._part.value) > MAX_FIELD_BYTES:
+            raise BadRequest(f"the field {self._part.name!r} is over {MAX_FIELD_BYTES} bytes", param=self._part.name)
+
+    def _end_part(self) -> None:
+        assert self._part is not None
+        if self._part.name != "file":
+            self._fields[self._part.name] = self._part.value.decode("utf-8", "replace")
+
+    def _end(self) -> None:
+        self._is_whole = True

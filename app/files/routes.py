@@ -1,0 +1,91 @@
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from app import db, pages
+from app.core import ids
+from app.deps import Caller, Session, Storage
+from app.files import multipart
+from app.files import service as files
+from app.files.schemas import FileDeleted, FileOut, UploadFields
+
+router = APIRouter(prefix="/v1", tags=["Files"])
+
+_UPLOAD_DOCS = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["purpose", "file"],
+                    "properties": {"purpose": {"type": "string"}, "file": {"type": "string", "format": "binary"}},
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("/files", openapi_extra=_UPLOAD_DOCS)
+async def upload_file(request: Request, caller: Caller, storage: Storage) -> FileOut:
+    """Upload a training file. It is validated at once; `status` says how that ends."""
+    file_id = ids.new("file-")
+    key = files.key_for(caller, file_id)
+    received = await multipart.receive(request.stream(), request.headers.get("content-type", ""), storage, key)
+    return await run_in_threadpool(_add, request, caller, file_id, received)
+
+
+def _add(request: Request, caller: Caller, file_id: str, received: multipart.Received) -> FileOut:
+    """A transaction of its own: none is open while the bytes come in. An object without a row is swept later."""
+    try:
+        fields = UploadFields.parse(received.fields)
+        with request.app.state.sessions.begin() as session:
+            db.use_organization(session, caller.organization_id)
+            file = files.add(
+                session,
+                caller,
+                file_id=file_id,
+                filename=received.filename,
+                purpose=fields.purpose,
+                stored=received.stored,
+                expires_after_seconds=fields.expires_after_seconds,
+            )
+        return FileOut.of(file)
+    except BaseException:
+        request.app.state.storage.delete(files.key_for(caller, file_id))
+        raise
+
+
+@router.get("/files")
+def list_files(
+    session: Session,
+    caller: Caller,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=0, le=10_000)] = 10_000,
+    order: pages.Order = "desc",
+    purpose: str | None = None,
+) -> pages.Page[FileOut]:
+    """Your files, newest first."""
+    return pages.page(files.list_page(session, caller, purpose=purpose, after=after, limit=limit, order=order), FileOut.of)
+
+
+@router.get("/files/{file_id}")
+def get_file(file_id: str, session: Session, caller: Caller) -> FileOut:
+    """One file, with its validation report."""
+    return FileOut.of(files.get(session, caller, file_id))
+
+
+@router.delete("/files/{file_id}")
+def delete_file(file_id: str, session: Session, caller: Caller) -> FileDeleted:
+    """Delete a file that no job needs any more."""
+    return FileDeleted(id=files.delete(session, caller, file_id))
+
+
+@router.get("/files/{file_id}/content", response_class=StreamingResponse)
+def get_file_content(file_id: str, session: Session, caller: Caller, storage: Storage) -> StreamingResponse:
+    """The bytes of a file, as they were uploaded."""
+    file = files.get(session, caller, file_id)
+    return StreamingResponse(storage.stream(file.storage_key), media_type="application/octet-stream")

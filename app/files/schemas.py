@@ -1,0 +1,73 @@
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from app.core.errors import BadRequest
+from app.models import File
+
+PURPOSES = ("fine-tune",)
+_MIN_EXPIRY, _MAX_EXPIRY = 3600, 2_592_000
+
+
+class FileOut(BaseModel):
+    """A file as the SDK knows it; `report` is ours: what validation found, line by line."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: str
+    status_details: str | None
+    report: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, file: File) -> "FileOut":
+        return cls(
+            id=file.id,
+            bytes=file.size_bytes,
+            created_at=int(file.created_at.timestamp()),
+            expires_at=int(file.expires_at.timestamp()) if file.expires_at else None,
+            filename=file.filename,
+            purpose=file.purpose,
+            status=file.status,
+            status_details=file.status_details,
+            report=file.report,
+        )
+
+
+class FileDeleted(BaseModel):
+    id: str
+    object: Literal["file"] = "file"
+    deleted: bool = True
+
+
+class UploadFields(BaseModel):
+    """The form fields beside the file."""
+
+    purpose: str
+    expires_after_seconds: int | None = None
+
+    @classmethod
+    def parse(cls, fields: dict[str, str]) -> "UploadFields":
+        """Raises BadRequest."""
+        purpose = fields.get("purpose")
+        if purpose is None:
+            raise BadRequest("the field `purpose` is required: 'fine-tune'", param="purpose", code="missing_required_parameter")
+        if purpose not in PURPOSES:
+            raise BadRequest(f"purpose must be one of {', '.join(PURPOSES)}, not {purpose[:64]!r}", param="purpose")
+        return cls(purpose=purpose, expires_after_seconds=_expiry(fields))
+
+
+def _expiry(fields: dict[str, str]) -> int | None:
+    anchor, seconds = fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]")
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise BadRequest("expires_after[anchor] must be 'created_at'", param="expires_after[anchor]")
+    if seconds is None or not seconds.isdecimal() or not _MIN_EXPIRY <= int(seconds) <= _MAX_EXPIRY:
+        message = f"expires_after[seconds] must be a number from {_MIN_EXPIRY} to {_MAX_EXPIRY}"
+        raise BadRequest(message, param="expires_after[seconds]")
+    return int(seconds)

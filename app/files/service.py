@@ -1,0 +1,170 @@
+"""Files: bytes in S3, a row that says what they are, a report that says whether they can be trained on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import Select, func, or_, orm, select
+
+from app import outbox, pages
+from app.accounts.caller import Caller
+from app.core import ids
+from app.core.chat import Report
+from app.core.errors import Conflict, NotFound
+from app.core.storage import Stored
+from app.models import File, FileStatus, Job, JobState
+
+CPU_QUEUE = "cpu"
+VALIDATION_LEASE = timedelta(minutes=10)
+POSTPONED = timedelta(seconds=5)
+ACTIVE = (JobState.VALIDATING_FILES, JobState.QUEUED, JobState.RUNNING, JobState.PAUSED)
+
+
+@dataclass(frozen=True)
+class ToValidate:
+    """A file in the hands of one validator."""
+
+    id: str
+    storage_key: str
+    sha256: str
+
+
+def key_for(caller: Caller, file_id: str) -> str:
+    return f"orgs/{caller.organization_id}/files/{file_id}"
+
+
+def add(
+    session: orm.Session,
+    caller: Caller,
+    *,
+    file_id: str,
+    filename: str,
+    purpose: str,
+    stored: Stored,
+    expires_after_seconds: int | None = None,
+) -> File:
+    """Make an uploaded object known and ask for its validation."""
+    expires_at = func.clock_timestamp() + timedelta(seconds=expires_after_seconds) if expires_after_seconds else None
+    file = File(
+        id=file_id,
+        organization_id=caller.organization_id,
+        project_id=caller.project_id,
+        filename=filename,
+        purpose=purpose,
+        size_bytes=stored.size_bytes,
+        sha256=stored.sha256,
+        storage_key=key_for(caller, file_id),
+        status=FileStatus.UPLOADED,
+        expires_at=expires_at,
+    )
+    session.add(file)
+    outbox.ring(session, CPU_QUEUE)
+    session.flush()
+    session.refresh(file)
+    return file
+
+
+def add_result(session: orm.Session, job: Job, *, storage_key: str, stored: Stored) -> File:
+    """The metrics of a job as a file of its owner."""
+    file = File(
+        id=ids.new("file-"),
+        organization_id=job.organization_id,
+        project_id=job.project_id,
+        filename=f"{job.id}-metrics.csv",
+        purpose="fine-tune-results",
+        size_bytes=stored.size_bytes,
+        sha256=stored.sha256,
+        storage_key=storage_key,
+        status=FileStatus.PROCESSED,
+    )
+    session.add(file)
+    return file
+
+
+def get(session: orm.Session, caller: Caller, file_id: str, *, param: str | None = None) -> File:
+    """Raises NotFound, also for a file of somebody else."""
+    if file := session.scalar(_visible(caller).where(File.id == file_id)):
+        return file
+    raise NotFound(
+        f"the file {file_id!r} does not exist or is not yours; GET /v1/files lists them", param=param, code="file_not_found"
+    )
+
+
+def get_for_training(session: orm.Session, caller: Caller, file_id: str, *, param: str) -> File:
+    """A file that a job may name: still being validated, or valid. The row is locked against deletion until the commit."""
+    file = get(session, caller, file_id, param=param)
+    session.refresh(file, with_for_update={"read": True})
+    if file.purpose != "fine-tune":
+        raise Conflict(
+            f"{file_id} has purpose {file.purpose!r}; upload it with purpose 'fine-tune'", param=param, code="wrong_purpose"
+        )
+    if file.status == FileStatus.ERROR:
+        raise Conflict(f"{file_id} is not valid: {file.status_details}", param=param, code="invalid_file")
+    return file
+
+
+def list_page(
+    session: orm.Session, caller: Caller, *, purpose: str | None, after: str | None, limit: int, order: pages.Order
+) -> tuple[Sequence[File], bool]:
+    query = _visible(caller)
+    if purpose is not None:
+        query = query.where(File.purpose == purpose)
+    return pages.fetch(session, query, File.id, after=after, limit=limit, order=order)
+
+
+def delete(session: orm.Session, caller: Caller, file_id: str) -> str:
+    """Forget a file and free its storage. Raises Conflict while a job needs it."""
+    file = get(session, caller, file_id)
+    session.refresh(file, with_for_update=True)
+    user = session.scalar(
+        select(Job.id).where(
+            Job.organization_id == caller.organization_id,
+            or_(Job.training_file_id == file_id, Job.validation_file_id == file_id),
+            Job.state.in_(ACTIVE),
+        )
+    )
+    if user:
+        raise Conflict(f"{file_id} is in use by job {user}; wait for it or cancel it", code="file_in_use")
+    session.delete(file)
+    outbox.put(session, outbox.Topic.PURGE, {"prefix": file.storage_key})
+    return file.id
+
+
+def claim_to_validate(session: orm.Session) -> ToValidate | None:
+    """The oldest file that nobody validates. A validator that dies leaves it to the next one after a while."""
+    file = session.scalar(
+        select(File)
+        .where(File.status == FileStatus.UPLOADED, File.not_before <= func.clock_timestamp())
+        .order_by(File.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    if file is None:
+        return None
+    file.not_before = func.clock_timestamp() + VALIDATION_LEASE
+    return ToValidate(file.id, file.storage_key, file.sha256)
+
+
+def finish_validation(session: orm.Session, file_id: str, report: Report) -> None:
+    """Store the verdict, and wake whoever prepares the jobs that waited for it. A file deleted meanwhile is no error."""
+    file = session.scalar(select(File).where(File.id == file_id).with_for_update())
+    if file is None:
+        return
+    file.status = FileStatus.PROCESSED if report.is_valid else FileStatus.ERROR
+    file.status_details = None if report.is_valid else report.summary()
+    file.report = report.model_dump(mode="json")
+    outbox.ring(session, CPU_QUEUE)
+
+
+def postpone(session: orm.Session, file_id: str) -> None:
+    """Whoever had it in hand could not go on; another may try shortly."""
+    if file := session.scalar(select(File).where(File.id == file_id).with_for_update()):
+        file.not_before = func.clock_timestamp() + POSTPONED
+
+
+def _visible(caller: Caller) -> Select[File]:
+    return select(File).where(
+        File.organization_id == caller.organization_id,
+        File.project_id == caller.project_id,
+        or_(File.expires_at.is_(None), File.expires_at > func.clock_timestamp()),
+    )

@@ -1,0 +1,86 @@
+"""Every failure leaves as the envelope `{"error": {message, type, param, code}}`, with all four keys."""
+
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from app.core.errors import AppError, BadRequest, RateLimited, Unavailable
+
+log = structlog.get_logger()
+
+_HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large"}
+
+
+def register(app: FastAPI) -> None:
+    """Answer with the envelope wherever FastAPI would write a body of its own."""
+    for kind in (AppError, RequestValidationError, HTTPException, OperationalError, PoolTimeout):
+        app.add_exception_handler(kind, _handle)
+
+
+async def respond(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer from a middleware, which FastAPI's handlers do not reach."""
+    await answer(error)(scope, receive, send)
+
+
+def answer(error: Exception) -> JSONResponse:
+    """The response for any exception. What nobody expected is logged and says nothing of itself."""
+    match error:
+        case AppError():
+            return _envelope(error.status, str(error), error.type, error.param, error.code, _retry_headers(error))
+        case RequestValidationError():
+            return answer(_first_problem(error))
+        case HTTPException():
+            message = (
+                f"{error.detail}: see /docs for what this server answers" if error.status_code in (404, 405) else error.detail
+            )
+            return _envelope(error.status_code, message, "invalid_request_error", None, _HTTP_CODES.get(error.status_code))
+        case OperationalError() | PoolTimeout():
+            log.warning("database_unavailable", error=type(error).__name__)
+            return answer(Unavailable("the database does not answer; try again shortly", code="database_unavailable"))
+        case _:
+            log.error("unexpected_error", exc_info=error)
+            return _envelope(500, "something failed on our side; the request id finds it in the logs", "server_error", None, None)
+
+
+def envelope_of(error: AppError) -> dict[str, Any]:
+    """The body alone, for a stream that has begun."""
+    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
+
+
+async def _handle(_: Request, error: Exception) -> JSONResponse:
+    return answer(error)
+
+
+def _envelope(
+    status: int, message: str, type_: str, param: str | None, code: str | None, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    body = {"error": {"message": message, "type": type_, "param": param, "code": code}}
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def _retry_headers(error: AppError) -> dict[str, str] | None:
+    if isinstance(error, Unavailable | RateLimited):
+        return {"Retry-After": str(error.retry_after_seconds)}
+    return None
+
+
+def _first_problem(error: RequestValidationError) -> AppError:
+    """Pydantic's list of problems, told as one sentence about the first."""
+    first: dict[str, Any] = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    match first["type"]:
+        case "json_invalid":
+            return BadRequest("the body is not valid JSON", code="invalid_json")
+        case "missing":
+            return BadRequest(f"{where or 'the body'} is required", param=where or None, code="missing_required_parameter")
+        case "extra_forbidden":
+            return BadRequest(f"{where} is not a known parameter; remove it", param=where, code="unknown_parameter")
+        case _:
+            return BadRequest(f"{where}: {first['msg']}", param=where or None)

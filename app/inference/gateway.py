@@ -1,0 +1,185 @@
+"""From a request to the text of an engine: model, route, stream, meter."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import anyio
+import httpx
+import structlog
+from pydantic import SecretStr
+from sqlalchemy import orm
+from starlette.concurrency import run_in_threadpool
+
+from app import db
+from app.accounts.caller import Caller
+from app.adapters import service as adapters
+from app.core import ids
+from app.core.catalog import Base, Catalog
+from app.core.engine import AdapterRef, Chunk, GenerateRequest
+from app.core.errors import AppError, BadRequest, NotFound, Unavailable
+from app.core.render import Renderer
+from app.core.settings import InferenceSettings
+from app.inference import engines
+from app.inference.renderers import Renderers
+from app.models import Engine, UsageRecord
+
+log = structlog.get_logger()
+
+CONNECT_SECONDS, BETWEEN_CHUNKS_SECONDS = 2.0, 120.0
+
+
+class EngineFailed(AppError):
+    """An engine refused or broke; its own envelope is passed on where it has one."""
+
+    def __init__(self, status: int, message: str, *, type: str, code: str | None, param: str | None = None) -> None:
+        super().__init__(message, code=code, param=param)
+        self.status, self.type = status, type  # type: ignore[misc]  # fixed for other errors, the engine's word here
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model name, understood: its base, its adapter if it has one, and the engines that can answer."""
+
+    model: str
+    base: Base
+    adapter: AdapterRef | None
+    engines: Sequence[Engine]
+    renderer: Renderer
+
+
+@dataclass
+class Meter:
+    """What a request has used so far."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+
+class Gateway:
+    """Holds what all requests share: connections to the engines, renderers, sessions."""
+
+    def __init__(
+        self,
+        sessions: orm.sessionmaker[orm.Session],
+        catalog: Catalog,
+        renderers: Renderers,
+        settings: InferenceSettings,
+        engine_token: SecretStr,
+    ) -> None:
+        self._sessions, self._catalog, self._renderers, self._settings = sessions, catalog, renderers, settings
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {engine_token.get_secret_value()}"},
+            timeout=httpx.Timeout(BETWEEN_CHUNKS_SECONDS, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def target(self, caller: Caller, model: str) -> Target:
+        """What this name means to this caller. Raises NotFound, or Unavailable when no engine holds its base."""
+        return await run_in_threadpool(self._target, caller, model)
+
+    def _target(self, caller: Caller, model: str) -> Target:
+        with self._sessions.begin() as session:
+            db.use_organization(session, caller.organization_id)
+            adapter = None
+            if (base := self._catalog.find(model)) is None:
+                adapter = adapters.find(session, caller, model)
+                base = self._catalog.find(adapter.base) if adapter else None
+            if base is None:
+                message = f"the model {model!r} does not exist or is not yours; GET /v1/models lists them"
+                raise NotFound(message, param="model", code="model_not_found")
+            live = engines.list_live(session, base.id, timeout_seconds=self._settings.heartbeat_timeout_seconds)
+        if not live:
+            raise Unavailable(f"no engine serves {base.id} just now; try again shortly", code="base_not_loaded")
+        ref = adapters.ref_of(adapter) if adapter else None
+        return Target(model, base, ref, live, self._renderers.get(base.id, live[0].base_digest))
+
+    def room_for(self, target: Target, prompt: Sequence[int], asked_tokens: int | None, *, param: str) -> int:
+        """How many tokens the answer may have. Raises BadRequest when the context cannot hold what was asked."""
+        room = target.base.context_length - len(prompt)
+        if room < 1 or (asked_tokens or 1) > room:
+            message = (
+                f"{target.base.id} holds {target.base.context_length} tokens; the prompt has {len(prompt)} and the answer "
+                f"may have {asked_tokens or 1}: shorten the prompt or lower max_tokens"
+            )
+            raise BadRequest(message, param=param, code="context_length_exceeded")
+        return asked_tokens or min(room, self._settings.default_max_tokens)
+
+    @asynccontextmanager
+    async def open(self, caller: Caller, target: Target, request: GenerateRequest) -> AsyncIterator[AsyncIterator[Chunk]]:
+        """The chunks of an answer. Entering waits for an engine to accept; leaving early frees its work. Metered once."""
+        meter = Meter(len(request.prompt))
+        try:
+            async with self._accepted(target, request) as response:
+                yield _chunks(response, meter)
+        finally:
+            with anyio.CancelScope(shield=True):  # the client may be gone: what was used is written down all the same
+                await run_in_threadpool(self._record_usage, caller, target, request.request_id, meter)
+
+    @asynccontextmanager
+    async def _accepted(self, target: Target, request: GenerateRequest) -> AsyncIterator[httpx.Response]:
+        """The streaming response of the first engine that takes the request; unreachable and full ones are passed over."""
+        failure: AppError = Unavailable(f"no engine of {target.base.id} answers; try again shortly", code="engine_unavailable")
+        for engine in engines.ranked(target.engines, target.adapter):
+            sent = self._client.build_request("POST", f"{engine.url}/generate", content=request.model_dump_json())
+            try:
+                response = await self._client.send(sent, stream=True)
+            except httpx.TransportError as error:
+                log.warning("engine_unreachable", engine=engine.id, error=type(error).__name__)
+                continue
+            try:
+                if response.status_code == httpx.codes.OK:
+                    yield response
+                    return
+                failure = await _failure_of(response)
+            finally:
+                await response.aclose()
+            if failure.status != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+        raise failure
+
+    def _record_usage(self, caller: Caller, target: Target, request_id: str, meter: Meter) -> None:
+        with self._sessions.begin() as session:
+            db.use_organization(session, caller.organization_id)
+            record = UsageRecord(
+                id=ids.new("usage_"),
+                organization_id=caller.organization_id,
+                project_id=caller.project_id,
+                request_id=request_id,
+                api_key_id=caller.key_id,
+                model=target.model,
+                base=target.base.id,
+                prompt_tokens=meter.prompt_tokens,
+                completion_tokens=meter.completion_tokens,
+            )
+            session.add(record)
+
+
+async def _chunks(response: httpx.Response, meter: Meter) -> AsyncIterator[Chunk]:
+    """Raises EngineFailed when the stream ends without a finish."""
+    try:
+        async for line in response.aiter_lines():
+            chunk = Chunk.model_validate_json(line)
+            meter.completion_tokens = max(meter.completion_tokens, chunk.completion_tokens)
+            if chunk.error is not None:
+                raise EngineFailed(500, chunk.error, type="server_error", code="engine_failed")
+            yield chunk
+            if chunk.finish_reason:
+                return
+    except httpx.HTTPError as error:
+        log.warning("engine_broke_off", error=type(error).__name__)
+    raise EngineFailed(502, "the engine broke off; send the request again", type="server_error", code="engine_failed")
+
+
+async def _failure_of(response: httpx.Response) -> AppError:
+    await response.aread()
+    try:
+        told = response.json()["error"]
+    except (ValueError, KeyError):
+        return EngineFailed(502, "the engine answered with an error", type="server_error", code="engine_failed")
+    if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        return Unavailable(told["message"], code=told["code"])
+    return EngineFailed(response.status_code, told["message"], type=told["type"], code=told["code"], param=told["param"])

@@ -1,0 +1,55 @@
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from app.core.engine import Heartbeat
+from app.deps import Caller, require_engine
+from app.inference import engines
+from app.inference import service as inference
+from app.inference.gateway import Gateway
+from app.inference.schemas import ChatRequest, CompletionRequest
+
+router = APIRouter(prefix="/v1", tags=["Inference"])
+internal = APIRouter(prefix="/internal", include_in_schema=False)
+
+GONE = 499  # nobody is there to read it; the log is
+
+
+def get_gateway(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+InferenceGateway = Annotated[Gateway, Depends(get_gateway)]
+
+
+@router.post("/chat/completions", response_model=None)
+async def create_chat_completion(body: ChatRequest, request: Request, caller: Caller, gateway: InferenceGateway) -> Response:
+    """Talk to a base model or to a model of yours."""
+    return await _answer(body, request, caller, gateway, is_chat=True)
+
+
+@router.post("/completions", response_model=None)
+async def create_completion(body: CompletionRequest, request: Request, caller: Caller, gateway: InferenceGateway) -> Response:
+    """Continue a text."""
+    return await _answer(body, request, caller, gateway, is_chat=False)
+
+
+@internal.post("/engines", status_code=204, dependencies=[Depends(require_engine)])
+def record_heartbeat(beat: Heartbeat, request: Request) -> None:
+    """An engine says that it lives, where, and what it holds."""
+    with request.app.state.sessions.begin() as session:
+        engines.record(session, beat)
+
+
+async def _answer(
+    body: ChatRequest | CompletionRequest, request: Request, caller: Caller, gateway: Gateway, *, is_chat: bool
+) -> Response:
+    target, generate = await inference.prepare(gateway, caller, body, request.state.request_id)
+    answer = inference.Answer(target, is_chat=is_chat)
+    if body.stream:
+        events = await inference.answer_streamed(gateway, caller, target, generate, answer, includes_usage=body.includes_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    whole = await inference.unless_gone(request, inference.answer_whole(gateway, caller, target, generate, answer))
+    return JSONResponse(whole) if whole else Response(status_code=GONE)

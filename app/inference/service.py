@@ -1,0 +1,148 @@
+"""Chats and completions, whole or streamed, in the words of the OpenAI API."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+from jinja2.exceptions import TemplateError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from app.accounts.caller import Caller
+from app.core import ids
+from app.core.engine import Chunk, GenerateRequest
+from app.core.errors import AppError, BadRequest
+from app.handlers import envelope_of
+from app.inference.gateway import Gateway, Target
+from app.inference.schemas import ChatRequest, CompletionRequest, Usage
+
+T = TypeVar("T")
+
+
+class Answer:
+    """How one endpoint writes its objects: the two differ in names only."""
+
+    def __init__(self, target: Target, *, is_chat: bool) -> None:
+        self._is_chat = is_chat
+        self._common = {
+            "id": ids.new("chatcmpl-" if is_chat else "cmpl-"),
+            "created": int(time.time()),
+            "model": target.model,
+            "base_model": target.base.id,
+            "system_fingerprint": None,
+        }
+
+    def whole(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
+        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._is_chat else {"text": text}
+        kind = "chat.completion" if self._is_chat else "text_completion"
+        return self._object(kind, [{"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}], usage.model_dump())
+
+    def opening(self) -> dict[str, Any] | None:
+        """The chunk that names the speaker, for chats."""
+        return self._chunk({"delta": {"role": "assistant", "content": "", "refusal": None}}, None) if self._is_chat else None
+
+    def piece(self, chunk: Chunk) -> dict[str, Any]:
+        if not self._is_chat:
+            return self._chunk({"text": chunk.text}, chunk.finish_reason)
+        return self._chunk({"delta": {"content": chunk.text} if chunk.text else {}}, chunk.finish_reason)
+
+    def usage(self, usage: Usage) -> dict[str, Any]:
+        return self._object("chat.completion.chunk" if self._is_chat else "text_completion", [], usage.model_dump())
+
+    def _chunk(self, said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        return self._object(kind, [{"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}], None)
+
+    def _object(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
+        return {"object": kind, **self._common, "choices": choices, "usage": usage}
+
+
+async def prepare(
+    gateway: Gateway, caller: Caller, request: ChatRequest | CompletionRequest, request_id: str
+) -> tuple[Target, GenerateRequest]:
+    """Find the model, render the prompt, see that it fits."""
+    target = await gateway.target(caller, request.model)
+    param = "messages" if isinstance(request, ChatRequest) else "prompt"
+    prompt = await run_in_threadpool(_tokens_of, target, request)
+    if not prompt:
+        raise BadRequest("the prompt is empty", param=param)
+    max_tokens = gateway.room_for(target, prompt, request.asked_tokens, param=param)
+    sampling = request.sampling(max_tokens)
+    return target, GenerateRequest(request_id=request_id, prompt=tuple(prompt), sampling=sampling, adapter=target.adapter)
+
+
+async def answer_whole(
+    gateway: Gateway, caller: Caller, target: Target, generate: GenerateRequest, answer: Answer
+) -> dict[str, Any]:
+    texts, finish_reason, completion_tokens = list[str](), "stop", 0
+    async with gateway.open(caller, target, generate) as chunks:
+        async for chunk in chunks:
+            texts.append(chunk.text)
+            finish_reason, completion_tokens = chunk.finish_reason or finish_reason, chunk.completion_tokens
+    return answer.whole("".join(texts), finish_reason, Usage.of(len(generate.prompt), completion_tokens))
+
+
+async def answer_streamed(
+    gateway: Gateway, caller: Caller, target: Target, generate: GenerateRequest, answer: Answer, *, includes_usage: bool
+) -> AsyncIterator[bytes]:
+    """Server-sent events. The engine has accepted when this returns, so that refusals still get a status of their own."""
+    stack = AsyncExitStack()
+    chunks = await stack.enter_async_context(gateway.open(caller, target, generate))
+    return _events(stack, chunks, answer, len(generate.prompt), includes_usage=includes_usage)
+
+
+async def _events(
+    stack: AsyncExitStack, chunks: AsyncIterator[Chunk], answer: Answer, prompt_tokens: int, *, includes_usage: bool
+) -> AsyncIterator[bytes]:
+    async with stack:
+        try:
+            if opening := answer.opening():
+                yield _event(opening)
+            completion_tokens = 0
+            async for chunk in chunks:
+                completion_tokens = chunk.completion_tokens
+                if chunk.text or chunk.finish_reason:
+                    yield _event(answer.piece(chunk))
+            if includes_usage:
+                yield _event(answer.usage(Usage.of(prompt_tokens, completion_tokens)))
+        except AppError as error:
+            yield _event(envelope_of(error))
+        yield b"data: [DONE]\n\n"
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None if the client left first: then the work is cancelled, and with it the engine's."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _tokens_of(target: Target, request: ChatRequest | CompletionRequest) -> list[int]:
+    if isinstance(request, ChatRequest):
+        try:
+            return target.renderer.prompt([message.to_message() for message in request.messages])
+        except TemplateError as error:
+            raise BadRequest(f"the chat template of {target.base.id} refuses these messages: {error}", param="messages") from None
+    prompt = request.one_prompt
+    if isinstance(prompt, str):
+        return target.renderer.plain(prompt)
+    if any(not 0 <= token < target.base.architecture.vocab for token in prompt):
+        raise BadRequest(f"a token id is outside the vocabulary of {target.base.id}", param="prompt")
+    return prompt
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

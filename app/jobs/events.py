@@ -1,0 +1,59 @@
+"""What a job's owner is told, in order and without a gap."""
+
+from typing import Any, Literal
+
+from sqlalchemy import orm
+
+from app.core import events as engine_events
+from app.core import ids
+from app.models import Job, JobEvent
+
+Level = Literal["info", "warn", "error"]
+
+
+def append(
+    session: orm.Session,
+    job: Job,
+    message: str,
+    *,
+    level: Level = "info",
+    type: Literal["message", "metrics"] = "message",
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Add an event to a job whose row this transaction has locked: the count on the row gives the sequence."""
+    job.event_count += 1
+    session.add(
+        JobEvent(
+            id=ids.new("ftevent-"),
+            organization_id=job.organization_id,
+            project_id=job.project_id,
+            job_id=job.id,
+            sequence=job.event_count,
+            level=level,
+            type=type,
+            message=message,
+            data=data,
+        )
+    )
+
+
+def record(session: orm.Session, job: Job, event: engine_events.Event) -> None:
+    """Tell the owner what the engine said, where it concerns them."""
+    match event:
+        case engine_events.Started(resumed_from=0):
+            append(session, job, f"Training started: {event.total_steps} steps")
+        case engine_events.Started():
+            append(session, job, f"Training resumed at step {event.resumed_from} of {event.total_steps}")
+        case engine_events.Stepped():
+            job.step = max(job.step, event.step)
+            message = f"Step {event.step}/{event.total_steps}: training loss={event.train_loss:.4f}"
+            append(session, job, message, type="metrics", data=_metrics(event))
+        case engine_events.Evaluated():
+            message = f"Step {event.step}: validation loss={event.valid_loss:.4f}"
+            append(session, job, message, type="metrics", data=_metrics(event))
+        case engine_events.Noted():
+            append(session, job, event.message, level=event.level)
+
+
+def _metrics(event: engine_events.Stepped | engine_events.Evaluated) -> dict[str, Any]:
+    return event.model_dump(mode="json", exclude={"kind"})

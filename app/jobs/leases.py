@@ -1,0 +1,218 @@
+"""Who may speak for a running job. A worker holds it by lease and attempt; time is the database's."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, orm, select
+
+from app import outbox
+from app.adapters import service as adapters
+from app.core import ids
+from app.core.errors import AppError
+from app.core.events import Event
+from app.core.manifest import Manifest
+from app.core.settings import LeaseSettings
+from app.core.storage import Stored
+from app.files import service as files
+from app.jobs import events, states
+from app.models import Desired, Job, JobCheckpoint, JobState
+
+BACKOFF_SECONDS = 5.0
+
+
+class LeaseLost(AppError):
+    """Somebody else holds the job now, or nobody does. Whoever gets this stops and writes nothing."""
+
+    status, code = 409, "lease_lost"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to speak for one attempt of one job."""
+
+    job_id: str
+    attempt: int
+    owner: str
+
+
+def claim(session: orm.Session, queue: str, *, owner: str, settings: LeaseSettings) -> Lease | None:
+    """Take the oldest job that waits in this queue; None when there is none."""
+    job = session.scalar(
+        select(Job)
+        .where(
+            Job.queue == queue, Job.state == JobState.QUEUED, Job.desired == Desired.RUN, Job.not_before <= func.clock_timestamp()
+        )
+        .order_by(Job.queued_at, Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    if job is None:
+        return None
+    job.attempt += 1
+    job.lease_owner = owner
+    job.lease_expires_at = _in(settings.lease_seconds)
+    if job.started_at is None:
+        job.started_at = func.clock_timestamp()
+    again = "" if job.attempt == 1 else f" (attempt {job.attempt})"
+    states.move(session, job, JobState.RUNNING, f"A worker has taken the job{again}")
+    return Lease(job.id, job.attempt, owner)
+
+
+def holding(session: orm.Session, lease: Lease) -> Job:
+    """The job, locked, if this attempt still owns it. Every word a worker says starts here. Raises LeaseLost."""
+    job = session.scalar(
+        select(Job)
+        .where(
+            Job.id == lease.job_id, Job.attempt == lease.attempt, Job.lease_owner == lease.owner, Job.state == JobState.RUNNING
+        )
+        .with_for_update()
+        .execution_options(populate_existing=True)  # else a cached row answers for the locked one
+    )
+    if job is None:
+        raise LeaseLost(f"attempt {lease.attempt} of job {lease.job_id} is no longer held by {lease.owner}")
+    return job
+
+
+def heartbeat(
+    session: orm.Session,
+    lease: Lease,
+    said: list[Event],
+    *,
+    settings: LeaseSettings,
+    seconds_left: float | None = None,
+) -> Desired:
+    """Extend the lease, record what the engine said since the last one, and hear what the owner wants."""
+    job = holding(session, lease)
+    job.lease_expires_at = _in(settings.lease_seconds)
+    if seconds_left is not None:
+        job.estimated_finish_at = _in(seconds_left)
+    for event in said:
+        events.record(session, job, event)
+    return Desired(job.desired)
+
+
+def checkpoint(
+    session: orm.Session, lease: Lease, *, step: int, prefix: str, manifest: Manifest, metrics: dict[str, Any]
+) -> None:
+    """Make a checkpoint known. All of its bytes are in storage and verified before this is called."""
+    job = holding(session, lease)
+    name = adapters.name_of(job, step=step)
+    if session.scalar(select(JobCheckpoint.id).where(JobCheckpoint.job_id == job.id, JobCheckpoint.step == step)):
+        return  # a resumed attempt came by this step again: the first one stands
+    session.add(
+        JobCheckpoint(
+            id=ids.new("ftckpt_"),
+            organization_id=job.organization_id,
+            project_id=job.project_id,
+            job_id=job.id,
+            step=step,
+            attempt=lease.attempt,
+            prefix=prefix,
+            metrics=metrics,
+            fine_tuned_model=name,
+        )
+    )
+    adapters.publish(session, job, name=name, step=step, prefix=f"{prefix}/adapter", manifest=manifest)
+    events.append(session, job, f"Checkpoint saved at step {step}: {name}")
+
+
+def newest_checkpoint(session: orm.Session, lease: Lease) -> JobCheckpoint | None:
+    """Where a new attempt goes on from."""
+    job = holding(session, lease)
+    return session.scalar(
+        select(JobCheckpoint).where(JobCheckpoint.job_id == job.id).order_by(JobCheckpoint.step.desc()).limit(1)
+    )
+
+
+def complete(
+    session: orm.Session,
+    lease: Lease,
+    *,
+    prefix: str,
+    manifest: Manifest,
+    trained_tokens: int,
+    peak_bytes: int,
+    result_key: str,
+    result: Stored,
+) -> None:
+    """The job has succeeded: its model, its result file and its webhooks appear in this one transaction.
+
+    A cancel that came first wins: then the job is cancelled and nothing is published.
+    """
+    job = holding(session, lease)
+    if job.desired == Desired.CANCEL:
+        states.move(session, job, JobState.CANCELLED, "The job was cancelled")
+        return
+    job.fine_tuned_model = adapters.name_of(job)
+    job.trained_tokens = trained_tokens
+    job.plan = {**(job.plan or {}), "measured_peak_bytes": peak_bytes}
+    job.result_file_id = files.add_result(session, job, storage_key=result_key, stored=result).id
+    adapter = adapters.publish(session, job, name=job.fine_tuned_model, step=None, prefix=prefix, manifest=manifest)
+    events.append(session, job, f"New fine-tuned model created: {job.fine_tuned_model}")
+    states.move(session, job, JobState.SUCCEEDED, "The job has successfully completed")
+    outbox.put(session, outbox.Topic.PREFETCH, adapters.ref_of(adapter).model_dump(mode="json"))
+
+
+def fail(session: orm.Session, lease: Lease, *, code: str, message: str, param: str | None = None) -> None:
+    """The job cannot succeed as it was asked: no retry."""
+    job = holding(session, lease)
+    _fail(session, job, code=code, message=message, param=param)
+
+
+def release(session: orm.Session, lease: Lease, *, reason: str, settings: LeaseSettings) -> None:
+    """This attempt is over and the job is not: wait a little, then let another worker take it, unless too many have failed."""
+    _give_back(session, holding(session, lease), reason=reason, settings=settings)
+
+
+def drain(session: orm.Session, lease: Lease) -> None:
+    """The worker leaves in good order: the job goes back to the queue and nothing is counted against it."""
+    job = holding(session, lease)
+    if job.desired == Desired.CANCEL:
+        states.move(session, job, JobState.CANCELLED, "The job was cancelled")
+    else:
+        _requeue(session, job, "The worker is going down; the job goes on elsewhere from its last checkpoint")
+
+
+def acknowledge_cancel(session: orm.Session, lease: Lease) -> None:
+    """The trainer has stopped because the owner cancelled."""
+    states.move(session, holding(session, lease), JobState.CANCELLED, "The job was cancelled")
+
+
+def reap(session: orm.Session, *, settings: LeaseSettings) -> int:
+    """Take jobs away from workers that have fallen silent. Returns how many."""
+    silent = session.scalars(
+        select(Job)
+        .where(Job.state == JobState.RUNNING, Job.lease_expires_at < func.clock_timestamp())
+        .with_for_update(skip_locked=True)
+    ).all()
+    for job in silent:
+        if job.desired == Desired.CANCEL:
+            states.move(session, job, JobState.CANCELLED, "The job was cancelled")
+        else:
+            _give_back(session, job, reason="Its worker has fallen silent", settings=settings)
+    return len(silent)
+
+
+def _give_back(session: orm.Session, job: Job, *, reason: str, settings: LeaseSettings) -> None:
+    job.failures += 1
+    if job.failures >= settings.max_attempts:
+        message = f"{reason}; given up after {job.failures} attempts. Nothing was charged; create the job again"
+        _fail(session, job, code="infra_exhausted", message=message, param=None)
+        return
+    job.not_before = _in(BACKOFF_SECONDS * 2 ** (job.failures - 1))
+    _requeue(session, job, f"{reason}; the job goes on from its last checkpoint", level="warn")
+
+
+def _requeue(session: orm.Session, job: Job, message: str, *, level: events.Level = "info") -> None:
+    states.move(session, job, JobState.QUEUED, message, level=level)
+    outbox.ring(session, job.queue)
+
+
+def _fail(session: orm.Session, job: Job, *, code: str, message: str, param: str | None) -> None:
+    job.error = {"code": code, "message": message, "param": param}
+    states.move(session, job, JobState.FAILED, message, level="error", data=job.error)
+
+
+def _in(seconds: float) -> ColumnElement[Any]:
+    return func.clock_timestamp() + timedelta(seconds=seconds)

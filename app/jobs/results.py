@@ -1,0 +1,26 @@
+"""The metrics of a job as the CSV file that the API promises."""
+
+import csv
+import io
+from typing import Any
+
+from sqlalchemy import orm, select
+
+from app.models import JobEvent
+
+COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+_NAMES = {"train_mean_token_accuracy": "train_accuracy"}
+
+
+def csv_of(session: orm.Session, job_id: str) -> bytes:
+    """One row a step. A step that a resumed attempt repeated counts as it came out the last time."""
+    steps: dict[int, dict[str, Any]] = {}
+    metrics = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics").order_by(JobEvent.sequence)
+    for data in session.scalars(metrics):
+        if data is not None:
+            steps.setdefault(data["step"], {}).update({_NAMES.get(name, name): value for name, value in data.items()})
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(steps[step] for step in sorted(steps))
+    return text.getvalue().encode()

@@ -1,0 +1,66 @@
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request
+
+from app import pages
+from app.deps import BaseModels, Caller, Session, Settings
+from app.jobs import service as jobs
+from app.jobs.schemas import CheckpointOut, EventOut, JobCreate, JobOut
+
+router = APIRouter(prefix="/v1/fine_tuning", tags=["Fine-tuning"])
+
+Limit = Annotated[int, Query(ge=0, le=100)]
+
+
+@router.post("/jobs")
+def create_job(
+    body: JobCreate,
+    session: Session,
+    caller: Caller,
+    catalog: BaseModels,
+    settings: Settings,
+    x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
+) -> JobOut:
+    """Queue a fine-tuning job."""
+    tiers, is_retry = settings.training.tiers, x_stainless_retry_count > 0
+    return JobOut.of(jobs.create(session, caller, catalog, request=body, tiers=tiers, is_retry=is_retry))
+
+
+@router.get("/jobs")
+def list_jobs(
+    request: Request, session: Session, caller: Caller, after: str | None = None, limit: Limit = 20
+) -> pages.Page[JobOut]:
+    """Your jobs, newest first; `metadata[key]=value` keeps those that carry it."""
+    metadata = {
+        found[1]: value for key, value in request.query_params.items() if (found := re.fullmatch(r"metadata\[(.+)\]", key))
+    }
+    return pages.page(jobs.list_page(session, caller, metadata=metadata, after=after, limit=limit), JobOut.of)
+
+
+@router.get("/jobs/{job_id}")
+def get_job(job_id: str, session: Session, caller: Caller) -> JobOut:
+    """One job."""
+    return JobOut.of(jobs.get(session, caller, job_id))
+
+
+@router.post("/jobs/{job_id}/cancel")
+def cancel_job(job_id: str, session: Session, caller: Caller) -> JobOut:
+    """Stop a job. A running one ends at its next heartbeat."""
+    return JobOut.of(jobs.cancel(session, caller, job_id))
+
+
+@router.get("/jobs/{job_id}/events")
+def list_job_events(
+    job_id: str, session: Session, caller: Caller, after: str | None = None, limit: Limit = 20
+) -> pages.Page[EventOut]:
+    """What happened to a job, newest first; metrics of each step among it."""
+    return pages.page(jobs.list_events(session, caller, job_id, after=after, limit=limit), EventOut.of)
+
+
+@router.get("/jobs/{job_id}/checkpoints")
+def list_job_checkpoints(
+    job_id: str, session: Session, caller: Caller, after: str | None = None, limit: Limit = 10
+) -> pages.Page[CheckpointOut]:
+    """Checkpoints of a job, newest first. Each answers chats by its name."""
+    return pages.page(jobs.list_checkpoints(session, caller, job_id, after=after, limit=limit), CheckpointOut.of)

@@ -1,0 +1,210 @@
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from app.core import spec
+from app.core.errors import BadRequest
+from app.models import Job, JobCheckpoint, JobEvent, JobState
+
+Metadata = Annotated[
+    dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]],
+    Field(max_length=16),
+]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Supervised(_Request):
+    hyperparameters: spec.Hyperparameters | None = None
+
+
+class Method(_Request):
+    """A client may send several of the objects: the one `type` names counts."""
+
+    type: str
+    supervised: Supervised | None = None
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+class JobCreate(_Request):
+    """What `POST /v1/fine_tuning/jobs` takes. `adapter`, `quantization` and `training` are ours."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    training_file: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    validation_file: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    suffix: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: Metadata | None = None
+    method: Method | None = None
+    hyperparameters: spec.Hyperparameters | None = None
+    integrations: list[dict[str, Any]] | None = None
+    adapter: spec.LoraSpec = spec.LoraSpec()
+    quantization: spec.QuantizationSpec = spec.QuantizationSpec()
+    training: spec.TrainingOptions = spec.TrainingOptions()
+
+    @model_validator(mode="after")
+    def _offered(self) -> "JobCreate":
+        if self.method and self.method.type != "supervised":
+            message = f"method {self.method.type[:32]!r} is not offered here; use 'supervised'"
+            raise BadRequest(message, param="method.type", code="unsupported_method")
+        if self.integrations:
+            raise BadRequest(
+                "integrations are not offered here; remove the field", param="integrations", code="unsupported_parameter"
+            )
+        return self
+
+    def requested(self) -> spec.Requested:
+        """The settings, wherever the client put them: in `method`, or in the older `hyperparameters`."""
+        of_method = self.method.supervised.hyperparameters if self.method and self.method.supervised else None
+        return spec.Requested(
+            hyperparameters=of_method or self.hyperparameters or spec.Hyperparameters(),
+            adapter=self.adapter,
+            quantization=self.quantization,
+            training=self.training,
+        )
+
+
+class JobError(BaseModel):
+    code: str
+    message: str
+    param: str | None
+
+
+class JobOut(BaseModel):
+    """The SDK's FineTuningJob, and what we add: the real base, the resolved settings, progress."""
+
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    status: str
+    model: str
+    organization_id: str
+    result_files: list[str]
+    seed: int
+    training_file: str
+    validation_file: str | None
+    hyperparameters: dict[str, Any]
+    method: dict[str, Any]
+    error: JobError | None
+    fine_tuned_model: str | None
+    finished_at: int | None
+    trained_tokens: int | None
+    estimated_finish: int | None
+    integrations: list[Any] | None = None
+    metadata: dict[str, str] | None
+    user_provided_suffix: str | None
+    paused: bool
+    base_model: str
+    adapter: dict[str, Any]
+    quantization: dict[str, Any]
+    training: dict[str, Any]
+    plan: dict[str, Any] | None
+    started_at: int | None
+    step: int
+    attempt: int
+
+    @classmethod
+    def of(cls, job: Job) -> "JobOut":
+        requested = spec.Requested.model_validate(job.request)
+        resolved = spec.TrainSpec.model_validate(job.spec) if job.spec else None
+        hyperparameters = _hyperparameters(requested, resolved)
+        return cls(
+            id=job.id,
+            created_at=int(job.created_at.timestamp()),
+            status=JobState.QUEUED if job.state == JobState.PAUSED else job.state,
+            model=job.requested_model,
+            organization_id=job.organization_id,
+            result_files=[job.result_file_id] if job.result_file_id else [],
+            seed=job.seed,
+            training_file=job.training_file_id,
+            validation_file=job.validation_file_id,
+            hyperparameters=hyperparameters,
+            method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            error=JobError.model_validate(job.error) if job.error else None,
+            fine_tuned_model=job.fine_tuned_model,
+            finished_at=_unix(job.finished_at),
+            trained_tokens=job.trained_tokens,
+            estimated_finish=_unix(job.estimated_finish_at),
+            metadata=job.user_metadata,
+            user_provided_suffix=job.suffix,
+            paused=job.state == JobState.PAUSED,
+            base_model=job.base,
+            adapter=requested.adapter.model_dump(mode="json"),
+            quantization=requested.quantization.model_dump(mode="json"),
+            training=_training(requested, resolved),
+            plan=job.plan,
+            started_at=_unix(job.started_at),
+            step=job.step,
+            attempt=job.attempt,
+        )
+
+
+class EventOut(BaseModel):
+    id: str
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: str
+    message: str
+    type: str
+    data: dict[str, Any] | None
+    sequence: int
+
+    @classmethod
+    def of(cls, event: JobEvent) -> "EventOut":
+        return cls(
+            id=event.id,
+            created_at=int(event.created_at.timestamp()),
+            level=event.level,
+            message=event.message,
+            type=event.type,
+            data=event.data,
+            sequence=event.sequence,
+        )
+
+
+class CheckpointOut(BaseModel):
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: dict[str, Any]
+
+    @classmethod
+    def of(cls, checkpoint: JobCheckpoint) -> "CheckpointOut":
+        return cls(
+            id=checkpoint.id,
+            created_at=int(checkpoint.created_at.timestamp()),
+            fine_tuned_model_checkpoint=checkpoint.fine_tuned_model,
+            fine_tuning_job_id=checkpoint.job_id,
+            step_number=checkpoint.step,
+            metrics={"step": checkpoint.step, **checkpoint.metrics},
+        )
+
+
+def _hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | None) -> dict[str, Any]:
+    """What was asked, with `auto` replaced as soon as it is known what it became."""
+    shown = requested.hyperparameters.model_dump(mode="json")
+    if resolved:
+        shown |= {"n_epochs": resolved.n_epochs, "batch_size": resolved.batch_size}
+    return shown
+
+
+def _training(requested: spec.Requested, resolved: spec.TrainSpec | None) -> dict[str, Any]:
+    shown = requested.training.model_dump(mode="json")
+    if resolved:
+        shown |= {
+            "learning_rate": resolved.optimizer.learning_rate,
+            "max_seq_length": resolved.max_seq_length,
+            "checkpoint_every_steps": resolved.checkpoint_every_steps,
+        }
+    return shown
+
+
+def _unix(instant: datetime | None) -> int | None:
+    return int(instant.timestamp()) if instant else None

@@ -1,0 +1,72 @@
+"""Where a job may go. Legal moves are a table; one function makes a move: row, event and messages together."""
+
+from typing import Any
+
+from sqlalchemy import func, orm
+
+from app.core.errors import Conflict
+from app.jobs import events
+from app.models import Job, JobState
+from app.webhooks import emit
+from app.webhooks.emit import EventType
+
+S = JobState
+
+MOVES: dict[JobState, frozenset[JobState]] = {
+    S.VALIDATING_FILES: frozenset({S.QUEUED, S.FAILED, S.CANCELLED}),
+    S.QUEUED: frozenset({S.RUNNING, S.PAUSED, S.CANCELLED}),
+    S.RUNNING: frozenset({S.SUCCEEDED, S.FAILED, S.CANCELLED, S.PAUSED, S.QUEUED}),  # QUEUED: its worker died or drains
+    S.PAUSED: frozenset({S.QUEUED, S.CANCELLED}),
+    S.SUCCEEDED: frozenset(),
+    S.FAILED: frozenset(),
+    S.CANCELLED: frozenset(),
+}
+TERMINAL = frozenset(state for state, nexts in MOVES.items() if not nexts)
+
+_WEBHOOKS = {
+    S.VALIDATING_FILES: EventType.CREATED,
+    S.RUNNING: EventType.STARTED,
+    S.SUCCEEDED: EventType.SUCCEEDED,
+    S.FAILED: EventType.FAILED,
+    S.CANCELLED: EventType.CANCELLED,
+}
+
+
+class IllegalMove(Conflict):
+    code = "illegal_state"
+
+
+def begin(session: orm.Session, job: Job, message: str) -> None:
+    """The move from nothing: a new row, its first event, its first webhook."""
+    job.state = S.VALIDATING_FILES
+    session.add(job)
+    session.flush()
+    _tell(session, job, message, level="info", data=None)
+
+
+def move(
+    session: orm.Session,
+    job: Job,
+    to: JobState,
+    message: str,
+    *,
+    level: events.Level = "info",
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Change the state of a locked row. The lease goes with the RUNNING state. Raises IllegalMove."""
+    if to not in MOVES[JobState(job.state)]:
+        raise IllegalMove(f"job {job.id} is {job.state} and cannot become {to}")
+    job.state = to
+    if to is not S.RUNNING:
+        job.lease_owner = job.lease_expires_at = None
+    if to in TERMINAL:
+        job.finished_at = func.clock_timestamp()
+        job.estimated_finish_at = None
+    session.flush()
+    _tell(session, job, message, level=level, data=data)
+
+
+def _tell(session: orm.Session, job: Job, message: str, *, level: events.Level, data: dict[str, Any] | None) -> None:
+    events.append(session, job, message, level=level, data=data)
+    if event_type := _WEBHOOKS.get(JobState(job.state)):
+        emit.emit(session, organization_id=job.organization_id, project_id=job.project_id, type=event_type, data_id=job.id)

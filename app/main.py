@@ -1,0 +1,58 @@
+"""The API process: `uvicorn app.main:create_app --factory`."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from app import db, handlers, health
+from app.accounts.keys import KeyRing
+from app.accounts.middleware import Authenticate
+from app.adapters import routes as adapters
+from app.core import catalog, logging, storage
+from app.core.settings import Settings
+from app.files import routes as files
+from app.http import BodyLimit, RequestContext
+from app.inference import routes as inference
+from app.inference.gateway import Gateway
+from app.inference.renderers import Renderers
+from app.jobs import routes as jobs
+from app.webhooks import routes as webhooks
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The API with all its rooms. Starts whether or not the services behind it are up."""
+    settings = settings or Settings()
+    logging.configure("api", format=settings.log_format, level=settings.log_level)
+    app = FastAPI(title="Tunesmith", version=version("tunesmith"), lifespan=_lifespan, redirect_slashes=False)
+    state = app.state
+    state.settings = settings
+    state.sessions = db.open_sessions(settings.database.api_url, pool_size=settings.database.pool_size)
+    state.storage = storage.open_storage(settings.storage)
+    state.catalog = catalog.load(settings.catalog_file)
+    state.gateway = Gateway(state.sessions, state.catalog, Renderers(state.storage), settings.inference, settings.engine_token)
+    for router in (
+        files.router,
+        jobs.router,
+        adapters.router,
+        inference.router,
+        webhooks.router,
+        inference.internal,
+        health.router,
+    ):
+        app.include_router(router)
+    handlers.register(app)
+    # the last one added is the outermost: an id first, then who asks, then how much they send
+    limits = settings.limits
+    app.add_middleware(BodyLimit, body_bytes=limits.body_bytes, file_bytes=limits.file_bytes)
+    app.add_middleware(Authenticate, keys=KeyRing(state.sessions, settings.key_pepper.get_secret_value().encode()))
+    app.add_middleware(RequestContext)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    await app.state.gateway.close()
+    app.state.sessions.kw["bind"].dispose()

@@ -1,0 +1,31 @@
+"""Every table. Relationships are not mapped: services say which rows they read."""
+
+from app.models.accounts import ApiKey, Organization, Project
+from app.models.adapters import Adapter
+from app.models.base import Table
+from app.models.engines import Engine
+from app.models.files import File, FileStatus
+from app.models.jobs import Desired, Job, JobCheckpoint, JobEvent, JobState
+from app.models.outbox import OutboxMessage
+from app.models.usage import UsageRecord
+from app.models.webhooks import WebhookDelivery, WebhookEndpoint
+
+__all__ = [
+    "Adapter",
+    "ApiKey",
+    "Desired",
+    "Engine",
+    "File",
+    "FileStatus",
+    "Job",
+    "JobCheckpoint",
+    "JobEvent",
+    "JobState",
+    "Organization",
+    "OutboxMessage",
+    "Project",
+    "Table",
+    "UsageRecord",
+    "WebhookDelivery",
+    "WebhookEndpoint",
+]

@@ -1,0 +1,20 @@
+from datetime import datetime
+
+from sqlalchemy import func
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.models.base import Created, Id, Table
+
+
+class Engine(Created, Table):
+    """A running inference engine, as its last heartbeat told. No heartbeat for a while: not routed to."""
+
+    __tablename__ = "engines"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    url: Mapped[str]
+    base: Mapped[str] = mapped_column(index=True)
+    base_digest: Mapped[str]
+    running: Mapped[int]
+    waiting: Mapped[int]
+    heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())

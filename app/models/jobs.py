@@ -1,0 +1,109 @@
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, func
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.models.base import Id, Owned, Table
+
+
+class JobState(StrEnum):
+    """Where a job is. `paused` is ours: the API shows it as `queued` with `paused: true`."""
+
+    VALIDATING_FILES = "validating_files"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Desired(StrEnum):
+    """What its owner wants of a running job; its worker hears it with the next heartbeat."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+class Job(Owned, Table):
+    """A fine-tuning job. Postgres is the queue: workers claim rows, and hold them by lease and attempt number."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint("(state = 'running') = (lease_owner IS NOT NULL)", name="running_has_lease"),
+        CheckConstraint("(lease_owner IS NULL) = (lease_expires_at IS NULL)", name="lease_whole"),
+        CheckConstraint("desired IN ('run', 'pause', 'cancel')", name="desired"),
+        Index("ix_jobs_claimable", "queue", "not_before", postgresql_where="state = 'queued'"),
+        Index("ix_jobs_leased", "lease_expires_at", postgresql_where="state = 'running'"),
+        Index("ix_jobs_to_prepare", "not_before", postgresql_where="state = 'validating_files'"),
+        Index("ix_jobs_training_file_id", "training_file_id"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    api_key_id: Mapped[str] = mapped_column(Id)
+    organization_slug: Mapped[str]
+    state: Mapped[str]
+    desired: Mapped[str] = mapped_column(default=Desired.RUN)
+
+    requested_model: Mapped[str]
+    base: Mapped[str]
+    training_file_id: Mapped[str] = mapped_column(Id)
+    validation_file_id: Mapped[str | None] = mapped_column(Id)
+    suffix: Mapped[str | None]
+    seed: Mapped[int]
+    user_metadata: Mapped[dict[str, Any] | None]
+    request: Mapped[dict[str, Any]]
+    spec: Mapped[dict[str, Any] | None]
+    plan: Mapped[dict[str, Any] | None]
+    datasets: Mapped[dict[str, Any] | None]
+
+    queue: Mapped[str]
+    attempt: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    lease_owner: Mapped[str | None]
+    lease_expires_at: Mapped[datetime | None]
+    not_before: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    step: Mapped[int] = mapped_column(default=0)
+    event_count: Mapped[int] = mapped_column(default=0)
+
+    trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    fine_tuned_model: Mapped[str | None]
+    result_file_id: Mapped[str | None] = mapped_column(Id)
+    error: Mapped[dict[str, Any] | None]
+    estimated_finish_at: Mapped[datetime | None]
+    queued_at: Mapped[datetime | None]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class JobEvent(Owned, Table):
+    """What happened to a job, in order: `sequence` counts from 1 without a gap."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (UniqueConstraint("job_id", "sequence"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id"))
+    sequence: Mapped[int]
+    level: Mapped[str]
+    type: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[dict[str, Any] | None]
+
+
+class JobCheckpoint(Owned, Table):
+    """A checkpoint whose bytes are all in storage and verified: the row comes last."""
+
+    __tablename__ = "job_checkpoints"
+    __table_args__ = (UniqueConstraint("job_id", "step"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id"))
+    step: Mapped[int]
+    attempt: Mapped[int]
+    prefix: Mapped[str]
+    metrics: Mapped[dict[str, Any]]
+    fine_tuned_model: Mapped[str]

@@ -1,0 +1,36 @@
+"""The `tunesmith` command. Each subcommand is a module here with `add` and `run`; `run` imports what is heavy."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cli import demo, migrate, up, version
+
+COMMANDS = (up, demo, migrate, version)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status. An expected failure is one line on stderr and status 1."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tunesmith",
+        description="Fine-tuning as a service that anyone can run: QLoRA jobs behind the OpenAI fine-tuning API.",
+        epilog="Begin with `tunesmith up`: it runs all there is on this machine and writes an API key for you.",
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add(subparsers)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Real Postgres, Valkey and S3, started once for all tests; each test makes an organization of its own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import orm
+
+from app import db
+from app.accounts import keys
+from app.accounts.bootstrap import create_organization
+from app.accounts.caller import Caller
+from app.core import ids
+from app.core.settings import Settings
+from app.core.storage import Storage, open_storage
+from migrations.upgrade import upgrade
+from worker.embedded import Servers
+
+CACHE = Path(__file__).parent.parent / ".tunesmith" / "test-cache"  # quantized bases, kept between runs
+
+
+@pytest.fixture(scope="session")
+def bases_dir() -> Path:
+    """Where prepared base models lie."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return CACHE
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Postgres, Valkey and S3, migrated."""
+    running = Servers(tmp_path_factory.mktemp("servers"), durable=False).start()
+    try:
+        upgrade(running.settings.database.owner_url.get_secret_value())
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
+def settings(servers: Servers, bases_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    changes = {"cache_dir": bases_dir, "work_dir": tmp_path_factory.mktemp("work")}
+    return servers.settings.model_copy(update=changes)
+
+
+@pytest.fixture(scope="session")
+def system_sessions(settings: Settings) -> Iterator[orm.sessionmaker[orm.Session]]:
+    sessions = db.open_sessions(settings.database.system_url)
+    yield sessions
+    sessions.kw["bind"].dispose()
+
+
+@pytest.fixture(scope="session")
+def api_sessions(settings: Settings) -> Iterator[orm.sessionmaker[orm.Session]]:
+    sessions = db.open_sessions(settings.database.api_url)
+    yield sessions
+    sessions.kw["bind"].dispose()
+
+
+@pytest.fixture(scope="session")
+def storage(settings: Settings) -> Storage:
+    return open_storage(settings.storage)
+
+
+@pytest.fixture
+def organization(system_sessions: orm.sessionmaker[orm.Session]) -> Caller:
+    """A fresh organization, seen as one of its callers."""
+    return make_organization(system_sessions)
+
+
+def make_organization(sessions: orm.sessionmaker[orm.Session]) -> Caller:
+    with sessions.begin() as session:
+        organization, project = create_organization(session, name="Test", slug=ids.new("t"))
+        return Caller(ids.new("key_"), organization.id, project.id, organization.slug)
+
+
+def make_key(sessions: orm.sessionmaker[orm.Session], settings: Settings, caller: Caller) -> str:
+    """A working API key of this organization."""
+    with sessions.begin() as session:
+        return keys.create(
+            session,
+            organization_id=caller.organization_id,
+            project_id=caller.project_id,
+            name="test",
+            pepper=settings.key_pepper.get_secret_value().encode(),
+        )

@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from app.core import catalog, spec
+from app.core.errors import NotFound
+
+BASE = catalog.load()["smollm2-135m-instruct"]
+
+
+def test_auto_becomes_numbers() -> None:
+    resolved = spec.resolve(spec.Requested(), BASE, seed=1, examples=400)
+
+    assert (resolved.n_epochs, resolved.batch_size) == (3, 12)
+    assert resolved.total_steps(400) == 3 * 34
+    assert resolved.optimizer.learning_rate > 0
+
+
+def test_what_was_asked_for_is_what_is_done() -> None:
+    asked = spec.Requested(
+        hyperparameters=spec.Hyperparameters(n_epochs=2, batch_size=4, learning_rate_multiplier=0.5),
+        training=spec.TrainingOptions(max_seq_length=128, checkpoint_every_steps=7),
+    )
+    auto, resolved = (spec.resolve(requested, BASE, seed=1, examples=100) for requested in (spec.Requested(), asked))
+
+    assert (resolved.n_epochs, resolved.batch_size, resolved.max_seq_length) == (2, 4, 128)
+    assert resolved.checkpoint_every_steps == 7
+    assert resolved.optimizer.learning_rate == pytest.approx(auto.optimizer.learning_rate / 2)
+
+
+def test_one_example_is_enough() -> None:
+    assert spec.resolve(spec.Requested(), BASE, seed=1, examples=1).total_steps(1) >= 1
+
+
+def test_a_row_never_outgrows_the_base() -> None:
+    asked = spec.Requested(training=spec.TrainingOptions(max_seq_length=1_000_000))
+
+    assert spec.max_seq_length(asked, BASE) == BASE.context_length
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 101, "many", 1.5, True])
+def test_epochs_are_auto_or_a_number_in_range(wrong: object) -> None:
+    with pytest.raises(ValidationError):
+        spec.Hyperparameters.model_validate({"n_epochs": wrong})
+
+
+def test_every_base_of_the_catalog_has_a_template() -> None:
+    from app.core.render import marked_template
+
+    for base in catalog.load().values():
+        assert "{% generation %}" in marked_template(base.family)
+
+
+def test_an_alias_means_its_base_and_an_unknown_name_is_told_what_there_is() -> None:
+    assert catalog.load().resolve("HuggingFaceTB/SmolLM2-135M-Instruct") is BASE
+    with pytest.raises(NotFound, match="smollm2-135m-instruct"):
+        catalog.load().resolve("gpt-5")
+
+
+def test_an_operators_file_replaces_and_adds(tmp_path: Path) -> None:
+    (tmp_path / "more.toml").write_text('[aliases]\n"gpt-4o-mini" = "smollm2-135m-instruct"\n')
+
+    assert catalog.load(tmp_path / "more.toml").resolve("gpt-4o-mini").id == BASE.id

@@ -1,0 +1,51 @@
+import os
+
+import pytest
+from pydantic import SecretStr
+
+from app.core.settings import DatabaseSettings, Settings, WebhookSettings
+from worker.embedded import environment
+from worker.embedded.programs import service
+
+SETTINGS = Settings(
+    database=DatabaseSettings(api_url=SecretStr("a://api"), system_url=SecretStr("a://system")),
+    webhooks=WebhookSettings(allow_loopback=True, allowed_hosts=frozenset({"hooks.example"})),
+    key_pepper=SecretStr("pepper"),
+    engine_token=SecretStr("token"),
+)
+
+
+def test_settings_survive_the_way_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = environment.of(SETTINGS, secrets=environment.PRIVATE)
+    monkeypatch.setattr(os, "environ", everything)
+
+    assert Settings() == SETTINGS
+
+
+def test_no_process_inherits_our_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_DATABASE__OWNER_URL", "leak")
+    monkeypatch.setenv("tunesmith_storage", '{"secret_key": "leak"}')
+    monkeypatch.setenv("TUNESMITH_LIMITS__BODY_BYTES", "17")
+    inherited = environment.inherited()
+
+    assert "leak" not in "".join(inherited.values())
+    assert inherited["TUNESMITH_LIMITS__BODY_BYTES"] == "17"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("api", {"DATABASE__API_URL", "DATABASE__SYSTEM_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN"}),
+        ("relay", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL", "ENGINE_TOKEN"}),
+        ("cpu", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL"}),
+        ("train", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL"}),
+        ("engine", {"STORAGE", "ENGINE_TOKEN"}),
+    ],
+)
+def test_each_process_gets_the_secrets_it_works_with(name: str, expected: set[str]) -> None:
+    process = next(process for process in service(SETTINGS, "127.0.0.1", 8000) if process.name == name)
+    given = environment.of(SETTINGS, secrets=process.secrets)
+    private = {key.removeprefix("TUNESMITH_") for key in given if key.startswith("TUNESMITH_")}
+    private = {key for key in private if key.startswith(environment.PRIVATE)}
+
+    assert {"STORAGE" if key.startswith("STORAGE") else key for key in private} == expected

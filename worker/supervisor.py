@@ -1,0 +1,298 @@
+"""Runs one claimed job: feeds a trainer process, keeps the lease, uploads what comes, ends the job.
+
+Everything said about the job goes through app.jobs.leases, which refuses a worker that no longer holds it.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+from sqlalchemy import orm
+from sqlalchemy.exc import OperationalError
+
+from app.core import events, manifest
+from app.core.errors import AppError
+from app.core.spec import TrainSpec
+from app.core.storage import Storage
+from app.jobs import leases, results
+from app.jobs.leases import Lease, LeaseLost
+from app.jobs.service import Dataset, Datasets
+from app.models import Desired, Job
+from worker import wire
+from worker.services import Services
+from worker.trainers import Bench, Trainer, TrainerDied
+
+log = structlog.get_logger()
+
+FLUSH_SECONDS = 1.0  # metrics reach their reader within this
+T = TypeVar("T")
+
+
+class StorageDamaged(RuntimeError):
+    """What lies in storage is not what was put there."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the database says of a claimed job."""
+
+    lease: Lease
+    base: str
+    spec: TrainSpec
+    datasets: Datasets
+    prefix: str
+    resume_prefix: str | None
+
+
+@dataclass
+class Progress:
+    """What has been said but not yet written down, and how fast the work goes."""
+
+    unsaid: list[events.Event] = field(default_factory=list)
+    uploads: list["Future[None]"] = field(default_factory=list)
+    last_heartbeat: float = field(default_factory=time.monotonic)
+    seconds_per_step: float | None = None
+    steps_left: int = 0
+    last_step_at: float | None = None
+
+    def note(self, event: events.Event) -> None:
+        self.unsaid.append(event)
+        if isinstance(event, events.Stepped):
+            now = time.monotonic()
+            if self.last_step_at is not None:
+                took = now - self.last_step_at
+                self.seconds_per_step = took if self.seconds_per_step is None else 0.9 * self.seconds_per_step + 0.1 * took
+            self.last_step_at, self.steps_left = now, event.total_steps - event.step
+
+    @property
+    def seconds_left(self) -> float | None:
+        return None if self.seconds_per_step is None else self.seconds_per_step * self.steps_left
+
+
+class Supervisor:
+    """One worker's jobs, one at a time."""
+
+    def __init__(self, to: Services, *, owner: str) -> None:
+        self._to, self._owner = to, owner
+        self._bench = Bench(to.settings)
+        self._is_draining = threading.Event()
+
+    def warm_up(self) -> None:
+        self._bench.warm_up()
+
+    def drain(self) -> None:
+        """Let the running job checkpoint and go back to the queue, and take no other."""
+        self._is_draining.set()
+
+    def close(self) -> None:
+        self._bench.close()
+
+    def run_all(self, queue: str) -> None:
+        """Claim and run jobs of this queue until none is left."""
+        settings = self._to.settings.leases
+        while not self._is_draining.is_set():
+            with self._to.sessions.begin() as session:
+                lease = leases.claim(session, queue, owner=self._owner, settings=settings)
+            if lease is None:
+                return
+            with structlog.contextvars.bound_contextvars(job_id=lease.job_id, attempt=lease.attempt):
+                self._run(lease)
+            if not self._is_draining.is_set():
+                self._bench.warm_up()
+
+    def _run(self, lease: Lease) -> None:
+        """One attempt, whatever becomes of it: succeeded, failed, cancelled, or back in the queue."""
+        log.info("job_claimed")
+        directory = self._to.settings.work_dir / lease.job_id / f"a{lease.attempt}"
+        try:
+            _Attempt(self._to, lease, directory, self._bench, self._is_draining).run()
+        except LeaseLost:
+            log.warning("lease_lost")
+        except (TrainerDied, StorageDamaged, AppError) as error:
+            log.warning("attempt_failed", error=str(error))
+            self._release(lease, reason=str(error))
+        except OperationalError:
+            log.warning("database_lost")  # the lease runs out by itself, and the reaper gives the job to another
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _release(self, lease: Lease, *, reason: str) -> None:
+        try:
+            with self._to.sessions.begin() as session:
+                leases.release(session, lease, reason=f"The attempt broke off: {reason}", settings=self._to.settings.leases)
+        except (LeaseLost, OperationalError) as error:
+            log.warning("release_failed", error=type(error).__name__)
+
+
+class _Attempt:
+    """One attempt at one job, from download to the last word."""
+
+    def __init__(self, to: Services, lease: Lease, directory: Path, bench: Bench, is_draining: threading.Event) -> None:
+        self._to, self._lease, self._directory, self._bench = to, lease, directory, bench
+        self._is_draining = is_draining
+        self._progress = Progress()
+        self._wants = Desired.RUN
+
+    def run(self) -> None:
+        with self._to.sessions.begin() as session:
+            assignment = _assignment(session, self._lease)
+        job = _fetch(self._to, assignment, self._directory)
+        trainer = self._bench.take()
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
+                trainer.start(job)
+                last = self._follow(trainer, assignment, uploader)
+                for upload in self._progress.uploads:
+                    upload.result()
+                self._end(last, assignment)
+        finally:
+            trainer.kill()
+
+    def _follow(self, trainer: Trainer, assignment: Assignment, uploader: ThreadPoolExecutor) -> events.Event:
+        """Pass the trainer's words on until its last one. Checkpoints are uploaded beside the training."""
+        is_stopping = False
+        while True:
+            event = trainer.next_event(FLUSH_SECONDS)
+            match event:
+                case events.Finished() | events.Stopped() | events.Failed():
+                    self._heartbeat()
+                    return event
+                case events.Checkpointed():
+                    self._progress.uploads.append(uploader.submit(self._keep_checkpoint, assignment, event))
+                case None:
+                    pass
+                case _:
+                    self._progress.note(event)
+            self._heartbeat_if_due()
+            if not is_stopping and (self._wants != Desired.RUN or self._is_draining.is_set()):
+                trainer.stop()
+                is_stopping = True
+
+    def _heartbeat_if_due(self) -> None:
+        silent = time.monotonic() - self._progress.last_heartbeat
+        if silent < FLUSH_SECONDS or (not self._progress.unsaid and silent < self._to.settings.leases.heartbeat_seconds):
+            return
+        try:
+            self._heartbeat()
+        except OperationalError:
+            # an outage shorter than the lease costs nothing: what was not said is said with the next heartbeat
+            if silent > self._to.settings.leases.lease_seconds:
+                raise
+
+    def _heartbeat(self) -> None:
+        progress, settings = self._progress, self._to.settings.leases
+        with self._to.sessions.begin() as session:
+            self._wants = leases.heartbeat(
+                session, self._lease, progress.unsaid, settings=settings, seconds_left=progress.seconds_left
+            )
+        progress.unsaid, progress.last_heartbeat = [], time.monotonic()
+
+    def _keep_checkpoint(self, assignment: Assignment, event: events.Checkpointed) -> None:
+        prefix = f"{assignment.prefix}/step-{event.step}"
+        local = Path(event.directory)
+        adapter = _upload_directory(self._to.storage, local / "adapter", f"{prefix}/adapter")
+        _upload_directory(self._to.storage, local / "state", f"{prefix}/state")
+        self._say(
+            lambda session: leases.checkpoint(
+                session, self._lease, step=event.step, prefix=prefix, manifest=adapter, metrics=event.metrics
+            )
+        )
+
+    def _end(self, last: events.Event, assignment: Assignment) -> None:
+        match last:
+            case events.Finished():
+                self._publish(last, assignment)
+            case events.Failed(is_user_error=True):
+                self._say(lambda session: leases.fail(session, self._lease, code=last.code, message=last.message))
+            case events.Failed():
+                raise TrainerDied(last.message)
+            case _ if self._wants == Desired.CANCEL:
+                self._say(lambda session: leases.acknowledge_cancel(session, self._lease))
+            case _:
+                self._say(lambda session: leases.drain(session, self._lease))
+
+    def _publish(self, finished: events.Finished, assignment: Assignment) -> None:
+        """Upload, verify, and let the job succeed: model, result file and webhooks appear in one transaction."""
+        prefix = f"{assignment.prefix}/adapter"
+        adapter = _upload_directory(self._to.storage, Path(finished.directory), prefix)
+        result_key = f"{assignment.prefix}/metrics.csv"
+        result = self._to.storage.put(result_key, self._say(lambda session: results.csv_of(session, self._lease.job_id)))
+        self._say(
+            lambda session: leases.complete(
+                session,
+                self._lease,
+                prefix=prefix,
+                manifest=adapter,
+                trained_tokens=finished.trained_tokens,
+                peak_bytes=finished.peak_rss_bytes,
+                result_key=result_key,
+                result=result,
+            )
+        )
+        log.info("job_succeeded", peak_rss_bytes=finished.peak_rss_bytes)
+
+    def _say(self, words: Callable[[orm.Session], T]) -> T:
+        with self._to.sessions.begin() as session:
+            return words(session)
+
+
+def _assignment(session: orm.Session, lease: Lease) -> Assignment:
+    job: Job = leases.holding(session, lease)
+    newest = leases.newest_checkpoint(session, lease)
+    return Assignment(
+        lease=lease,
+        base=job.base,
+        spec=TrainSpec.model_validate(job.spec),
+        datasets=Datasets.model_validate(job.datasets),
+        prefix=f"orgs/{job.organization_id}/jobs/{job.id}/a{lease.attempt}",
+        resume_prefix=newest.prefix if newest else None,
+    )
+
+
+def _fetch(to: Services, assignment: Assignment, directory: Path) -> wire.TrainerJob:
+    """Bring data and the last checkpoint here. Raises StorageDamaged."""
+    checkpoints = directory / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    if assignment.resume_prefix:
+        _download_directory(to.storage, assignment.resume_prefix, checkpoints / assignment.resume_prefix.rpartition("/")[2])
+    datasets = assignment.datasets
+    return wire.TrainerJob(
+        spec=assignment.spec,
+        base=to.catalog[assignment.base],
+        dataset=_download(to.storage, datasets.training, directory / "training.safetensors"),
+        validation=_download(to.storage, datasets.validation, directory / "validation.safetensors")
+        if datasets.validation
+        else None,
+        output_dir=directory / "adapter",
+        checkpoints_dir=checkpoints,
+    )
+
+
+def _download(storage: Storage, dataset: Dataset, path: Path) -> Path:
+    if storage.get_file(dataset.key, path).sha256 != dataset.sha256:
+        raise StorageDamaged(f"{dataset.key} differs from its digest")
+    return path
+
+
+def _download_directory(storage: Storage, prefix: str, directory: Path) -> None:
+    for key in storage.list_keys(f"{prefix}/"):
+        path = directory / key.removeprefix(f"{prefix}/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.get_file(key, path)
+
+
+def _upload_directory(storage: Storage, directory: Path, prefix: str) -> manifest.Manifest:
+    """Every file, the manifest last. What storage took is compared with the manifest. Raises StorageDamaged."""
+    told = manifest.Manifest.model_validate_json((directory / manifest.NAME).read_bytes())
+    for name, entry in told.files.items():
+        stored = storage.put_file(f"{prefix}/{name}", directory / name)
+        if stored.sha256 != entry.sha256:
+            raise StorageDamaged(f"{name} changed while it was uploaded")
+    storage.put(f"{prefix}/{manifest.NAME}", told.to_bytes(), content_type="application/json")
+    return told
