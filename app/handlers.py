@@ -1,5 +1,7 @@
 """Every failure leaves as the envelope `{"error": {message, type, param, code}}`, with all four keys."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -15,6 +17,7 @@ from app.core.errors import AppError, BadRequest, RateLimited, Unavailable
 
 log = structlog.get_logger()
 
+_UNION_BRANCH = re.compile(r"(literal|list|dict|tuple|function-\w+|nullable)\[|(constrained-)?(int|float|str)$")
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -72,9 +75,9 @@ def _retry_headers(error: AppError) -> dict[str, str] | None:
 
 
 def _first_problem(error: RequestValidationError) -> AppError:
-    """Pydantic's list of problems, told as one sentence about the first."""
-    first: dict[str, Any] = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    """Pydantic's list of problems, told as one sentence about the first parameter that is wrong."""
+    problems: Sequence[dict[str, Any]] = error.errors()
+    first, where = problems[0], _parameter(problems[0])
     match first["type"]:
         case "json_invalid":
             return BadRequest("the body is not valid JSON", code="invalid_json")
@@ -83,4 +86,12 @@ def _first_problem(error: RequestValidationError) -> AppError:
         case "extra_forbidden":
             return BadRequest(f"{where} is not a known parameter; remove it", param=where, code="unknown_parameter")
         case _:
-            return BadRequest(f"{where}: {first['msg']}", param=where or None)
+            # a union reports each of its branches: "should be 'auto' or should be at least 1"
+            wants = (problem["msg"].removeprefix("Input ") for problem in problems if _parameter(problem) == where)
+            return BadRequest(f"{where or 'the body'} {' or '.join(dict.fromkeys(wants))}"[:500], param=where or None)
+
+
+def _parameter(problem: dict[str, Any]) -> str:
+    """The path of a parameter as its sender knows it, without the names of union branches."""
+    parts = (str(part) for part in problem["loc"] if part not in ("body", "query", "path", "header"))
+    return ".".join(part for part in parts if not _UNION_BRANCH.match(part))

@@ -12,7 +12,7 @@ class HasId(Protocol):
     def id(self) -> Any: ...
 
 
-T = TypeVar("T", bound=HasId)
+T = TypeVar("T")
 Row = TypeVar("Row", bound=HasId)
 Order = Literal["asc", "desc"]
 
@@ -42,5 +42,5 @@ def fetch(
 
 def page(rows_and_more: tuple[Sequence[Row], bool], shown_as: Callable[[Row], T]) -> Page[T]:
     rows, has_more = rows_and_more
-    data = [shown_as(row) for row in rows]
-    return Page(data=data, has_more=has_more, first_id=data[0].id if data else None, last_id=data[-1].id if data else None)
+    first_id, last_id = (rows[0].id, rows[-1].id) if rows else (None, None)
+    return Page(data=[shown_as(row) for row in rows], has_more=has_more, first_id=first_id, last_id=last_id)

@@ -26,7 +26,7 @@ def configure(process: str, *, format: Literal["json", "console"] = "json", leve
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for chatty in ("httpx", "httpcore", "botocore", "urllib3"):
+    for chatty in ("httpx", "httpx2", "httpcore", "botocore", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

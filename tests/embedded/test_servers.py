@@ -16,6 +16,7 @@ from app.core.settings import Settings
 from app.core.storage import open_storage
 from tests.embedded.patience import eventually
 from worker.embedded import AlreadyRunning, Servers, StackError, roles, servers
+from worker.embedded.servers import NO_RETRY
 from worker.embedded.state import INTERNAL_PORTS, is_free, usable_ports
 
 
@@ -63,10 +64,10 @@ def test_making_the_database_twice_is_the_same_as_once(running: Servers) -> None
 
 
 def test_valkey_answers_those_who_know_the_password(running: Servers) -> None:
-    url = running.settings.broker_url
-    with redis.Redis.from_url(url) as client:
+    with redis.Redis.from_url(running.settings.broker_url) as client:
         assert client.ping()
-    with redis.Redis(port=int(url.rsplit(":")[-1].split("/")[0])) as stranger, pytest.raises(redis.AuthenticationError):
+    port = running.state.ports.valkey
+    with redis.Redis(port=port, retry=NO_RETRY) as stranger, pytest.raises(redis.AuthenticationError):
         stranger.ping()
 
 
@@ -128,11 +129,11 @@ def test_a_directory_in_use_is_refused(running: Servers) -> None:
 
 
 def test_a_folder_of_someone_elses_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").touch(mode=0o644)
+    (tmp_path / "work").mkdir(mode=0o755)
     tmp_path.chmod(0o755)
-    with pytest.raises(StackError, match="not empty"):
+    with pytest.raises(StackError, match="holds work, and not from a stack"):
         Servers(tmp_path).start()
-    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path, tmp_path / "work")} == {0o755}
 
 
 def test_a_restart_keeps_data_and_moves_only_from_taken_ports(tmp_path: Path) -> None:
@@ -142,7 +143,8 @@ def test_a_restart_keeps_data_and_moves_only_from_taken_ports(tmp_path: Path) ->
             owner.execute("CREATE TABLE kept AS SELECT 'row' AS value")
         open_storage(before.settings.storage).put("kept", b"object")
 
-    with socket.create_server(("127.0.0.1", ports.valkey)), servers(tmp_path / "stack", durable=False) as after:
+    taken = socket.create_server(("127.0.0.1", ports.valkey))
+    with taken, servers(tmp_path / "stack", durable=False) as after:
         assert (after.state.ports.postgres, after.state.ports.s3) == (ports.postgres, ports.s3)
         assert after.state.ports.valkey != ports.valkey
         with psycopg.connect(dsn(after.settings, "owner")) as owner:

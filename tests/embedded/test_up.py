@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import socket
@@ -6,24 +7,28 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
+from cli.main import main
+from migrations.upgrade import upgrade
 from tests.embedded.patience import eventually
-from worker.embedded.state import usable_ports
+from worker.embedded import Servers, stack
+from worker.embedded.paths import hold
+from worker.embedded.state import State, usable_ports
 
-READY_SECONDS = 60
+STOP_SECONDS = 60
 
 
 class Up:
-    """One `up` with fake processes of ours, real servers and the real schema."""
-
     def __init__(self, data_dir: Path, port: int) -> None:
-        self.credentials = data_dir / "credentials.json"
-        command = [sys.executable, "-m", "tests.embedded.fake_service", "up", str(data_dir), str(port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "tests.embedded.up_with_fakes", str(data_dir), str(port)]
+        self._credentials = data_dir / "credentials.json"
+        self.ready_lines = ""
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def read_until(self, pattern: str) -> str:
         seen = ""
@@ -31,110 +36,117 @@ class Up:
             seen += line
             if re.search(pattern, line):
                 return seen
-        raise AssertionError(f"{pattern!r} was never said:\n{seen}{self.process.stderr.read()}")
+        raise AssertionError(f"{pattern!r} was never said:\n{seen}")
+
+    def credentials(self) -> dict[str, str]:
+        assert stat.S_IMODE(self._credentials.stat().st_mode) == 0o600
+        return json.loads(self._credentials.read_text())
 
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
         self.process.send_signal(number)
-        output, errors = self.process.communicate(timeout=READY_SECONDS)
-        return self.process.returncode, output + errors
+        output, _ = self.process.communicate(timeout=STOP_SECONDS)
+        return self.process.returncode, output
 
 
-@pytest.fixture(scope="module")
-def port() -> int:
-    return usable_ports(None).s3
+@contextmanager
+def ready(data_dir: Path, port: int) -> Iterator[Up]:
+    up = Up(data_dir, port)
+    try:
+        up.ready_lines = up.read_until("to stop")
+        yield up
+    finally:
+        if up.process.poll() is None:
+            up.end(signal.SIGINT)
+        up.process.stdout.close()
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Kept from test to test: each continues what the one before left."""
-    return tmp_path_factory.mktemp("up") / "data"
+def are_gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def test_the_life_of_a_stack(tmp_path: Path) -> None:
+    """One story, since every start takes seconds: begin, be killed, go on with the same key, be stopped."""
+    data_dir, port = tmp_path / "data", usable_ports(None).s3
+    with ready(data_dir, port) as up:
+        credentials = up.credentials()
+        assert credentials["base_url"] == f"http://127.0.0.1:{port}/v1"
+        assert credentials["api_key"].startswith("ts-")
+        assert f"tunesmith |   API          {credentials['base_url']}\n" in up.ready_lines
+        children = up.children()
+        next(child for child in children if "engine" in child.cmdline()).kill()
+        up.read_until("engine was ended by SIGKILL")
+        eventually(lambda: "engine" in [word for child in up.children() for word in child.cmdline()])
+        children += up.children()
+        up.end(signal.SIGKILL)
+    # Postgres shuts itself down; the others are killed with their parent
+    eventually(lambda: are_gone(children))
+
+    with ready(data_dir, port) as up:
+        assert up.credentials() == credentials
+        children = up.children()
+        status, said = up.end(signal.SIGTERM)
+    assert (status, are_gone(children)) == (0, True)
+    assert "stopping" in said
+    assert not (data_dir / "credentials.json").exists()
+
+
+def test_a_key_that_only_the_database_remembers_is_replaced(running: Servers) -> None:
+    upgrade(running.settings.database.owner_url.get_secret_value())
+    stack.ensure_key(running)
+    first = running.state.api_key
+    stack.ensure_key(running)
+    assert running.state.api_key == first
+    # as if killed between the database's commit and the writing of stack.json
+    running.state = running.state.model_copy(update={"api_key": None})
+    stack.ensure_key(running)
+
+    assert running.state.api_key not in (None, first)
+    assert State.load(running.paths.state) == running.state
+
+
+def test_a_second_up_on_a_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with hold(tmp_path / "lock"):
+        status = main(["up", "--data-dir", str(tmp_path), "--port", "1024"])
+
+    said = f"tunesmith: {tmp_path} is in use by a running stack (process {os.getpid()}); stop it first\n"
+    assert (status, capsys.readouterr().err) == (1, said)
+
+
+def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status = main(["up", "--data-dir", str(tmp_path), "--port", str(port)])
+
+    said = f"tunesmith: 127.0.0.1:{port} is taken or not ours to use; choose another port with --port\n"
+    assert (status, capsys.readouterr().err) == (1, said)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "run the whole service on this machine" in capsys.readouterr().out
+
+
+def test_a_port_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["up", "--port", "99999"])
+    assert "a port is a number from 1 to 65535" in capsys.readouterr().err
 
 
 @pytest.fixture
-def up(data_dir: Path, port: int) -> Iterator[Up]:
-    up = Up(data_dir, port)
-    yield up
-    if up.process.poll() is None:
-        up.end(signal.SIGINT)
-    up.process.stdout.close()
-    up.process.stderr.close()
+def no_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_DATABASE__OWNER_URL", "postgresql+psycopg://nobody@127.0.0.1:1/none")
 
 
-def gone(processes: list[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes if p.is_running())
-
-
-def test_credentials_mean_ready_and_the_key_lasts(up: Up, data_dir: Path, port: int) -> None:
-    said = up.read_until("to stop")
-    assert f"tunesmith |   API          http://127.0.0.1:{port}/v1" in said
-    credentials = json.loads(up.credentials.read_text())
-    assert stat.S_IMODE(up.credentials.stat().st_mode) == 0o600
-    assert credentials["base_url"] == f"http://127.0.0.1:{port}/v1"
-    assert credentials["api_key"].startswith("ts-")
-    children = up.children()
-    status, said = up.end(signal.SIGTERM)
-
-    assert status == 0
-    assert "stopping" in said
-    assert gone(children)
-    assert not up.credentials.exists()
-
-    again = Up(data_dir, port)
-    again.read_until("to stop")
-    assert json.loads(up.credentials.read_text()) == credentials
-    again.end(signal.SIGINT)
-
-
-def test_a_killed_up_leaves_nothing_that_hinders_the_next(up: Up, data_dir: Path, port: int) -> None:
-    up.read_until("to stop")
-    key = json.loads(up.credentials.read_text())["api_key"]
-    children = up.children()
-    up.end(signal.SIGKILL)
-    again = Up(data_dir, port)
-    again.read_until("to stop")
-
-    assert gone(children)
-    assert json.loads(up.credentials.read_text())["api_key"] == key
-    again.end(signal.SIGINT)
-
-
-def test_a_key_that_only_the_database_remembers_is_replaced(data_dir: Path, port: int) -> None:
-    memory = data_dir / "stack.json"
-    remembered = json.loads(memory.read_text())
-    memory.write_text(json.dumps(remembered | {"api_key": None}))
-    up = Up(data_dir, port)
-    up.read_until("to stop")
-
-    assert json.loads(up.credentials.read_text())["api_key"] not in (None, remembered["api_key"])
-    up.end(signal.SIGINT)
-
-
-def test_one_directory_has_one_up(up: Up, data_dir: Path, port: int) -> None:
-    up.read_until("to stop")
-    second = Up(data_dir, port)
-    status, said = second.end(signal.SIGCONT)
-
+@pytest.mark.usefixtures("no_database")
+def test_migrating_without_a_database_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["migrate"])
+    said = capsys.readouterr().err
     assert status == 1
-    assert said == f"tunesmith: {data_dir} is in use by a running stack (process {up.process.pid}); stop it first\n"
-    assert up.credentials.exists()
-
-
-def test_a_dead_process_is_started_again(up: Up) -> None:
-    up.read_until("to stop")
-    engine = next(child for child in up.children() if "engine" in child.cmdline())
-    engine.kill()
-    up.read_until("engine was ended by SIGKILL")
-    eventually(lambda: any("engine" in child.cmdline() for child in up.children()))
-
-
-def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        status, said = Up(tmp_path, port).end(signal.SIGCONT)
-
-    assert status == 1
-    assert said == f"tunesmith: 127.0.0.1:{port} is taken or not ours to use; choose another port with --port\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert said.startswith("tunesmith: the database does not answer or refuses: ")
+    assert said.count("\n") == 1

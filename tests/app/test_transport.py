@@ -1,0 +1,86 @@
+"""What every answer has, whatever was asked."""
+
+import socket
+import threading
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from app.accounts import keys
+from app.core.settings import Settings
+
+
+def test_every_answer_has_a_request_id_and_every_error_the_envelope(http: httpx.Client) -> None:
+    for method, path, status in (("GET", "/v1/models", 200), ("GET", "/v1/nothing", 404), ("PUT", "/v1/files", 405)):
+        answer = http.request(method, path)
+        assert answer.status_code == status
+        assert answer.headers["x-request-id"].startswith("req_")
+        assert status == 200 or set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("key", ["", "nonsense", "ts-short", keys.generate(), keys.generate()[:-1] + "!"])
+def test_a_wrong_key_is_told_what_is_wrong_with_it(api_url: str, key: str) -> None:
+    answer = httpx.get(f"{api_url}/v1/models", headers={"Authorization": f"Bearer {key}".strip()})
+
+    assert answer.status_code == 401
+    assert answer.json()["error"]["code"] in {"invalid_api_key", "missing_api_key"}
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_read(http: httpx.Client, settings: Settings) -> None:
+    head = f"POST /v1/fine_tuning/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: {http.headers['authorization']}\r\n"
+    with socket.create_connection((http.base_url.host, http.base_url.port or 80)) as raw:
+        raw.sendall(f"{head}Content-Length: {settings.limits.body_bytes + 1}\r\n\r\n".encode())
+        assert raw.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+def test_a_body_without_length_is_counted_as_it_comes(http: httpx.Client, settings: Settings) -> None:
+    chunks = (b" " * 1_000_000 for _ in range(settings.limits.body_bytes // 1_000_000 + 2))
+    answer = http.post("/v1/fine_tuning/jobs", content=chunks, headers={"content-type": "application/json"})
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"model": "\\ud800", "training_file": "a"}'])
+def test_a_body_that_is_no_request_is_a_400(http: httpx.Client, body: bytes) -> None:
+    answer = http.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"})
+
+    assert answer.status_code in {400, 404}
+    assert answer.json()["error"]["message"]
+
+
+def test_models_are_listed_and_found_by_alias(client: OpenAI) -> None:
+    listed = {model.id for model in client.models.list()}
+
+    assert "smollm2-135m-instruct" in listed
+    assert client.models.retrieve("HuggingFaceTB/SmolLM2-135M-Instruct").id == "smollm2-135m-instruct"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("ft:tiny:org::none")
+    with pytest.raises(openai.BadRequestError):
+        client.models.delete("smollm2-135m-instruct")
+
+
+def test_docs_and_health_need_no_key(api_url: str) -> None:
+    assert httpx.get(f"{api_url}/healthz").status_code == 200
+    assert httpx.get(f"{api_url}/docs").status_code == 200
+    paths = httpx.get(f"{api_url}/openapi.json").json()["paths"]
+    assert "/v1/fine_tuning/jobs" in paths
+    assert not any(path.startswith("/internal") for path in paths)
+
+
+def test_the_internal_routes_want_the_engine_token(http: httpx.Client) -> None:
+    assert http.post("/internal/engines", json={}).status_code in {400, 401}
+    beat = {"engine_id": "e", "url": "http://x", "base": "b", "base_digest": "d", "running": 0, "waiting": 0}
+    assert http.post("/internal/engines", json=beat).status_code == 401
+
+
+def test_many_requests_at_once_are_all_answered(http: httpx.Client) -> None:
+    statuses = list[int]()
+    threads = [threading.Thread(target=lambda: statuses.append(http.get("/v1/models").status_code)) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert statuses == [200] * 40

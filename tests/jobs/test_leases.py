@@ -1,0 +1,157 @@
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import orm, select
+
+from app.accounts.caller import Caller
+from app.core import events
+from app.jobs import leases
+from app.jobs import service as jobs
+from app.jobs.leases import LeaseLost
+from app.jobs.states import MOVES, TERMINAL, IllegalMove
+from app.models import Adapter, Desired, Job, JobEvent, JobState, OutboxMessage
+from tests import make
+
+STEPPED = events.Stepped(
+    step=3,
+    total_steps=9,
+    train_loss=1.5,
+    train_mean_token_accuracy=0.5,
+    learning_rate=1e-3,
+    grad_norm=1.0,
+    tokens=10,
+    labelled_tokens=5,
+    tokens_per_second=100.0,
+)
+
+
+@pytest.fixture
+def session(system_sessions: orm.sessionmaker[orm.Session]) -> Iterator[orm.Session]:
+    """A transaction that is rolled back: tests see their own rows only."""
+    with system_sessions() as opened:
+        yield opened
+        opened.rollback()
+
+
+def sequences(session: orm.Session, job: Job) -> list[int]:
+    return list(session.scalars(select(JobEvent.sequence).where(JobEvent.job_id == job.id).order_by(JobEvent.sequence)))
+
+
+def test_a_job_is_claimed_once(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+
+    assert make.claim(session, job).attempt == 1
+    assert leases.claim(session, job.queue, owner="other", settings=make.LEASES) is None
+    assert make.reread(session, job).state == JobState.RUNNING
+
+
+def test_a_dead_worker_gives_its_job_back(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    first = make.claim(session, job, owner="a")
+    make.expire_lease(session, job)
+    leases.reap(session, settings=make.LEASES)
+    make.make_due(session, job)
+    second = make.claim(session, job, owner="b")
+
+    assert second.attempt == first.attempt + 1
+    with pytest.raises(LeaseLost):
+        make.complete(session, first)
+    make.complete(session, second)
+    assert make.reread(session, job).state == JobState.SUCCEEDED
+
+
+def test_a_worker_that_fails_too_often_ends_the_job(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    for _ in range(make.LEASES.max_attempts):
+        make.make_due(session, job)
+        leases.release(session, make.claim(session, job), reason="the disk is full", settings=make.LEASES)
+
+    assert job.state == JobState.FAILED
+    assert job.error is not None and job.error["code"] == "infra_exhausted"
+
+
+def test_a_failed_attempt_waits_before_the_next(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    leases.release(session, make.claim(session, job), reason="the network broke", settings=make.LEASES)
+
+    assert make.reread(session, job).state == JobState.QUEUED
+    assert leases.claim(session, job.queue, owner="b", settings=make.LEASES) is None
+
+
+def test_a_drained_job_is_not_counted_against(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    leases.drain(session, make.claim(session, job))
+
+    assert (job.failures, job.state) == (0, JobState.QUEUED)
+    assert make.claim(session, job).attempt == 2
+
+
+def test_success_publishes_one_model_and_asks_for_its_prefetch(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    make.complete(session, make.claim(session, job))
+    adapter = session.scalars(select(Adapter).where(Adapter.job_id == job.id)).one()
+    asked = session.scalars(select(OutboxMessage).where(OutboxMessage.topic == "prefetch")).all()
+
+    assert adapter.name == job.fine_tuned_model == f"ft:{make.TINY}:{organization.organization_slug}::{job.id[-8:]}"
+    assert job.lease_owner is None
+    assert job.result_file_id is not None
+    assert adapter.id in [message.payload["id"] for message in asked]
+
+
+def test_a_cancelled_job_never_succeeds(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    lease = make.claim(session, job)
+    jobs.cancel(session, organization, job.id)
+
+    assert job.state == JobState.RUNNING  # its worker has yet to hear of it
+    assert leases.heartbeat(session, lease, [], settings=make.LEASES) == Desired.CANCEL
+    make.complete(session, lease)
+    assert job.state == JobState.CANCELLED
+    assert session.scalar(select(Adapter.id).where(Adapter.job_id == job.id)) is None
+
+
+def test_cancelling_twice_is_the_same_as_once(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    jobs.cancel(session, organization, job.id)
+    events_before = sequences(session, job)
+
+    assert jobs.cancel(session, organization, job.id).state == JobState.CANCELLED
+    assert sequences(session, job) == events_before
+
+
+def test_a_finished_job_cannot_be_cancelled(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    make.complete(session, make.claim(session, job))
+
+    with pytest.raises(IllegalMove, match="succeeded"):
+        jobs.cancel(session, organization, job.id)
+
+
+def test_events_come_without_a_gap_and_steps_never_fall(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    lease = make.claim(session, job)
+    earlier = STEPPED.model_copy(update={"step": 2})
+    leases.heartbeat(session, lease, [STEPPED, earlier], settings=make.LEASES, seconds_left=30)
+    session.flush()
+
+    assert sequences(session, job) == list(range(1, job.event_count + 1))
+    assert job.step == 3
+
+
+def test_terminal_states_absorb() -> None:
+    assert {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED} == TERMINAL
+    assert all(MOVES[state] == frozenset() for state in TERMINAL)
+    assert set(MOVES) == set(JobState)
+
+
+def test_a_checkpoint_is_known_once_and_answers_by_name(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    lease = make.claim(session, job)
+    for _ in range(2):
+        leases.checkpoint(session, lease, step=4, prefix="p", manifest=make.manifest(), metrics={"train_loss": 1.0})
+        session.flush()
+    newest = leases.newest_checkpoint(session, lease)
+
+    assert newest is not None and newest.step == 4
+    names = session.scalars(select(Adapter.name).where(Adapter.job_id == job.id)).all()
+    assert names == [f"ft:{make.TINY}:{organization.organization_slug}::{job.id[-8:]}:ckpt-step-4"]

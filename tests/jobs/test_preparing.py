@@ -1,0 +1,98 @@
+"""A job between its creation and the queue: it waits for its files, and a bad file ends it."""
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import orm, select
+
+from app.accounts.caller import Caller
+from app.core import catalog, chat
+from app.core.errors import BadRequest, Conflict, NotFound
+from app.files import service as files
+from app.jobs import service as jobs
+from app.jobs.schemas import JobCreate
+from app.models import Job, JobState
+from tests import make
+from tests.conftest import make_organization
+
+BAD = chat.Report(rows=1, problem_count=1, problems=(chat.Problem(line=3, code="not_json", message="not valid JSON", path="$"),))
+
+
+@pytest.fixture
+def session(system_sessions: orm.sessionmaker[orm.Session]) -> Iterator[orm.Session]:
+    with system_sessions() as opened:
+        opened.query(Job).filter(Job.state == JobState.VALIDATING_FILES).update({"state": JobState.CANCELLED})
+        yield opened
+        opened.rollback()
+
+
+def test_a_job_waits_for_a_file_that_is_still_validated(session: orm.Session, organization: Caller) -> None:
+    file = make.uploaded_file(session, organization)
+    job = make.job(session, organization, training_file=file)
+
+    assert jobs.claim_to_prepare(session) is None
+    files.finish_validation(session, file.id, chat.Report(rows=1, problem_count=0))
+    claimed = jobs.claim_to_prepare(session)
+    assert claimed is not None and claimed.id == job.id
+    assert jobs.claim_to_prepare(session) is None  # in hand
+
+
+def test_a_waiting_job_fails_with_its_file(session: orm.Session, organization: Caller) -> None:
+    file = make.uploaded_file(session, organization)
+    job = make.job(session, organization, training_file=file)
+    files.finish_validation(session, file.id, BAD)
+
+    assert jobs.claim_to_prepare(session) is None
+    assert job.state == JobState.FAILED
+    assert job.error == {
+        "code": "invalid_file",
+        "message": f"{file.id} is not valid: line 3, $: not valid JSON",
+        "param": "training_file",
+    }
+
+
+def test_a_job_on_a_bad_file_is_refused(session: orm.Session, organization: Caller) -> None:
+    file = make.uploaded_file(session, organization)
+    files.finish_validation(session, file.id, BAD)
+
+    with pytest.raises(Conflict, match="line 3"):
+        make.job(session, organization, training_file=file)
+
+
+def test_a_file_in_use_cannot_be_deleted(session: orm.Session, organization: Caller) -> None:
+    job = make.job(session, organization)
+
+    with pytest.raises(Conflict, match=job.id):
+        files.delete(session, organization, job.training_file_id)
+    jobs.cancel(session, organization, job.id)
+    files.delete(session, organization, job.training_file_id)
+
+
+def test_another_organizations_file_does_not_exist(
+    session: orm.Session, organization: Caller, system_sessions: orm.sessionmaker[orm.Session]
+) -> None:
+    theirs = make.valid_file(session, make_organization(system_sessions))
+
+    with pytest.raises(NotFound):
+        make.job(session, organization, training_file=theirs)
+
+
+def test_a_base_that_no_worker_holds_is_refused(session: orm.Session, organization: Caller) -> None:
+    file = make.valid_file(session, organization)
+    request = JobCreate(model="llama-3.3-70b-instruct", training_file=file.id)
+
+    with pytest.raises(BadRequest, match="needs a GPU worker of 48 GB; this installation has: 24 GB, cpu"):
+        jobs.create(session, organization, catalog.load(), request=request, tiers=frozenset({"cpu", "24"}))
+
+
+def test_a_repeated_request_of_the_sdk_makes_no_second_job(session: orm.Session, organization: Caller) -> None:
+    file = make.valid_file(session, organization)
+    request = JobCreate(model=make.TINY, training_file=file.id, suffix="again")
+    first, repeated, second = (
+        jobs.create(session, organization, catalog.load(), request=request, tiers=make.CPU, is_retry=is_retry)
+        for is_retry in (False, True, False)
+    )
+
+    assert repeated.id == first.id != second.id
+    mine = session.scalars(select(Job.id).where(Job.organization_id == organization.organization_id)).all()
+    assert len(mine) == 2

@@ -1,0 +1,111 @@
+"""What tests need to exist, as functions."""
+
+import json
+from datetime import timedelta
+
+from sqlalchemy import func, orm, select
+
+from app.accounts.caller import Caller
+from app.core import catalog, chat, ids, spec
+from app.core.manifest import BaseEntry, Manifest
+from app.core.settings import LeaseSettings
+from app.core.storage import Stored
+from app.files import service as files
+from app.jobs import leases
+from app.jobs import service as jobs
+from app.jobs.leases import Lease
+from app.jobs.schemas import JobCreate
+from app.jobs.service import Dataset, Datasets
+from app.models import File, Job
+
+TINY = "tiny-random-llama"
+LEASES = LeaseSettings()
+CPU = frozenset({"cpu"})
+
+
+def chat_line(question: str, answer: str) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+
+
+def chat_file(rows: int = 12) -> bytes:
+    """A small valid training file."""
+    return "\n".join(chat_line(f"What comes after {n}?", str(n + 1)) for n in range(rows)).encode()
+
+
+def uploaded_file(session: orm.Session, caller: Caller) -> File:
+    """A file row as an upload leaves it."""
+    stored = Stored(size_bytes=10, sha256="0" * 64)
+    return files.add(session, caller, file_id=ids.new("file-"), filename="a.jsonl", purpose="fine-tune", stored=stored)
+
+
+def valid_file(session: orm.Session, caller: Caller) -> File:
+    file = uploaded_file(session, caller)
+    files.finish_validation(session, file.id, chat.Report(rows=12, problem_count=0))
+    return file
+
+
+def job(session: orm.Session, caller: Caller, *, training_file: File | None = None, **asked: object) -> Job:
+    """A job as its creation leaves it: its files are still to be looked at."""
+    training_file = training_file or valid_file(session, caller)
+    request = JobCreate.model_validate({"model": TINY, "training_file": training_file.id, **asked})
+    return jobs.create(session, caller, catalog.load(), request=request, tiers=CPU)
+
+
+def queued_job(session: orm.Session, caller: Caller) -> Job:
+    """A job that a worker may take, in a queue of its own so that no other test's worker does."""
+    made = job(session, caller)
+    resolved = spec.resolve(spec.Requested(), catalog.load()[TINY], seed=made.seed, examples=12)
+    datasets = Datasets(training=Dataset(key="nowhere", sha256="0" * 64))
+    jobs.finish_preparing(session, made.id, resolved=resolved, plan={}, datasets=datasets)
+    made.queue = f"train.{made.id}"
+    session.flush()
+    return made
+
+
+def claim(session: orm.Session, of: Job, *, owner: str = "worker") -> Lease:
+    lease = leases.claim(session, of.queue, owner=owner, settings=LEASES)
+    assert lease is not None
+    return lease
+
+
+def expire_lease(session: orm.Session, of: Job) -> None:
+    """Time passes by ageing the row, since the clock is the database's."""
+    of.lease_expires_at = func.clock_timestamp() - timedelta(seconds=1)
+    session.flush()
+
+
+def make_due(session: orm.Session, of: Job) -> None:
+    of.not_before = func.clock_timestamp() - timedelta(seconds=1)
+    session.flush()
+
+
+def complete(session: orm.Session, lease: Lease) -> None:
+    leases.complete(
+        session,
+        lease,
+        prefix=f"somewhere/{lease.job_id}/a{lease.attempt}",
+        manifest=manifest(lease.job_id),
+        trained_tokens=100,
+        peak_bytes=1,
+        result_key=f"results/{lease.job_id}",
+        result=Stored(size_bytes=1, sha256="0" * 64),
+    )
+
+
+def manifest(of: str = "") -> Manifest:
+    return Manifest(
+        kind="adapter",
+        files={},
+        base=BaseEntry(id=TINY, revision="1", digest="0" * 64),
+        dataset_sha256=of,
+        template_sha256="",
+        token_vectors=(),
+        spec={},
+        code_version="0",
+        step=1,
+        metrics={},
+    )
+
+
+def reread(session: orm.Session, made: Job) -> Job:
+    return session.scalars(select(Job).where(Job.id == made.id).execution_options(populate_existing=True)).one()
