@@ -4,6 +4,7 @@ import time
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.core import ids
@@ -75,7 +76,8 @@ class BodyLimit:
             message = await receive()
             read_bytes += len(message.get("body", b""))
             if read_bytes > limit:
-                raise error
+                # of all exceptions that come up while a body is read, FastAPI lets only its own kind through
+                raise HTTPException(error.status, str(error))
             return message
 
         await self._app(scope, counted, send)

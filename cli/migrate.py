@@ -6,19 +6,24 @@ from cli.failure import failed
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "Bring the database at TUNESMITH_DATABASE__OWNER_URL up to date. Safe to repeat and to run twice at once."
+    text = "Bring the database at TUNESMITH_DATABASE__OWNER_URL up to date. Safe to repeat, and from many machines at once."
     parser = subparsers.add_parser("migrate", help="bring the database up to date", description=text)
+    parser.add_argument("--first-key", action="store_true", help="make and print the first API key, if there is none yet")
     parser.set_defaults(run=run)
 
 
-def run(_: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from sqlalchemy.exc import OperationalError
 
+    from app.accounts import bootstrap
     from app.core.settings import Settings
     from migrations.upgrade import upgrade
 
+    settings = Settings()
     try:
-        upgrade(Settings().database.owner_url.get_secret_value())
+        upgrade(settings.database.owner_url.get_secret_value())
+        if options.first_key and (key := bootstrap.ensure_first_key(settings)):
+            print(f"The first API key, shown this once: {key}")
     except OperationalError as error:
         return failed(f"the database does not answer or refuses: {error.orig}")
     return 0
