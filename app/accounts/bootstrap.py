@@ -12,17 +12,20 @@ from app.models import ApiKey, Organization, Project
 def ensure_first_key(settings: Settings) -> str | None:
     """Create organization, project and key on an empty database and return the key; None if there is one already."""
     sessions = db.open_sessions(settings.database.system_url, pool_size=1)
-    with sessions.begin() as session:
-        if session.scalar(select(ApiKey.id).limit(1)) is not None:
-            return None
-        organization, project = create_organization(session, name="Default", slug="default")
-        return keys.create(
-            session,
-            organization_id=organization.id,
-            project_id=project.id,
-            name="bootstrap",
-            pepper=settings.key_pepper.get_secret_value().encode(),
-        )
+    try:
+        with sessions.begin() as session:
+            if session.scalar(select(ApiKey.id).limit(1)) is not None:
+                return None
+            organization, project = create_organization(session, name="Default", slug="default")
+            return keys.create(
+                session,
+                organization_id=organization.id,
+                project_id=project.id,
+                name="bootstrap",
+                pepper=settings.key_pepper.get_secret_value().encode(),
+            )
+    finally:
+        sessions.kw["bind"].dispose()
 
 
 def create_organization(session: orm.Session, *, name: str, slug: str) -> tuple[Organization, Project]:

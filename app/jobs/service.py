@@ -13,9 +13,10 @@ from app import outbox, pages
 from app.accounts.caller import Caller
 from app.core import ids, memory, spec
 from app.core.catalog import Base, Catalog
+from app.core.chat import Problem
 from app.core.errors import BadRequest, NotFound
 from app.files import service as files
-from app.jobs import states
+from app.jobs import events, states
 from app.jobs.schemas import JobCreate
 from app.models import Desired, File, FileStatus, Job, JobCheckpoint, JobEvent, JobState
 
@@ -177,7 +178,13 @@ def claim_to_prepare(session: orm.Session) -> ToPrepare | None:
 
 
 def finish_preparing(
-    session: orm.Session, job_id: str, *, resolved: spec.TrainSpec, plan: dict[str, Any], datasets: Datasets
+    session: orm.Session,
+    job_id: str,
+    *,
+    resolved: spec.TrainSpec,
+    plan: dict[str, Any],
+    datasets: Datasets,
+    dropped: Sequence[Problem] = (),
 ) -> None:
     """Let the workers have it. A job that was cancelled meanwhile stays so."""
     job = _validating(session, job_id)
@@ -187,6 +194,8 @@ def finish_preparing(
     job.plan = plan
     job.datasets = datasets.model_dump(mode="json")
     job.queued_at = job.not_before = func.clock_timestamp()
+    for problem in dropped:
+        events.append(session, job, f"Line {problem.line} is left out: {problem.message}", level="warn")
     states.move(session, job, JobState.QUEUED, "Files validated, moving job to queued state", data=plan)
     outbox.ring(session, job.queue)
 
@@ -215,11 +224,14 @@ def due_queues(session: orm.Session) -> set[str]:
     return queues
 
 
-def plan_of(base: Base, resolved: spec.TrainSpec, *, examples: int, tokens: int, trained_tokens: int) -> dict[str, Any]:
+def plan_of(
+    base: Base, resolved: spec.TrainSpec, *, examples: int, dropped: int, tokens: int, trained_tokens: int
+) -> dict[str, Any]:
     """What the job will do, in numbers its owner can check."""
     predicted = memory.predict(base.architecture, resolved.lora, micro_batch_tokens=resolved.micro_batch_tokens)
     return {
         "examples": examples,
+        "dropped_examples": dropped,
         "tokens_per_epoch": tokens,
         "trained_tokens_per_epoch": trained_tokens,
         "total_steps": resolved.total_steps(examples),

@@ -23,30 +23,32 @@ class EventType(StrEnum):
 
 
 def emit(session: orm.Session, *, organization_id: str, project_id: str, type: EventType, data_id: str) -> None:
-    endpoints = session.scalars(
-        select(WebhookEndpoint).where(
+    """Write one message for each endpoint that wants to know, its bytes fixed for every attempt. The relay sends them."""
+    endpoint_ids = session.scalars(
+        select(WebhookEndpoint.id)
+        .where(
             WebhookEndpoint.organization_id == organization_id,
             WebhookEndpoint.project_id == project_id,
             WebhookEndpoint.is_enabled,
             WebhookEndpoint.event_types.contains([type.value]),
         )
+        .order_by(WebhookEndpoint.id)
+        .with_for_update(read=True, key_share=True)  # one deleted meanwhile would fail the caller's transaction
     ).all()
-    if not endpoints:
+    if not endpoint_ids:
         return
     event_id = ids.new("evt_")
-    body = json.dumps(
-        {"id": event_id, "object": "event", "created_at": int(time.time()), "type": type.value, "data": {"id": data_id}}
-    )
-    for endpoint in endpoints:
-        session.add(
-            WebhookDelivery(
-                id=ids.new("msg_"),
-                organization_id=organization_id,
-                project_id=project_id,
-                endpoint_id=endpoint.id,
-                event_id=event_id,
-                event_type=type.value,
-                body=body,
-            )
+    event = {"id": event_id, "object": "event", "created_at": int(time.time()), "type": type.value, "data": {"id": data_id}}
+    session.add_all(
+        WebhookDelivery(
+            id=ids.new("msg_"),
+            organization_id=organization_id,
+            project_id=project_id,
+            endpoint_id=endpoint_id,
+            event_id=event_id,
+            event_type=type.value,
+            body=json.dumps(event),
         )
+        for endpoint_id in endpoint_ids
+    )
     outbox.notify(session)

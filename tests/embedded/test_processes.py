@@ -39,28 +39,23 @@ def test_a_killed_process_is_started_again(supervisor: Supervisor, tmp_path: Pat
     assert "a was ended by SIGKILL after 0." in (tmp_path / "tunesmith.log").read_text()
 
 
-def test_the_pause_between_starts_doubles(supervisor: Supervisor, tmp_path: Path) -> None:
-    supervisor.start(shell("a", "exit 7"))
-    log = tmp_path / "tunesmith.log"
-    eventually(lambda: log.read_text().count("a exited with status 7") == 3)
-
-    pauses = [line.rsplit("again in ")[1] for line in log.read_text().splitlines()]
-    assert pauses == ["0.5 s", "1 s", "2 s"]
-
-
 def test_a_program_that_is_not_there_is_told_and_tried_again(supervisor: Supervisor, tmp_path: Path) -> None:
     supervisor.start(program("a", "/no/such/program"), program("b", *FOREVER))
     eventually(lambda: "b" in supervisor.pids())
     assert "a could not start ([Errno 2]" in (tmp_path / "tunesmith.log").read_text()
 
 
-def test_waiting_for_one_that_keeps_dying_fails_with_its_last_words(supervisor: Supervisor) -> None:
+def test_one_that_keeps_dying_waits_longer_and_is_given_up(supervisor: Supervisor, tmp_path: Path) -> None:
     def ask() -> None:
         raise ConnectionRefusedError
 
     supervisor.start(shell("a", "echo no licence >&2; exit 1"))
     with pytest.raises(StackError, match="a does not stay up: 'no licence'"):
         supervisor.wait_for("a", ask, failures=(OSError,), seconds=30)
+
+    deaths = (tmp_path / "tunesmith.log").read_text().splitlines()
+    assert [line.rsplit("again in ")[1] for line in deaths] == ["0.5 s", "1 s", "2 s", "4 s"]
+    assert all("a exited with status 1 after" in line for line in deaths)
 
 
 def test_groups_are_stopped_in_reverse_order(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -148,6 +143,15 @@ def test_lines_go_to_the_file_and_named_to_the_console(tmp_path: Path) -> None:
     output.close()
 
     assert console.getvalue() == "api       | one\napi       | two\n"
+
+
+def test_of_a_progress_bar_the_console_shows_the_end(tmp_path: Path) -> None:
+    console = io.StringIO()
+    output = Output(tmp_path, console)
+    output.say("10 %\r100 %")
+    output.close()
+
+    assert console.getvalue() == "tunesmith | 100 %\n"
 
 
 def test_a_console_that_went_away_stops_nothing(tmp_path: Path) -> None:

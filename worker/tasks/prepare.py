@@ -1,15 +1,19 @@
 """Tokenise a job's files for its base, size the run, and queue it."""
 
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
 import structlog
 
-from app.core import spec
-from app.core.catalog import Base
+from app.core import chat, spec
 from app.core.errors import Unavailable
 from app.core.render import Renderer
 from app.jobs import service as jobs
-from app.jobs.service import Datasets, ToPrepare
-from worker.model import base as bases
+from app.jobs.service import Dataset, Datasets, ToPrepare
+from worker.model import card
 from worker.services import Services
+from worker.training import tokenise
 from worker.training.tokenise import TokenisedSet
 
 log = structlog.get_logger()
@@ -23,38 +27,67 @@ class Unusable(Exception):
         self.param = param
 
 
+@dataclass(frozen=True)
+class _Tokeniser:
+    """Turns the files of one job into stored token arrays."""
+
+    to: Services
+    job: ToPrepare
+    renderer: Renderer
+    max_seq_length: int
+
+    def read(self, key: str, *, param: str) -> TokenisedSet:
+        """Raises Unusable when no row is left."""
+        lines = chat.split_lines(self.to.storage.stream(key))
+        tokenised = tokenise.tokenise(chat.read(lines), self.renderer, max_seq_length=self.max_seq_length)
+        if tokenised.examples == 0:
+            first = tokenised.dropped[0]
+            raise Unusable(param, f"no row can be trained on; line {first.line}: {first.message}")
+        return tokenised
+
+    def store(self, tokenised: TokenisedSet) -> Dataset:
+        key = f"orgs/{self.job.organization_id}/datasets/{tokenised.sha256}.safetensors"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tokens.safetensors"
+            tokenised.write(path)
+            return Dataset(key=key, sha256=self.to.storage.put_file(key, path).sha256)
+
+
 def prepare_next(to: Services) -> bool:
     """Prepare one job; False when none waits."""
     with to.sessions.begin() as session:
         job = jobs.claim_to_prepare(session)
     if job is None:
         return False
-    base = to.catalog[job.base]
     try:
-        training, datasets = _tokenised(to, job, base)
+        _prepare(to, job)
     except Unusable as error:
         with to.sessions.begin() as session:
             jobs.reject(session, job.id, code="invalid_file", message=str(error), param=error.param)
-        return True
     except Unavailable:
         log.warning("preparation_postponed", job_id=job.id)
         with to.sessions.begin() as session:
             jobs.postpone(session, job.id)
         return False
-    resolved = spec.resolve(job.requested, base, seed=job.seed, examples=training.examples)
-    plan = jobs.plan_of(base, resolved, training.summary())
-    with to.sessions.begin() as session:
-        jobs.finish_preparing(session, job.id, resolved=resolved, plan=plan, datasets=datasets)
-    log.info("job_prepared", job_id=job.id, examples=training.examples, tokens=training.tokens)
     return True
 
 
-def _tokenised(to: Services, job: ToPrepare, base: Base) -> tuple[TokenisedSet, Datasets]:
-    renderer = Renderer.open(bases.card(base, to.settings.cache_dir))
-    longest = spec.max_seq_length(job.requested, base)
-    training = _read(to, job.training_key, renderer, longest, "training_file")
-    validation = _read(to, job.validation_key, renderer, longest, "validation_file") if job.validation_key else None
-    return training, Datasets(
-        training=_store(to, job.organization_id, training),
-        validation=_store(to, job.organization_id, validation) if validation else None,
+def _prepare(to: Services, job: ToPrepare) -> None:
+    base = to.catalog[job.base]
+    renderer = Renderer.open(card.prepared(base, to.settings.cache_dir))
+    tokeniser = _Tokeniser(to, job, renderer, spec.max_seq_length(job.requested, base))
+    training = tokeniser.read(job.training_key, param="training_file")
+    validation = tokeniser.read(job.validation_key, param="validation_file") if job.validation_key else None
+    datasets = Datasets(training=tokeniser.store(training), validation=tokeniser.store(validation) if validation else None)
+    resolved = spec.resolve(job.requested, base, seed=job.seed, examples=training.examples)
+    plan = jobs.plan_of(
+        base,
+        resolved,
+        examples=training.examples,
+        dropped=training.dropped_count,
+        tokens=training.tokens,
+        trained_tokens=training.labelled_tokens,
     )
+    with to.sessions.begin() as session:
+        jobs.finish_preparing(session, job.id, resolved=resolved, plan=plan, datasets=datasets, dropped=training.dropped)
+    log.info("job_prepared", job_id=job.id, examples=training.examples, tokens=training.tokens)

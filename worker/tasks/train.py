@@ -18,7 +18,7 @@ def supervisor() -> Supervisor:
     return Supervisor(services(), owner=f"{socket.gethostname()}:{os.getpid()}")
 
 
-@celery.task(name="train.look")  # type: ignore[untyped-decorator]  # Celery has no types
+@celery.task(name="train.look")
 def look(queue: str) -> None:
     """Claim and run jobs of this queue until none is left."""
     supervisor().run_all(queue)

@@ -1,0 +1,27 @@
+"""Standard Webhooks (standardwebhooks.com): what `openai`'s `client.webhooks.unwrap` and every other verifier accepts."""
+
+import base64
+import hashlib
+import hmac
+import secrets
+
+PREFIX = "whsec_"
+SECRET_BYTES = 32
+HINT_LENGTH = 4
+
+
+def new_secret() -> str:
+    return PREFIX + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
+
+
+def hint_of(secret: str) -> str:
+    """Enough of its end to recognise it."""
+    return f"{PREFIX}…{secret.rstrip('=')[-HINT_LENGTH:]}"
+
+
+def headers(secret: str, *, message_id: str, unix_seconds: int, body: bytes) -> dict[str, str]:
+    """The three headers that prove who sent the message and when."""
+    key = base64.b64decode(secret.removeprefix(PREFIX))
+    signed = f"{message_id}.{unix_seconds}.".encode() + body
+    signature = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
+    return {"webhook-id": message_id, "webhook-timestamp": str(unix_seconds), "webhook-signature": f"v1,{signature}"}

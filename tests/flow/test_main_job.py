@@ -1,0 +1,201 @@
+"""The main job as a customer does it, on the tiny base: `tunesmith up`, the SDK, a webhook receiver, and nothing else."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from tests import make
+from tests.flow.receiver import Receiver
+
+UP_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, bases_dir: Path) -> Iterator[dict[str, str]]:
+    """The whole embedded stack, as its command starts it. Gives the credentials file's content."""
+    data_dir = tmp_path_factory.mktemp("up")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "TUNESMITH_INFERENCE__BASE": make.TINY,
+        "TUNESMITH_TRAINING__WARM_BASE": make.TINY,
+        "TUNESMITH_CACHE_DIR": str(bases_dir),
+    }
+    command = [sys.executable, "-m", "cli.main", "up", "--data-dir", str(data_dir), "--port", str(port)]
+    with (data_dir / "console").open("w") as console:
+        process = subprocess.Popen(command, env=environment, stdout=console, stderr=subprocess.STDOUT)
+        credentials = data_dir / "credentials.json"
+        deadline = time.monotonic() + UP_SECONDS
+        while not credentials.exists():
+            assert process.poll() is None and time.monotonic() < deadline, (data_dir / "console").read_text()[-5000:]
+            time.sleep(0.1)
+        yield json.loads(credentials.read_text())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+
+
+@pytest.fixture(scope="module")
+def client(stack: dict[str, str]) -> Iterator[OpenAI]:
+    with OpenAI(base_url=stack["base_url"], api_key=stack["api_key"]) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tuned(client: OpenAI, receiver: Receiver) -> openai.types.fine_tuning.FineTuningJob:
+    """A job that went all the way."""
+    receiver.endpoint = client.webhooks.create(name="flow", url=receiver.url, event_types=["fine_tuning.job.succeeded"])
+    training = client.files.create(file=("train.jsonl", make.chat_file(48)), purpose="fine-tune")
+    validation = client.files.create(file=("valid.jsonl", make.chat_file(6)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model=make.TINY,
+        training_file=training.id,
+        validation_file=validation.id,
+        suffix="flow",
+        seed=3,
+        hyperparameters={"n_epochs": 4, "batch_size": 8},
+    )
+    deadline = time.monotonic() + 80
+    while job.status not in {"succeeded", "failed", "cancelled"} and time.monotonic() < deadline:
+        time.sleep(0.2)
+        job = client.fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "succeeded", [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+    return job
+
+
+def test_the_job_tells_its_whole_story(client: OpenAI, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+    events = list(client.fine_tuning.jobs.list_events(tuned.id, limit=100))[::-1]
+    steps = [event for event in events if event.type == "metrics" and "train_loss" in (event.data or {})]  # type: ignore[operator]
+    losses = [event.data["train_loss"] for event in steps]  # type: ignore[index]
+
+    assert len(steps) == 24
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert any("valid_loss" in (event.data or {}) for event in events)  # type: ignore[operator]
+    assert [(event.model_extra or {})["sequence"] for event in events] == list(range(1, len(events) + 1))
+    assert events[-1].message == "The job has successfully completed"
+    assert tuned.trained_tokens and tuned.finished_at and tuned.error is None
+    assert tuned.hyperparameters.n_epochs == 4
+
+
+def test_the_result_file_holds_a_row_a_step(client: OpenAI, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+    header, *rows = client.files.content(tuned.result_files[0]).text.splitlines()
+
+    assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert [row.split(",")[0] for row in rows] == [str(step) for step in range(1, 25)]
+
+
+def test_the_webhook_came_signed(client: OpenAI, receiver: Receiver, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+    body, headers = receiver.wait()
+    event = client.webhooks.unwrap(body, headers, secret=receiver.endpoint.signing_secret)
+
+    assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", tuned.id)
+    with pytest.raises(openai.InvalidWebhookSignatureError):
+        client.webhooks.unwrap(body + b" ", headers, secret=receiver.endpoint.signing_secret)
+
+
+def test_base_model_and_checkpoint_answer_and_differ(client: OpenAI, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+    checkpoints = [found.fine_tuned_model_checkpoint for found in client.fine_tuning.jobs.checkpoints.list(tuned.id)]
+    assert checkpoints
+    answers = {}
+    for model in (make.TINY, str(tuned.fine_tuned_model), checkpoints[-1]):
+        said = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "What comes after 3?"}], max_tokens=12, temperature=0
+        )
+        assert said.usage is not None and said.usage.completion_tokens <= 12
+        assert said.choices[0].finish_reason in {"stop", "length"}
+        answers[model] = said.choices[0].message.content
+
+    assert answers[make.TINY] != answers[str(tuned.fine_tuned_model)]
+
+
+def test_a_stream_says_the_same_as_the_whole(client: OpenAI, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+    asked = {
+        "model": tuned.fine_tuned_model,
+        "messages": [{"role": "user", "content": "What comes after 5?"}],
+        "max_tokens": 16,
+        "temperature": 0,
+    }
+    whole = client.chat.completions.create(**asked)  # type: ignore[call-overload]
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))  # type: ignore[call-overload]
+
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_a_completion_continues_a_text(client: OpenAI, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+    said = client.completions.create(model=str(tuned.fine_tuned_model), prompt="What comes", max_tokens=5, temperature=0)
+
+    assert said.usage is not None and said.usage.completion_tokens <= 5
+    assert said.object == "text_completion"
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"model": "ft:nobody:none::x"}, "model", "model_not_found"),
+        ({"n": 2}, "n", "unsupported_parameter"),
+        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"temprature": 1}, "temprature", "unknown_parameter"),
+        ({"max_tokens": 100_000}, "messages", "context_length_exceeded"),
+        ({"messages": [{"role": "user", "content": "x" * 2000}]}, "messages", "context_length_exceeded"),
+        ({"messages": []}, "messages", None),
+        ({"temperature": 3}, "temperature", None),
+        ({"stop": [""]}, "stop", None),
+    ],
+)
+def test_a_chat_that_cannot_be_had_names_the_parameter(
+    stack: dict[str, str], change: dict[str, object], param: str, code: str | None
+) -> None:
+    body = {"model": make.TINY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4} | change
+    headers = {"Authorization": f"Bearer {stack['api_key']}"}
+    answer = httpx.post(f"{stack['base_url']}/chat/completions", json=body, headers=headers)
+    error = answer.json()["error"]
+
+    assert answer.status_code in {400, 404}
+    assert error["param"] == param
+    assert code is None or error["code"] == code
+
+
+def test_a_model_is_listed_then_deleted(client: OpenAI, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+    name = str(tuned.fine_tuned_model)
+    assert name in [model.id for model in client.models.list()]
+    assert client.models.delete(name).deleted
+
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=name, messages=[{"role": "user", "content": "hi"}], max_tokens=1)
+
+
+def test_a_running_job_is_cancelled(client: OpenAI) -> None:
+    training = client.files.create(file=("train.jsonl", make.chat_file(200)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model=make.TINY, training_file=training.id, hyperparameters={"n_epochs": 100, "batch_size": 1}
+    )
+    deadline = time.monotonic() + 60
+    while job.status != "running" and time.monotonic() < deadline:
+        time.sleep(0.2)
+        job = client.fine_tuning.jobs.retrieve(job.id)
+    client.fine_tuning.jobs.cancel(job.id)
+    while job.status == "running" and time.monotonic() < deadline:
+        time.sleep(0.2)
+        job = client.fine_tuning.jobs.retrieve(job.id)
+
+    assert (job.status, job.fine_tuned_model) == ("cancelled", None)

@@ -1,0 +1,179 @@
+"""An adapter is loaded once, verified, kept while it is used, and never mistaken for another."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from app.core.engine import AdapterRef
+from app.core.errors import BadRequest, NotFound, Unavailable
+from app.core.storage import Storage
+from worker.inference.adapters import AdapterStore
+from worker.inference.disk import AdapterDisk
+
+Published = dict[str, AdapterRef]
+
+
+def ref(name: str) -> AdapterRef:
+    return AdapterRef(id=name, digest=name * 8, prefix=name, base="base")
+
+
+class Loads:
+    """Counts loads, and holds them up until they may finish."""
+
+    def __init__(self) -> None:
+        self.names = list[str]()
+        self.may_finish = threading.Event()
+        self.may_finish.set()
+        self.error: Exception | None = None
+
+    def __call__(self, wanted: AdapterRef) -> object:
+        self.names.append(wanted.id)
+        assert self.may_finish.wait(10)
+        if self.error:
+            raise self.error
+        return f"weights of {wanted.id}"
+
+
+def store(loads: Callable[[AdapterRef], object], max_adapters: int = 2) -> AdapterStore:
+    return AdapterStore(loads, base_id="base", max_adapters=max_adapters)
+
+
+def test_any_number_of_callers_one_load() -> None:
+    async def story() -> None:
+        loads = Loads()
+        loads.may_finish.clear()
+        held = store(loads)
+        waiting = [asyncio.create_task(held.acquire(ref("a"))) for _ in range(20)]
+        await asyncio.sleep(0.01)
+        waiting[0].cancel()  # the first to ask leaves: the others still get it
+        loads.may_finish.set()
+        leases = await asyncio.gather(*waiting[1:])
+
+        assert loads.names == ["a"]
+        assert {lease.weights for lease in leases} == {"weights of a"}
+        assert held.evict(ref("a").digest) is False
+        for lease in leases:
+            held.release(lease)
+            held.release(lease)
+        assert held.evict(ref("a").digest) is True
+
+    asyncio.run(story())
+
+
+def test_the_least_recently_used_free_adapter_makes_room() -> None:
+    async def story() -> None:
+        loads = Loads()
+        held = store(loads)
+        leases = {name: await held.acquire(ref(name)) for name in "ab"}
+        with pytest.raises(Unavailable):
+            await held.acquire(ref("c"))
+        held.release(leases["a"])
+        held.release(leases["b"])
+        held.release(await held.acquire(ref("a")))
+        await held.acquire(ref("c"))
+
+        assert held.names == (ref("a").internal_name, ref("c").internal_name)
+
+    asyncio.run(story())
+
+
+def test_a_pinned_adapter_stays_when_room_is_needed() -> None:
+    async def story() -> None:
+        held = store(Loads(), max_adapters=1)
+        held.release(await held.acquire(ref("a"), pin=True))
+
+        with pytest.raises(Unavailable):
+            await held.acquire(ref("b"))
+        assert held.evict(ref("a").digest) is True
+
+    asyncio.run(story())
+
+
+def test_a_missing_adapter_is_not_looked_for_again_at_once() -> None:
+    async def story() -> None:
+        loads = Loads()
+        loads.error = NotFound("gone", code="model_not_found")
+        held = store(loads)
+        for _ in range(5):
+            with pytest.raises(NotFound):
+                await held.acquire(ref("a"))
+
+        assert loads.names == ["a"]
+        assert held.names == ()
+
+    asyncio.run(story())
+
+
+def test_storage_that_does_not_answer_is_asked_again() -> None:
+    async def story() -> None:
+        loads = Loads()
+        loads.error = Unavailable("away")
+        held = store(loads)
+        with pytest.raises(Unavailable):
+            await held.acquire(ref("a"))
+        loads.error = None
+
+        assert (await held.acquire(ref("a"))).weights == "weights of a"
+
+    asyncio.run(story())
+
+
+@pytest.fixture
+def disk(storage: Storage, tmp_path: Path) -> AdapterDisk:
+    return AdapterDisk(storage, tmp_path, max_bytes=2**30)
+
+
+def tampered(storage: Storage, of: AdapterRef, name: str, *, prefix: str) -> AdapterRef:
+    """A copy under another prefix in which one byte of one file differs."""
+    for key in list(storage.list_keys(of.prefix + "/")):
+        body = storage.get(key)
+        changed = body[:-2] + bytes([body[-2] ^ 1]) + body[-1:] if key.endswith(name) else body
+        storage.put(f"{prefix}/{key.rpartition('/')[2]}", changed)
+    return of.model_copy(update={"prefix": prefix})
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "adapter_model.safetensors", "adapter_config.json"])
+def test_a_tampered_file_is_refused(disk: AdapterDisk, storage: Storage, published: Published, name: str) -> None:
+    with pytest.raises(BadRequest, match=name) as refusal:
+        disk.open(tampered(storage, published["first"], name, prefix=f"tampered/{name}"))
+    assert refusal.value.code == "adapter_refused"
+
+
+def test_nothing_half_fetched_stays_on_disk(disk: AdapterDisk, storage: Storage, published: Published, tmp_path: Path) -> None:
+    with pytest.raises(BadRequest):
+        disk.open(tampered(storage, published["first"], "adapter_model.safetensors", prefix="tampered/half"))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_damaged_on_disk_is_fetched_again(disk: AdapterDisk, published: Published) -> None:
+    weights = disk.open(published["first"]) / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"\0")
+
+    assert (disk.open(published["first"]) / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_an_adapter_on_disk_needs_no_storage(disk: AdapterDisk, published: Published) -> None:
+    first = disk.open(published["first"])
+
+    assert disk.open(published["first"].model_copy(update={"prefix": "gone"})) == first
+
+
+def test_the_disk_keeps_within_its_bytes(storage: Storage, published: Published, tmp_path: Path) -> None:
+    refs = list(published.values())
+    sizes = [sum(file.stat().st_size for file in AdapterDisk(storage, tmp_path / "all", max_bytes=2**30).open(one).iterdir()) for one in refs]
+    small = AdapterDisk(storage, tmp_path / "small", max_bytes=max(sizes) + min(sizes) - 1)
+    for one in refs:
+        small.open(one)
+
+    assert [path.name for path in (tmp_path / "small").iterdir()] == [refs[-1].digest]
+
+
+@pytest.mark.parametrize("digest", ["../escape", "0" * 63, ""])
+def test_a_digest_that_is_none_names_no_directory(disk: AdapterDisk, published: Published, digest: str) -> None:
+    with pytest.raises(NotFound):
+        disk.open(published["first"].model_copy(update={"digest": digest}))

@@ -1,0 +1,181 @@
+"""What the engine says is what PEFT says: alone, among others, and after an adapter has come back."""
+
+import asyncio
+from collections.abc import Collection
+
+import pytest
+from peft import PeftModel
+
+from app.core.engine import AdapterRef, GenerateRequest
+from app.core.errors import BadRequest, NotFound, Unavailable
+from tests.inference import make
+from tests.inference.conftest import OpenDriver
+from worker.inference.driver import EngineDriver
+from worker.model.base import LoadedBase
+
+Published = dict[str, AdapterRef]
+Trained = dict[str, PeftModel]
+
+
+def expected(base: LoadedBase, trained: Trained, name: str | None, prompt: list[int], max_tokens: int = 24) -> str:
+    model = trained[name] if name else base.model
+    return base.renderer.decode(make.greedy(model, prompt, base.renderer.stop_ids, max_tokens))
+
+
+async def said(driver: EngineDriver, wanted: GenerateRequest) -> str:
+    return make.text_of(await make.answer(driver, wanted))
+
+
+async def all_said(driver: EngineDriver, wanted: Collection[GenerateRequest]) -> list[str]:
+    return await asyncio.gather(*(said(driver, one) for one in wanted))
+
+
+@pytest.mark.parametrize("name", [None, "first", "second", "third"])
+def test_each_model_alone_says_what_peft_says(
+    open_driver: OpenDriver, oracle: LoadedBase, trained: Trained, published: Published, name: str | None
+) -> None:
+    driver = open_driver()
+    for prompt in make.PROMPTS:
+        wanted = make.request(prompt, published.get(name or ""))
+        assert asyncio.run(said(driver, wanted)) == expected(oracle, trained, name, prompt)
+
+
+def test_base_and_three_adapters_in_one_batch_say_what_peft_says(
+    open_driver: OpenDriver, oracle: LoadedBase, trained: Trained, published: Published
+) -> None:
+    asked = [(name, prompt) for prompt in make.PROMPTS for name in (None, "first", "second", "third")]
+    answers = asyncio.run(
+        all_said(open_driver(max_batch=16), [make.request(prompt, published.get(name or "")) for name, prompt in asked])
+    )
+
+    assert answers == [expected(oracle, trained, name, prompt) for name, prompt in asked]
+    assert len({answers[at] for at in range(4)}) == 4  # four models: the comparison could have failed
+
+
+def test_an_evicted_adapter_comes_back_and_says_the_same(
+    open_driver: OpenDriver, oracle: LoadedBase, trained: Trained, published: Published
+) -> None:
+    driver = open_driver(max_adapters=1)
+    for name in ("first", "second", "first"):
+        assert asyncio.run(said(driver, make.request(ref=published[name]))) == expected(oracle, trained, name, make.PROMPTS[0])
+        assert driver.stats().adapters == (published[name].internal_name,)
+
+
+def test_a_prompt_longer_than_a_step_is_read_in_pieces(
+    open_driver: OpenDriver, oracle: LoadedBase, trained: Trained, published: Published
+) -> None:
+    prompt = [3 + at % 250 for at in range(400)]
+    wanted = [make.request(prompt, published["second"]), make.request(), make.request(prompt)]
+
+    assert asyncio.run(all_said(open_driver(), wanted)) == [
+        expected(oracle, trained, "second", prompt),
+        expected(oracle, trained, None, make.PROMPTS[0]),
+        expected(oracle, trained, None, prompt),
+    ]
+
+
+def test_two_engines_in_one_process_do_not_disturb_each_other(
+    open_driver: OpenDriver, oracle: LoadedBase, trained: Trained, published: Published
+) -> None:
+    async def both() -> list[str]:
+        one, other = open_driver(), open_driver()
+        wanted = make.request(ref=published["first"]), make.request(ref=published["second"]), make.request()
+        return await asyncio.gather(said(one, wanted[0]), said(other, wanted[1]), said(other, wanted[2]))
+
+    assert asyncio.run(both()) == [expected(oracle, trained, name, make.PROMPTS[0]) for name in ("first", "second", None)]
+
+
+def test_a_seed_gives_the_same_text_in_company(open_driver: OpenDriver, published: Published) -> None:
+    driver = open_driver()
+    seeded = [make.request(ref=published["first"], temperature=1.0, top_p=0.9, seed=11) for _ in range(2)]
+    alone = asyncio.run(said(driver, seeded[0]))
+    company = [make.request(prompt, published["third"], temperature=1.0) for prompt in make.PROMPTS]
+
+    assert asyncio.run(all_said(driver, [*company, seeded[1]]))[-1] == alone
+
+
+def test_an_unknown_adapter_is_never_answered_by_the_base(open_driver: OpenDriver, published: Published) -> None:
+    unknown = AdapterRef(id="unknown", digest="0" * 64, prefix="adapters/unknown", base=published["first"].base)
+
+    with pytest.raises(NotFound) as refusal:
+        asyncio.run(said(open_driver(), make.request(ref=unknown)))
+    assert refusal.value.code == "model_not_found"
+
+
+def test_a_lease_answers_only_for_its_own_adapter(open_driver: OpenDriver, published: Published) -> None:
+    async def mixed_up() -> None:
+        driver = open_driver()
+        lease = await driver.ensure(published["first"])
+        for wanted in (make.request(), make.request(ref=published["second"])):
+            with pytest.raises(ValueError, match="lease"):
+                await anext(driver.stream(wanted, lease))
+        with pytest.raises(ValueError, match="lease"):
+            await anext(driver.stream(make.request(ref=published["first"]), None))
+
+    asyncio.run(mixed_up())
+
+
+def test_an_adapter_of_another_base_is_refused(open_driver: OpenDriver, published: Published) -> None:
+    foreign = published["first"].model_copy(update={"base": "another"})
+
+    with pytest.raises(Unavailable) as refusal:
+        asyncio.run(said(open_driver(), make.request(ref=foreign)))
+    assert refusal.value.code == "base_not_loaded"
+
+
+def test_an_adapter_over_the_allowed_rank_is_refused_by_name(open_driver: OpenDriver, published: Published) -> None:
+    with pytest.raises(BadRequest, match="rank") as refusal:
+        asyncio.run(said(open_driver(max_rank=4), make.request(ref=published["second"])))
+    assert refusal.value.code == "adapter_refused"
+
+
+def test_a_prompt_that_fills_the_context_is_refused(open_driver: OpenDriver) -> None:
+    driver = open_driver()
+    with pytest.raises(BadRequest) as refusal:
+        asyncio.run(said(driver, make.request([5] * driver.caps.context_length)))
+    assert refusal.value.code == "context_length_exceeded"
+
+
+def test_an_answer_ends_where_the_context_does(open_driver: OpenDriver) -> None:
+    driver = open_driver()
+    chunks = asyncio.run(make.answer(driver, make.request([5] * (driver.caps.context_length - 3), max_tokens=100)))
+
+    assert chunks[-1].completion_tokens <= 3
+    assert chunks[-1].finish_reason
+
+
+def test_a_token_id_that_is_none_of_the_model_s_is_refused(open_driver: OpenDriver) -> None:
+    with pytest.raises(BadRequest):
+        asyncio.run(said(open_driver(), make.request([5, 100_000])))
+
+
+def test_leaving_early_frees_sequence_and_lease(open_driver: OpenDriver, published: Published) -> None:
+    async def leave() -> None:
+        driver = open_driver(max_adapters=1)
+        wanted = make.request(ref=published["first"], max_tokens=400, temperature=2.0)
+        lease = await driver.ensure(published["first"])
+        chunks = driver.stream(wanted, lease)
+        await anext(chunks)
+        assert driver.evict(published["first"].digest) is False  # in use
+        await chunks.aclose()
+        driver.release(lease)
+
+        await make.until(lambda: driver.stats().running == 0)
+        assert driver.evict(published["first"].digest) is True
+
+    asyncio.run(leave())
+
+
+def test_cancelling_by_name_ends_the_stream(open_driver: OpenDriver) -> None:
+    async def cancel() -> None:
+        driver = open_driver()
+        wanted = make.request(max_tokens=400, temperature=2.0)
+        chunks = driver.stream(wanted, None)
+        await anext(chunks)
+        driver.cancel(wanted.request_id)
+        driver.cancel("unknown")
+
+        assert [chunk async for chunk in chunks][-1].error
+        await make.until(lambda: driver.stats().running == 0)
+
+    asyncio.run(cancel())
