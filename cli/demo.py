@@ -62,7 +62,7 @@ class Question:
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "Start the embedded stack, tune SmolLM2-135M on 400 chats, receive the webhook, and compare base and tuned model."
+    text = "Start the embedded stack, tune SmolLM2-135M on 320 chats, receive the webhook, and compare base and tuned model."
     parser = subparsers.add_parser("demo", help="see the main job done on this machine", description=text)
     parser.add_argument("--keep", action="store_true", help="leave the stack running afterwards, until Ctrl-C")
     parser.add_argument("--data-dir", type=Path, default=None, metavar="DIR", help="where to keep its data (a fresh folder)")
@@ -100,7 +100,12 @@ def _tell_story(client: "OpenAI", receiver: "_Receiver", stages: Stages, console
             if (checked := client.files.wait_for_processing(file.id, poll_interval=0.2)).status != "processed":
                 raise DemoFailed(f"{file.filename}: {checked.status_details}")
     job = client.fine_tuning.jobs.create(
-        model=BASE, training_file=training.id, validation_file=validation.id, suffix="orders", seed=7
+        model=BASE,
+        training_file=training.id,
+        validation_file=validation.id,
+        suffix="orders",
+        seed=7,
+        hyperparameters={"n_epochs": 2, "batch_size": 8},
     )
     console.print(f"Job {job.id}: tuning {BASE} on {DATA / 'train.jsonl'}")
     job = _watch(client, job, stages, console)

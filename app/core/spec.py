@@ -102,11 +102,11 @@ def max_seq_length(requested: Requested, base: Base) -> int:
 def resolve(requested: Requested, base: Base, *, seed: int, examples: int) -> TrainSpec:
     """Turn every `auto` into a number.
 
-    Epochs: about 1,200 examples seen, between 1 and 10 epochs. Batch: a 1/32 of the examples, between 1 and 16.
+    Epochs: about 800 examples seen, between 1 and 10 epochs. Batch: a 1/32 of the examples, between 1 and 16.
     Rate: 2e-4 as in the QLoRA paper, and more for bases under a billion parameters, which move less per step.
     """
     asked, options = requested.hyperparameters, requested.training
-    n_epochs = _given(asked.n_epochs, min(10, max(1, round(1200 / examples))))
+    n_epochs = _given(asked.n_epochs, min(10, max(1, round(800 / examples))))
     batch_size = _given(asked.batch_size, min(16, max(1, examples // 32)))
     total_steps = n_epochs * math.ceil(examples / batch_size)
     longest = max_seq_length(requested, base)

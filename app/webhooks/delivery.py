@@ -37,6 +37,7 @@ MAX_PER_ENDPOINT = 4
 LOOK_AHEAD = 1000  # due rows among which turns are given, so that a claim costs the same however many wait
 LOOK_SECONDS = 1.0  # how often to look for new rows while slow receivers are waited for
 LEASE_MARGIN = timedelta(seconds=45)
+CONNECT_SECONDS = 5.0  # for one address, so that a dead one leaves time for the next
 MAX_ANSWER_BYTES = 64 * 1024
 USER_AGENT = "Tunesmith-Webhooks/1"
 
@@ -159,7 +160,7 @@ def _claim(
 async def _attempt(sessions: orm.sessionmaker[orm.Session], client: Client, settings: WebhookSettings, message: Message) -> None:
     outcome = await _send(client, settings, message)
     about = {"delivery": message.id, "endpoint": message.endpoint_id, "org_id": message.organization_id}
-    log.info("webhook_attempted", **about, attempt=message.attempts + 1, status=outcome.status, error=outcome.error)
+    log.info("webhook_attempted", **about, attempt=message.attempts + 1, status=outcome.status, is_delivered=not outcome.error)
     try:
         await asyncio.to_thread(_settle, sessions, message, outcome)
     except Exception as error:  # one that cannot be settled must not break off the others; its lease sends it again
@@ -192,7 +193,10 @@ async def _post(client: Client, settings: WebhookSettings, message: Message) -> 
         "user-agent": USER_AGENT,
         **signing.headers(message.secret, message_id=message.id, unix_seconds=int(time.time()), body=message.body),
     }
-    async with client.stream("POST", target, headers=headers, content=message.body) as response:
+    patience = {"timeout": {"connect": CONNECT_SECONDS}}
+    async with client.stream(
+        "POST", target, headers=list(headers.items()), content=message.body, extensions=patience
+    ) as response:
         read_bytes = 0
         async for chunk in response.aiter_stream():
             read_bytes += len(chunk)

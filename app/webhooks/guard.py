@@ -18,7 +18,6 @@ from app.core.errors import BadRequest
 from app.core.settings import WebhookSettings
 
 MAX_URL_LENGTH = 2048
-CONNECT_SECONDS = 5.0  # for one address, so that a dead one leaves time for the next
 
 Resolve = Callable[[str], Sequence[str]]
 Address = IPv4Address | IPv6Address
@@ -119,7 +118,7 @@ def resolve(host: str) -> Sequence[str]:
 
 
 class GuardedNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to addresses that were checked, and to nothing else."""
+    """Connects to addresses that were checked, and to nothing else. The time-out is for each of them."""
 
     def __init__(
         self, settings: WebhookSettings, resolve: Resolve, threads: Executor, network: httpcore.AsyncNetworkBackend
@@ -137,7 +136,7 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         failure: Exception = httpcore.ConnectError("the name does not resolve")
         for address in await self._checked(host):
             try:
-                return await self._network.connect_tcp(address, port, CONNECT_SECONDS, local_address, socket_options)
+                return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise failure

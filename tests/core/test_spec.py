@@ -12,8 +12,8 @@ BASE = catalog.load()["smollm2-135m-instruct"]
 def test_auto_becomes_numbers() -> None:
     resolved = spec.resolve(spec.Requested(), BASE, seed=1, examples=400)
 
-    assert (resolved.n_epochs, resolved.batch_size) == (3, 12)
-    assert resolved.total_steps(400) == 3 * 34
+    assert (resolved.n_epochs, resolved.batch_size) == (2, 12)
+    assert resolved.total_steps(400) == 2 * 34
     assert resolved.optimizer.learning_rate > 0
 
 

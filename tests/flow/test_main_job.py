@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob
 
 from tests import make
 from tests.flow.receiver import Receiver
@@ -59,7 +60,7 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="module")
-def tuned(client: OpenAI, receiver: Receiver) -> openai.types.fine_tuning.FineTuningJob:
+def tuned(client: OpenAI, receiver: Receiver) -> FineTuningJob:
     """A job that went all the way."""
     receiver.endpoint = client.webhooks.create(name="flow", url=receiver.url, event_types=["fine_tuning.job.succeeded"])
     training = client.files.create(file=("train.jsonl", make.chat_file(48)), purpose="fine-tune")
@@ -80,7 +81,7 @@ def tuned(client: OpenAI, receiver: Receiver) -> openai.types.fine_tuning.FineTu
     return job
 
 
-def test_the_job_tells_its_whole_story(client: OpenAI, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+def test_the_job_tells_its_whole_story(client: OpenAI, tuned: FineTuningJob) -> None:
     events = list(client.fine_tuning.jobs.list_events(tuned.id, limit=100))[::-1]
     steps = [event for event in events if event.type == "metrics" and "train_loss" in (event.data or {})]  # type: ignore[operator]
     losses = [event.data["train_loss"] for event in steps]  # type: ignore[index]
@@ -94,14 +95,14 @@ def test_the_job_tells_its_whole_story(client: OpenAI, tuned: openai.types.fine_
     assert tuned.hyperparameters.n_epochs == 4
 
 
-def test_the_result_file_holds_a_row_a_step(client: OpenAI, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+def test_the_result_file_holds_a_row_a_step(client: OpenAI, tuned: FineTuningJob) -> None:
     header, *rows = client.files.content(tuned.result_files[0]).text.splitlines()
 
     assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert [row.split(",")[0] for row in rows] == [str(step) for step in range(1, 25)]
 
 
-def test_the_webhook_came_signed(client: OpenAI, receiver: Receiver, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+def test_the_webhook_came_signed(client: OpenAI, receiver: Receiver, tuned: FineTuningJob) -> None:
     body, headers = receiver.wait()
     event = client.webhooks.unwrap(body, headers, secret=receiver.endpoint.signing_secret)
 
@@ -110,7 +111,7 @@ def test_the_webhook_came_signed(client: OpenAI, receiver: Receiver, tuned: open
         client.webhooks.unwrap(body + b" ", headers, secret=receiver.endpoint.signing_secret)
 
 
-def test_base_model_and_checkpoint_answer_and_differ(client: OpenAI, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+def test_base_model_and_checkpoint_answer_and_differ(client: OpenAI, tuned: FineTuningJob) -> None:
     checkpoints = [found.fine_tuned_model_checkpoint for found in client.fine_tuning.jobs.checkpoints.list(tuned.id)]
     assert checkpoints
     answers = {}
@@ -125,7 +126,7 @@ def test_base_model_and_checkpoint_answer_and_differ(client: OpenAI, tuned: open
     assert answers[make.TINY] != answers[str(tuned.fine_tuned_model)]
 
 
-def test_a_stream_says_the_same_as_the_whole(client: OpenAI, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+def test_a_stream_says_the_same_as_the_whole(client: OpenAI, tuned: FineTuningJob) -> None:
     asked = {
         "model": tuned.fine_tuned_model,
         "messages": [{"role": "user", "content": "What comes after 5?"}],
@@ -140,7 +141,7 @@ def test_a_stream_says_the_same_as_the_whole(client: OpenAI, tuned: openai.types
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
-def test_a_completion_continues_a_text(client: OpenAI, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+def test_a_completion_continues_a_text(client: OpenAI, tuned: FineTuningJob) -> None:
     said = client.completions.create(model=str(tuned.fine_tuned_model), prompt="What comes", max_tokens=5, temperature=0)
 
     assert said.usage is not None and said.usage.completion_tokens <= 5
@@ -175,7 +176,7 @@ def test_a_chat_that_cannot_be_had_names_the_parameter(
     assert code is None or error["code"] == code
 
 
-def test_a_model_is_listed_then_deleted(client: OpenAI, tuned: openai.types.fine_tuning.FineTuningJob) -> None:
+def test_a_model_is_listed_then_deleted(client: OpenAI, tuned: FineTuningJob) -> None:
     name = str(tuned.fine_tuned_model)
     assert name in [model.id for model in client.models.list()]
     assert client.models.delete(name).deleted

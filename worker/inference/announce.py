@@ -1,0 +1,83 @@
+"""An engine makes itself known: the base's card in storage once, then a heartbeat to the gateway every few seconds."""
+
+import asyncio
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import structlog
+
+from app.core import ids
+from app.core.engine import Heartbeat
+from app.core.errors import AppError
+from app.core.render import CARD, TOKENIZER
+from app.core.settings import InferenceSettings
+from app.core.storage import Storage
+from worker.inference.driver import EngineDriver
+
+log = structlog.get_logger()
+
+TIMEOUT_SECONDS = 5.0
+
+
+async def announce(
+    driver: EngineDriver, storage: Storage, *, card: Path, url: str, token: str, settings: InferenceSettings
+) -> None:
+    """Publish, then beat until cancelled. Nothing that fails here stops the engine: it is tried again with the next beat."""
+    engine_id = ids.new("engine_")
+    failing = _Once()
+    is_published = False
+    async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS, headers={"Authorization": f"Bearer {token}"}) as client:
+        while True:
+            try:
+                if not is_published:
+                    await asyncio.to_thread(publish_card, storage, driver.caps.base.id, card)
+                    is_published = True
+                beat = _beat(driver, engine_id, url)
+                answer = await client.post(f"{settings.gateway_url}/internal/engines", json=beat.model_dump(mode="json"))
+                answer.raise_for_status()
+                failing.clear()
+            except (AppError, httpx.HTTPError) as error:
+                failing.warn("heartbeat_failed", reason=str(error) or type(error).__name__, gateway=settings.gateway_url)
+            await asyncio.sleep(settings.heartbeat_seconds)
+
+
+def publish_card(storage: Storage, base_id: str, card: Path) -> None:
+    """What the API needs to render and count for this base without its weights."""
+    for name in (TOKENIZER, CARD):
+        storage.put_file(f"bases/{base_id}/{name}", card / name)
+
+
+def advertised_url(host: str, port: int, gateway_url: str) -> str:
+    """Where the gateway finds us. Bound to every address, we name the one that the way to the gateway starts from."""
+    if host in ("0.0.0.0", "::", ""):
+        gateway = urlsplit(gateway_url)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((gateway.hostname, gateway.port or 80))  # sends nothing: only asks the routing table
+            host = str(probe.getsockname()[0])
+    return f"http://{host}:{port}"
+
+
+def _beat(driver: EngineDriver, engine_id: str, url: str) -> Heartbeat:
+    stats = driver.stats()
+    return Heartbeat(
+        engine_id=engine_id, url=url, base=stats.base, base_digest=stats.base_digest, running=stats.running, waiting=stats.waiting
+    )
+
+
+class _Once:
+    """Logs the first failure of a row, and that it is over."""
+
+    def __init__(self) -> None:
+        self._is_failing = False
+
+    def warn(self, event: str, **fields: str) -> None:
+        if not self._is_failing:
+            log.warning(event, **fields)
+        self._is_failing = True
+
+    def clear(self) -> None:
+        if self._is_failing:
+            log.info("heartbeat_restored")
+        self._is_failing = False

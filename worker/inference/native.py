@@ -1,0 +1,145 @@
+"""Our own driver: one NF4 base in this process, adapters beside it."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from functools import partial
+from pathlib import Path
+
+from app.core.engine import AdapterRef, Chunk, EngineStats, GenerateRequest
+from app.core.errors import BadRequest
+from app.core.render import Renderer
+from app.core.settings import InferenceSettings
+from app.core.storage import Storage
+from worker.inference import lora, packed
+from worker.inference.adapters import AdapterLease, AdapterStore
+from worker.inference.disk import AdapterDisk, refused
+from worker.inference.driver import Caps, Lease
+from worker.inference.engine import Engine
+from worker.inference.lora import LoraWeights
+from worker.inference.runner import ModelRunner
+from worker.inference.scheduler import Scheduler
+from worker.inference.sequence import Sequence
+from worker.model import adapter as directories
+from worker.model.adapter import AdapterRefused
+from worker.model.base import LoadedBase
+
+STEP_TOKENS = 256  # how much of prompts one step may read: bounds how long a newcomer delays everyone's next token
+
+
+class NativeDriver:
+    """See EngineDriver. `close` ends its threads."""
+
+    def __init__(self, engine: Engine, store: AdapterStore, renderer: Renderer, caps: Caps) -> None:
+        self._engine, self._store, self._renderer, self._caps = engine, store, renderer, caps
+        engine.start()
+
+    @property
+    def caps(self) -> Caps:
+        return self._caps
+
+    async def ensure(self, adapter: AdapterRef, *, pin: bool = False) -> AdapterLease:
+        return await self._store.acquire(adapter, pin=pin)
+
+    def release(self, lease: Lease) -> None:
+        assert isinstance(lease, AdapterLease)
+        self._store.release(lease)
+
+    def evict(self, digest: str) -> bool:
+        return self._store.evict(digest)
+
+    async def stream(self, request: GenerateRequest, lease: Lease | None) -> AsyncGenerator[Chunk, None]:
+        loop, chunks = asyncio.get_running_loop(), asyncio.Queue[Chunk]()
+
+        def emit(chunk: Chunk) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+        sequence = Sequence(
+            request,
+            tokenizer=self._renderer.tokenizer,
+            stop_ids=self._renderer.stop_ids,
+            max_tokens=min(request.sampling.max_tokens, self._room_after(request.prompt)),
+            emit=emit,
+            adapter=_held(request, lease),
+        )
+        self._engine.submit(sequence)
+        try:
+            while True:
+                chunk = await chunks.get()
+                yield chunk
+                if chunk.finish_reason or chunk.error is not None:
+                    return
+        finally:
+            self._engine.cancel(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        for sequence in self._engine.find(request_id):
+            self._engine.cancel(sequence)
+
+    def stats(self) -> EngineStats:
+        running, waiting = self._engine.counts()
+        base = self._caps.base
+        return EngineStats(base=base.id, base_digest=base.digest, running=running, waiting=waiting, adapters=self._store.names)
+
+    @property
+    def is_draining(self) -> bool:
+        return self._engine.is_draining
+
+    async def drain(self) -> None:
+        await asyncio.to_thread(self._engine.drain)
+
+    def close(self) -> None:
+        self._engine.close()
+        self._store.close()
+
+    def _room_after(self, prompt: tuple[int, ...]) -> int:
+        """Tokens that may follow it."""
+        room = self._caps.context_length - len(prompt)
+        if room < 1:
+            raise BadRequest(
+                f"the prompt has {len(prompt)} tokens and the model's context {self._caps.context_length}: nothing can follow it",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        if not all(0 <= token < self._caps.vocabulary for token in prompt):  # would break the step for all who share it
+            raise BadRequest("the prompt holds a token id that the model does not have", param="prompt")
+        return room
+
+
+def _held(request: GenerateRequest, lease: Lease | None) -> object | None:
+    """The weights that this request asked for, and no others: a mistake here would answer with another model."""
+    wanted = request.adapter.digest if request.adapter else None
+    if wanted != (lease.digest if lease else None):
+        raise ValueError("the lease is not that of the request's adapter")
+    assert lease is None or isinstance(lease, AdapterLease)
+    return lease.weights if lease else None
+
+
+def open_driver(base: LoadedBase, storage: Storage, *, cache_dir: Path, settings: InferenceSettings) -> NativeDriver:
+    """Start serving `base`, which belongs to this driver from now on. Adapters are cached under `cache_dir`."""
+    packed.enable(base.model, probe=base.renderer.vectors()[-1].tokens)
+    runner = ModelRunner(base.model)
+    disk = AdapterDisk(storage, cache_dir / "adapters", max_bytes=settings.adapter_disk_bytes)
+    load = partial(_load, disk=disk, base=base, runner=runner, max_rank=settings.max_rank)
+    caps = Caps(
+        base=base.entry,
+        context_length=base.renderer.context_length,
+        vocabulary=base.model.get_input_embeddings().num_embeddings,
+        max_batch=settings.max_batch,
+        max_adapters=settings.max_adapters,
+        max_rank=settings.max_rank,
+    )
+    scheduler = Scheduler(max_batch=settings.max_batch, max_waiting=settings.max_waiting, step_tokens=STEP_TOKENS)
+    store = AdapterStore(load, base_id=base.entry.id, max_adapters=settings.max_adapters)
+    return NativeDriver(Engine(runner, scheduler), store, base.renderer, caps)
+
+
+def _load(ref: AdapterRef, *, disk: AdapterDisk, base: LoadedBase, runner: ModelRunner, max_rank: int) -> LoraWeights:
+    """From storage to what the runner applies. Blocks; runs off the step loop."""
+    directory = disk.open(ref)
+    try:
+        found = directories.open(directory, base=base, max_rank=max_rank)
+    except AdapterRefused as error:
+        raise refused(ref, str(error)) from error
+    return lora.prepare(found.modules, rank=found.rank, scaling=found.scaling, dtype=runner.lora_dtype, device=runner.device)

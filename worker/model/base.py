@@ -1,0 +1,192 @@
+"""Base models, held in NF4: prepared once on a machine, then loaded from that copy in about a second."""
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bitsandbytes.nn import Linear4bit, Params4bit
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from app.core import render
+from app.core.catalog import Base
+from app.core.manifest import BaseEntry
+from app.core.render import Renderer
+from app.core.spec import QuantizationSpec
+from worker.model import source
+from worker.model.card import prepared as card
+from worker.model.directory import locked, written_whole
+from worker.model.source import BaseRefused
+
+__all__ = ["BaseRefused", "LoadedBase", "card", "keep_weights_unpacked", "load", "quantized"]
+
+_FORMAT = 1  # of what lies under bases/; another number prepares everything anew
+_BLOCK = 64
+_WEIGHTS, _ENTRY = "weights.safetensors", "entry.json"
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base in memory: NF4 decoder layers, everything else 16-bit, no gradient anywhere."""
+
+    model: Any  # transformers' PreTrainedModel, whose types are not ours to check
+    renderer: Renderer
+    entry: BaseEntry
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of every linear layer that an adapter may change, also while PEFT has wrapped them."""
+        return {
+            name.removesuffix(".base_layer"): (module.in_features, module.out_features)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and name != "lm_head" and ".lora_" not in name
+        }
+
+
+def load(
+    base: Base,
+    cache_dir: Path,
+    *,
+    quantization: QuantizationSpec = QuantizationSpec(),
+    device: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    for_training: bool,
+) -> LoadedBase:
+    """Load the base onto one device, preparing it first if this machine never did. Raises BaseRefused.
+
+    `dtype` is that of everything but the 4-bit weights, and of computation; float32 serves comparisons. `for_training` leaves
+    the model in train mode, otherwise it is in eval mode; it is frozen either way.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    written_card = card(base, cache_dir)
+    revision = json.loads((written_card / render.CARD).read_text())["revision"]
+    directory, digest = _prepared(base, revision, cache_dir, quantization, device)
+    model = _assemble(directory, device, dtype).train(for_training)
+    keep_weights_unpacked(model)
+    return LoadedBase(model, Renderer.open(written_card), BaseEntry(id=base.id, revision=revision, digest=digest))
+
+
+def keep_weights_unpacked(model: nn.Module) -> None:
+    """Forbid bitsandbytes' repacking of 4-bit weights on CPUs with AVX512-BF16.
+
+    There, one forward in eval mode repacks them for good; afterwards the layer passes no gradient on and its weights can no
+    longer be read back (seen in 0.50.2).
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _prepared(base: Base, revision: str, cache_dir: Path, quantization: QuantizationSpec, device: str) -> tuple[Path, str]:
+    """The directory of the quantized weights and its digest: the directory's name.
+
+    The digest covers the source's weights and the settings, not the 4-bit bytes: GPU and CPU may round a scale differently.
+    """
+    bases = cache_dir / "bases"
+    asked = f"{_FORMAT} {source.fingerprint(base)} {revision} {quantization.model_dump_json()}"
+    pointer = bases / f"{base.id}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.digest"
+    with locked(pointer.with_suffix(".lock")):
+        if pointer.exists():
+            digest = pointer.read_text()
+            return bases / digest, digest
+        with source.weights(base, revision, cache_dir) as weights:
+            settings = {"format": _FORMAT, "block": _BLOCK, "weights_sha256": weights.sha256, **quantization.model_dump()}
+            digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+            if not (bases / digest).exists():
+                _write(quantized(weights.folder, quantization, device), base, settings, bases / digest)
+        partial = pointer.with_suffix(".partial")
+        partial.write_text(digest)
+        partial.rename(pointer)
+    return bases / digest, digest
+
+
+def quantized(folder: Path, quantization: QuantizationSpec, device: str) -> Any:
+    """The model of 16-bit safetensors, its decoder's linear layers turned into NF4 as they are read."""
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.scheme,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=settings,
+        dtype=torch.bfloat16,
+        device_map={"": device},
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+
+
+def _write(model: Any, base: Base, settings: dict[str, Any], directory: Path) -> None:
+    _check_architecture(base, model.config)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    with written_whole(directory) as partial:
+        save_file(tensors, partial / _WEIGHTS)
+        del model.config.quantization_config  # else transformers would quantize again what it builds from this
+        model.config.save_pretrained(partial)
+        (partial / _ENTRY).write_text(json.dumps(settings, sort_keys=True))
+
+
+def _check_architecture(base: Base, config: Any) -> None:
+    """The memory planner believes the catalog: a wrong number there must not wait for an out-of-memory."""
+    said = base.architecture
+    found = {
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "mlp": config.intermediate_size,
+        "vocab": config.vocab_size,
+        "tied": config.tie_word_embeddings,
+    }
+    for name, value in found.items():
+        if getattr(said, name) != value:
+            raise BaseRefused(f"the catalog says that {base.id} has {name} = {getattr(said, name)}, its config.json says {value}")
+
+
+def _assemble(directory: Path, device: str, dtype: torch.dtype) -> Any:
+    """The model around the stored tensors. transformers' own loading goes over each of them several times: 10 times slower."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    plain, packed = _by_kind(load_file(directory / _WEIGHTS, device=device))
+    for name, parts in packed.items():
+        model.set_submodule(name, _linear(model.get_submodule(name), parts, device, dtype))
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in plain.items()}, strict=False, assign=True)
+    model.tie_weights()
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            model.set_submodule(name, type(module)(config).to(device))  # rotary tables: made from the config, never stored
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), f"{directory} lacks tensors"
+    model.is_loaded_in_4bit = True  # what PEFT looks at to choose its 4-bit layers
+    return model.requires_grad_(False)
+
+
+def _by_kind(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Those that are parameters as they are, and those that belong to a 4-bit layer, by layer."""
+    plain, packed = dict[str, Tensor](), defaultdict[str, dict[str, Tensor]](dict)
+    quantized_names = {name.removesuffix(".weight.absmax") for name in tensors if name.endswith(".weight.absmax")}
+    for name, tensor in tensors.items():
+        layer, is_weight, part = name.partition(".weight")
+        if is_weight and layer in quantized_names:
+            packed[layer][part.removeprefix(".")] = tensor
+        else:
+            plain[name] = tensor
+    return plain, packed
+
+
+def _linear(like: Any, parts: dict[str, Tensor], device: str, dtype: torch.dtype) -> Linear4bit:
+    with torch.device("meta"):
+        made = Linear4bit(like.in_features, like.out_features, bias=like.bias is not None, compute_dtype=dtype)
+    data = parts.pop("")
+    made.weight = Params4bit.from_prequantized(data, parts, requires_grad=False, device=device, module=made)
+    return made

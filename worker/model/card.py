@@ -1,0 +1,47 @@
+"""A base's card: its tokenizer, chat template and stop tokens, in a folder. Made without weights, and read without torch."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from app.core import render
+from app.core.catalog import Base
+from app.core.render import Renderer
+from worker.model import source
+from worker.model.directory import locked, written_whole
+from worker.model.source import BaseRefused
+
+_FORMAT = 1  # another number makes every card anew
+
+
+def prepared(base: Base, cache_dir: Path) -> Path:
+    """The folder with what `Renderer.open` reads. Needs no weights.
+
+    Raises BaseRefused when the family's marked template and the base's own one write a conversation differently.
+    """
+    template = render.marked_template(base.family)
+    key = hashlib.sha256(f"{_FORMAT} {source.fingerprint(base)} {template}".encode()).hexdigest()
+    directory = cache_dir / "cards" / f"{base.id}-{key[:16]}"
+    with locked(cache_dir / "cards" / f".{directory.name}.lock"):
+        if not directory.exists():
+            _write_card(base, template, source.vocabulary(base, cache_dir), directory)
+    return directory
+
+
+def _write_card(base: Base, template: str, vocabulary: source.Vocabulary, directory: Path) -> None:
+    renderer = Renderer(vocabulary.tokenizer, template, vocabulary.stop_ids, base.context_length)
+    if renderer.differs_from_template(vocabulary.template, vocabulary.variables):
+        raise BaseRefused(
+            f"the chat template of {base.id} writes conversations differently from templates/{base.family}.jinja; "
+            "give the catalog entry a family whose template agrees"
+        )
+    facts = {
+        "id": base.id,
+        "revision": vocabulary.revision,
+        "template": template,
+        "stop_ids": list(vocabulary.stop_ids),
+        "context_length": base.context_length,
+    }
+    with written_whole(directory) as partial:
+        (partial / render.TOKENIZER).write_text(vocabulary.tokenizer.to_str())
+        (partial / render.CARD).write_text(json.dumps(facts))

@@ -1,0 +1,113 @@
+"""The trainer process: one job, then it ends. `python -m worker.trainer --cache-dir DIR [--warm BASE]`.
+
+It has no database, no bucket and no broker: files come and go through its supervisor, words through its pipes (worker.wire).
+"""
+
+import argparse
+import ctypes
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from app.core import catalog
+from app.core.events import Event
+from app.core.spec import QuantizationSpec
+from worker import wire
+from worker.model import base as bases
+from worker.model.base import LoadedBase
+from worker.training.failures import failed
+from worker.training.run import Paths, run
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    asked = _arguments()
+    _die_with_parent()
+    said = _claim_stdout()
+    jobs, stopping = queue.SimpleQueue[bytes](), threading.Event()
+    threading.Thread(target=_listen, args=(jobs, stopping), daemon=True).start()
+    warm = _warmed(asked.warm, asked.catalog, asked.cache_dir) if asked.warm else None
+    said.write(wire.READY)
+    said.flush()
+    job = wire.TrainerJob.model_validate_json(jobs.get())
+    return _run(job, warm, asked.cache_dir, said, stopping)
+
+
+def _run(job: wire.TrainerJob, warm: "_Warm | None", cache_dir: Path, said: BinaryIO, stopping: threading.Event) -> int:
+    def say(event: Event) -> None:
+        said.write(event.model_dump_json().encode() + b"\n")
+        said.flush()
+
+    paths = Paths(
+        dataset=job.dataset,
+        validation=job.validation,
+        output=job.output_dir,
+        checkpoints=job.checkpoints_dir,
+        cache=cache_dir,
+    )
+    try:
+        base_model = warm.loaded if warm and warm.serves(job) else None
+        run(job.spec, paths, job.base, base_model=base_model, on_event=say, should_stop=stopping.is_set)
+    except Exception as error:  # whatever it is, the supervisor hears of it; the traceback is for the log
+        traceback.print_exc()
+        say(failed(error))
+        return 1
+    return 0
+
+
+def _listen(jobs: "queue.SimpleQueue[bytes]", stopping: threading.Event) -> None:
+    """Hear the job and STOP; at the end of the pipe the supervisor is gone, and nobody wants the rest."""
+    for line in sys.stdin.buffer:
+        if line == wire.STOP:
+            stopping.set()
+        else:
+            jobs.put(line)
+    os._exit(1)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m worker.trainer", description=__doc__)
+    parser.add_argument("--cache-dir", type=Path, required=True)
+    parser.add_argument("--catalog", type=Path)
+    parser.add_argument("--warm", metavar="BASE")
+    return parser.parse_args()
+
+
+def _die_with_parent() -> None:
+    """A worker that is killed with -9 cannot end its trainer; the kernel can (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _claim_stdout() -> BinaryIO:
+    """Our words leave by what was stdout; what libraries print goes to stderr."""
+    said = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return said
+
+
+@dataclass(frozen=True)
+class _Warm:
+    """A base that was loaded before it was known which one the job wants."""
+
+    base: catalog.Base
+    loaded: LoadedBase
+
+    def serves(self, job: wire.TrainerJob) -> bool:
+        return self.base == job.base and job.spec.quantization == QuantizationSpec()
+
+
+def _warmed(name: str, extra: Path | None, cache_dir: Path) -> _Warm:
+    base = catalog.load(extra).resolve(name)
+    return _Warm(base, bases.load(base, cache_dir, for_training=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

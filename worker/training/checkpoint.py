@@ -1,0 +1,126 @@
+"""Checkpoints: an adapter directory anybody may use, and beside it what is needed to go on training it.
+
+    step-000120/adapter/   as worker.model.adapter writes it; the fp32 masters are in it
+    step-000120/state/     optimizer.safetensors, state.json, manifest.json
+
+Order of data, dropout and rate follow from seed and step, so they need no state.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+
+from app.core import manifest
+from app.core.manifest import Manifest
+from app.core.spec import TrainSpec
+from worker.model import adapter
+from worker.model.adapter import AdapterRefused
+from worker.model.base import LoadedBase
+from worker.model.directory import written_whole
+from worker.training.data import Step
+from worker.training.optim import Optimizer
+from worker.training.trainee import Trainee
+
+_OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
+
+
+class TrainState(BaseModel):
+    """How far a run is, between two steps. `metrics` are those of the last step and of the last evaluation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int = 0
+    trained_tokens: int = 0
+    skipped_in_a_row: int = 0
+    metrics: dict[str, float] = {}
+
+    def advanced(self, step: Step, metrics: dict[str, float]) -> "TrainState":
+        tokens = self.trained_tokens + step.tokens
+        return TrainState(step=step.number, trained_tokens=tokens, metrics={**self.metrics, **metrics})
+
+    def measured(self, **metrics: float) -> "TrainState":
+        return self.model_copy(update={"metrics": {**self.metrics, **metrics}})
+
+    def skipped(self, step: Step) -> "TrainState":
+        return self.model_copy(update={"step": step.number, "skipped_in_a_row": self.skipped_in_a_row + 1})
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a run this run and no other: a checkpoint of another one is not gone on from."""
+
+    spec: TrainSpec
+    base: LoadedBase
+    dataset_sha256: str
+
+    @property
+    def digest(self) -> str:
+        said = [self.spec.model_dump_json(), self.base.entry.digest, self.dataset_sha256]
+        return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+    def write_adapter(self, directory: Path, trainee: Trainee, state: TrainState, *, kind: str) -> Manifest:
+        return adapter.write(
+            directory,
+            trainee.model,
+            base=self.base.entry,
+            spec=self.spec,
+            renderer=self.base.renderer,
+            dataset_sha256=self.dataset_sha256,
+            step=state.step,
+            metrics=state.metrics,
+            kind=kind,
+        )
+
+
+class Damaged(Exception):
+    """This checkpoint cannot be gone on from; the message says why."""
+
+
+def write(directory: Path, identity: Identity, trainee: Trainee, optimizer: Optimizer, state: TrainState) -> Path:
+    """Write the checkpoint of this step under `directory`, whole or not at all."""
+    final = directory / f"step-{state.step:06d}"
+    with written_whole(final) as partial:
+        of_adapter = identity.write_adapter(partial / "adapter", trainee, state, kind="checkpoint")
+        with written_whole(partial / "state") as beside:
+            save_file(optimizer.state(), beside / _OPTIMIZER)
+            (beside / _STATE).write_text(json.dumps({"run": identity.digest, "state": state.model_dump()}))
+            files = {name: manifest.entry_of(beside / name) for name in (_OPTIMIZER, _STATE)}
+            of_state = of_adapter.model_copy(update={"kind": "training-state", "files": files})
+            (beside / manifest.NAME).write_bytes(of_state.to_bytes())
+    return final
+
+
+def restore(
+    directory: Path, identity: Identity, trainee: Trainee, optimizer: Optimizer, *, on_damaged: Callable[[int, str], None]
+) -> TrainState | None:
+    """Take over the newest checkpoint that is whole and of this run; None when there is none."""
+    found = {int(path.name.removeprefix("step-")): path for path in directory.glob("step-*")}
+    for step in sorted(found, reverse=True):
+        try:
+            return _open(found[step], identity, trainee, optimizer)
+        except Damaged as error:
+            on_damaged(step, str(error))
+    return None
+
+
+def _open(checkpoint: Path, identity: Identity, trainee: Trainee, optimizer: Optimizer) -> TrainState:
+    """Everything is checked before anything is taken over."""
+    beside = checkpoint / "state"
+    try:
+        said = Manifest.model_validate_json((beside / manifest.NAME).read_bytes())
+        if problems := manifest.problems_in(beside, said):
+            raise Damaged(problems[0])
+        weights = adapter.open(checkpoint / "adapter", base=identity.base, max_rank=identity.spec.lora.rank)
+    except (FileNotFoundError, ValidationError, AdapterRefused) as error:
+        raise Damaged(str(error)) from error
+    facts = json.loads((beside / _STATE).read_bytes())
+    if facts["run"] != identity.digest:
+        raise Damaged("it belongs to another run")
+    trainee.load(weights.modules)
+    optimizer.restore(load_file(beside / _OPTIMIZER))
+    return TrainState.model_validate(facts["state"])

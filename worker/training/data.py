@@ -1,0 +1,89 @@
+"""What each step trains on: decided by seed and step alone, so that a resumed run sees what it would have seen.
+
+Axes: T tokens of a micro-batch, documents one after the other; N labelled positions of it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.core.spec import TrainSpec
+from worker.training.tokenise import TokenisedSet
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole documents side by side, without padding. Position `labelled_N[n]` predicts token `targets_N[n]`."""
+
+    tokens_T: NDArray[np.int64]
+    positions_T: NDArray[np.int64]  # start at 0 in every document
+    lengths: tuple[int, ...]
+    labelled_N: NDArray[np.int64]
+    targets_N: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The micro-batches whose gradients make one optimizer step. Steps count from 1."""
+
+    number: int
+    micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(batch.tokens_T) for batch in self.micro_batches)
+
+    @property
+    def labelled_tokens(self) -> int:
+        return sum(len(batch.labelled_N) for batch in self.micro_batches)
+
+
+class TrainData:
+    """The steps of a whole run."""
+
+    def __init__(self, examples: TokenisedSet, spec: TrainSpec) -> None:
+        self._examples, self._spec = examples, spec
+        self.total_steps = spec.total_steps(examples.examples)
+
+    def steps_after(self, step: int) -> Iterator[Step]:
+        """The steps that follow `step`; after 0 come all."""
+        per_epoch = -(-self._examples.examples // self._spec.batch_size)
+        for number in range(step + 1, self.total_steps + 1):
+            epoch, within = divmod(number - 1, per_epoch)
+            order_E = np.random.default_rng([self._spec.seed, epoch]).permutation(self._examples.examples)
+            chosen = order_E[within * self._spec.batch_size :][: self._spec.batch_size]
+            yield Step(number, micro_batches(self._examples, chosen, max_tokens=self._spec.micro_batch_tokens))
+
+
+def micro_batches(
+    examples: TokenisedSet, chosen: Sequence[int] | NDArray[np.int64], *, max_tokens: int
+) -> tuple[MicroBatch, ...]:
+    """Pack whole documents, the longest first, each into the first micro-batch with room. One over the budget stands alone."""
+    bins, room = list[list[int]](), list[int]()
+    for example in sorted(chosen, key=lambda e: -int(examples.lengths_E[e])):  # stable: ties keep the order of the epoch
+        length = int(examples.lengths_E[example])
+        fits = next((i for i, left in enumerate(room) if length <= left), None)
+        if fits is None:
+            bins.append([])
+            room.append(max_tokens)
+            fits = len(bins) - 1
+        bins[fits].append(int(example))
+        room[fits] -= length
+    return tuple(_micro_batch(examples, documents) for documents in bins)
+
+
+def _micro_batch(examples: TokenisedSet, documents: Sequence[int]) -> MicroBatch:
+    spans = [slice(examples.offsets_E1[e], examples.offsets_E1[e + 1]) for e in documents]
+    lengths = tuple(int(examples.lengths_E[e]) for e in documents)
+    tokens_T = np.concatenate([examples.tokens_N[span] for span in spans]).astype(np.int64)
+    is_trained_T = np.concatenate([examples.is_trained_N[span] for span in spans])
+    trained_N = np.flatnonzero(is_trained_T)  # never the first token of a document, so the position before is its own
+    return MicroBatch(
+        tokens_T=tokens_T,
+        positions_T=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
+        lengths=lengths,
+        labelled_N=trained_N - 1,
+        targets_N=tokens_T[trained_N],
+    )

@@ -1,0 +1,34 @@
+"""How a run can fail, and what of it its owner is told."""
+
+from typing import ClassVar
+
+import torch
+
+from app.core.events import Failed
+from worker.model.base import BaseRefused
+
+
+class TrainingFailed(Exception):
+    """The same data and settings would fail again anywhere; the message is for their owner."""
+
+    code: ClassVar[str]
+
+
+class Diverged(TrainingFailed):
+    code = "diverged"
+
+
+class NothingToTrain(TrainingFailed):
+    code = "nothing_to_train"
+
+
+def failed(error: BaseException) -> Failed:
+    """The last event of a run that raised `error`. What is not the owner's doing is said without its details."""
+    match error:
+        case TrainingFailed():
+            return Failed(code=error.code, message=str(error), is_user_error=True)
+        case BaseRefused():
+            return Failed(code="base_refused", message=str(error), is_user_error=False)
+        case MemoryError() | torch.OutOfMemoryError():
+            return Failed(code="out_of_memory", message="the trainer ran out of memory", is_user_error=False)
+    return Failed(code="internal_error", message=f"the trainer failed unexpectedly ({type(error).__name__})", is_user_error=False)

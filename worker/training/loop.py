@@ -1,0 +1,80 @@
+"""The loop. Everything a step does is on this page."""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from app.core.events import Event, Noted, Stepped
+from app.core.spec import TrainSpec
+from worker.training.checkpoint import TrainState
+from worker.training.data import TrainData
+from worker.training.failures import Diverged
+from worker.training.optim import Optimizer, learning_rate
+from worker.training.trainee import Trainee
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+OnEvent = Callable[[Event], None]
+ShouldStop = Callable[[], bool]
+
+
+def train(
+    trainee: Trainee,
+    data: TrainData,
+    optimizer: Optimizer,
+    state: TrainState,
+    spec: TrainSpec,
+    *,
+    keep: Callable[[TrainState], TrainState],
+    on_event: OnEvent,
+    should_stop: ShouldStop,
+) -> TrainState:
+    """Go on from `state` to the last step, or to where `should_stop` says so; returns the state after the last whole step.
+
+    `keep` is called where a checkpoint is due. Raises Diverged.
+    """
+    trainee.model.train()
+    for step in data.steps_after(state.step):
+        started_at = time.monotonic()
+        torch.manual_seed(spec.seed + step.number)  # dropout: that of this step, whatever ran before it
+        loss_sum = correct = torch.zeros((), device=optimizer.device)  # stay on the device: no waiting between micro-batches
+        for batch in step.micro_batches:
+            if should_stop():
+                optimizer.zero_grad()
+                return state
+            loss = trainee.loss(batch)
+            torch.autograd.backward(loss.loss_sum / step.labelled_tokens)  # one mean over the step, however it was cut up
+            loss_sum, correct = loss_sum + loss.loss_sum.detach(), correct + loss.correct
+
+        train_loss, accuracy = float(loss_sum) / step.labelled_tokens, float(correct) / step.labelled_tokens
+        norm = optimizer.clip()
+        if not (math.isfinite(norm) and math.isfinite(train_loss)):
+            optimizer.zero_grad()
+            state = state.skipped(step)
+            if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise Diverged(f"{MAX_SKIPPED_IN_A_ROW} steps in a row gave no finite gradient; try a lower learning rate")
+            on_event(Noted(level="warn", message=f"Step {step.number} gave no finite gradient and was left out."))
+            continue
+        rate = learning_rate(step.number, data.total_steps, spec.optimizer)
+        optimizer.step(rate)
+        optimizer.zero_grad()
+
+        state = state.advanced(step, {"train_loss": train_loss, "train_mean_token_accuracy": accuracy})
+        on_event(
+            Stepped(
+                step=step.number,
+                total_steps=data.total_steps,
+                train_loss=train_loss,
+                train_mean_token_accuracy=accuracy,
+                learning_rate=rate,
+                grad_norm=norm,
+                tokens=step.tokens,
+                labelled_tokens=step.labelled_tokens,
+                tokens_per_second=step.tokens / (time.monotonic() - started_at),
+            )
+        )
+        if step.number % spec.checkpoint_every_steps == 0 and step.number < data.total_steps:
+            state = keep(state)
+    return state

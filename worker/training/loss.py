@@ -1,0 +1,54 @@
+"""Cross-entropy that never holds the logits of more than a few rows.
+
+Axes: N labelled positions, D width, V vocabulary. The head is frozen, so its only gradient is the hidden states'; that is
+computed with the loss, chunk by chunk, as in Liger Kernel's fused linear cross-entropy (arXiv:2410.10989).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LOGITS_AT_ONCE = 2**23  # times 4 bytes, and as much again for their gradient
+
+
+@dataclass(frozen=True)
+class LabelledLoss:
+    """`loss_sum` is in nats over the labelled tokens, with its gradient; `correct` of them are the model's first choice."""
+
+    loss_sum: Tensor
+    correct: Tensor
+
+
+def labelled_loss(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> LabelledLoss:
+    """Cross-entropy of labelled positions. A sum, not a mean: see loop.train."""
+    loss_sum, correct = _ChunkedCrossEntropy.apply(hidden_ND, head_VD, targets_N)  # type: ignore[no-untyped-call]  # as torch has it
+    return LabelledLoss(loss_sum, correct)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        rows = max(1, _LOGITS_AT_ONCE // head_VD.shape[0])
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
+        gradients = []
+        for hidden_nD, targets_n in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True):
+            logits_nV = (hidden_nD @ head_VD.T).float()
+            correct += (logits_nV.argmax(dim=1) == targets_n).sum()
+            log_total_n1 = logits_nV.logsumexp(dim=1, keepdim=True)
+            loss_sum += (log_total_n1 - logits_nV.gather(1, targets_n[:, None])).sum()
+            if ctx.needs_input_grad[0]:
+                gradient_nV = logits_nV.sub_(log_total_n1).exp_()  # softmax, less one where the target is
+                gradient_nV.scatter_add_(1, targets_n[:, None], gradient_nV.new_full((len(targets_n), 1), -1.0))
+                gradients.append(gradient_nV.to(head_VD.dtype) @ head_VD)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        ctx.mark_non_differentiable(correct)
+        return loss_sum, correct
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * gradients[0], None, None

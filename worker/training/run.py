@@ -1,0 +1,136 @@
+"""One training run: values in, events out. It knows no service and could run on a plane."""
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.core import catalog
+from app.core.events import Checkpointed, Finished, Noted, Started, Stopped
+from app.core.spec import TrainSpec
+from worker.model import base as bases
+from worker.model.adapter import AdapterRefused
+from worker.model.base import LoadedBase
+from worker.training import checkpoint, loop
+from worker.training.checkpoint import Identity, TrainState
+from worker.training.data import MicroBatch, TrainData, micro_batches
+from worker.training.evaluate import evaluate
+from worker.training.failures import Diverged, NothingToTrain
+from worker.training.loop import OnEvent, ShouldStop
+from worker.training.optim import Optimizer
+from worker.training.tokenise import TokenisedSet
+from worker.training.trainee import Trainee, adapted
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Tokenised sets to read, an adapter directory and checkpoints to write, prepared bases to keep."""
+
+    dataset: Path
+    output: Path
+    checkpoints: Path
+    cache: Path
+    validation: Path | None = None
+
+
+def run(
+    spec: TrainSpec,
+    paths: Paths,
+    base: catalog.Base,
+    *,
+    base_model: LoadedBase | None = None,
+    on_event: OnEvent,
+    should_stop: ShouldStop,
+) -> Finished | Stopped:
+    """Train an adapter, going on from the newest checkpoint if there is one. The result is also the last event.
+
+    `base_model` is the base if it is in memory already, quantized as the spec says. Raises TrainingFailed, BaseRefused.
+    """
+    examples = TokenisedSet.read(paths.dataset)
+    if not examples.examples:
+        raise NothingToTrain("no row of the training file can be trained on")
+    loaded = base_model or bases.load(base, paths.cache, quantization=spec.quantization, for_training=True)
+    with adapted(loaded, spec) as trainee:
+        data = TrainData(examples, spec)
+        optimizer = Optimizer(trainee.parameters, spec.optimizer)
+        keeper = _Keeper(Identity(spec, loaded, examples.sha256), paths, trainee, optimizer, on_event, should_stop)
+        state = keeper.restore()
+        on_event(Started(total_steps=data.total_steps, resumed_from=state.step, trainable_parameters=optimizer.parameters))
+        state = loop.train(trainee, data, optimizer, state, spec, keep=keeper.keep, on_event=on_event, should_stop=should_stop)
+        result = keeper.finish(state) if state.step == data.total_steps else keeper.stop(state)
+    on_event(result)
+    return result
+
+
+class _Keeper:
+    """What becomes of a run's state: evaluated, kept, published."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        paths: Paths,
+        trainee: Trainee,
+        optimizer: Optimizer,
+        on_event: OnEvent,
+        should_stop: ShouldStop,
+    ) -> None:
+        self._identity, self._paths, self._trainee, self._optimizer = identity, paths, trainee, optimizer
+        self._on_event, self._should_stop = on_event, should_stop
+        self._validation = _open_validation(paths.validation, identity.spec)
+        self._kept_step = 0
+
+    def restore(self) -> TrainState:
+        """The newest usable checkpoint's state, or a fresh one."""
+
+        def note(step: int, reason: str) -> None:
+            self._on_event(Noted(level="warn", message=f"The checkpoint of step {step} is not used: {reason}."))
+
+        paths, identity = self._paths, self._identity
+        state = checkpoint.restore(paths.checkpoints, identity, self._trainee, self._optimizer, on_damaged=note)
+        self._kept_step = state.step if state else 0
+        return state or TrainState()
+
+    def keep(self, state: TrainState) -> TrainState:
+        return self._checkpointed(self._evaluated(state) or state)
+
+    def stop(self, state: TrainState) -> Stopped:
+        if state.step != self._kept_step:
+            self._checkpointed(state)
+        return Stopped(step=state.step)
+
+    def finish(self, state: TrainState) -> Finished | Stopped:
+        evaluated = self._evaluated(state)
+        if evaluated is None:
+            return self.stop(state)
+        try:
+            self._identity.write_adapter(self._paths.output, self._trainee, evaluated, kind="adapter")
+        except AdapterRefused as error:
+            raise Diverged(f"the trained adapter cannot be used: {error}; try a lower learning rate") from error
+        return Finished(
+            step=evaluated.step,
+            trained_tokens=evaluated.trained_tokens,
+            directory=str(self._paths.output),
+            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+
+    def _evaluated(self, state: TrainState) -> TrainState | None:
+        """With the metrics of the validation file, if there is one; None when told to stop on the way."""
+        if not self._validation:
+            return state
+        event = evaluate(self._trainee, self._validation, step=state.step, should_stop=self._should_stop)
+        if event is None:
+            return None
+        self._on_event(event)
+        return state.measured(valid_loss=event.valid_loss, valid_mean_token_accuracy=event.valid_mean_token_accuracy)
+
+    def _checkpointed(self, state: TrainState) -> TrainState:
+        directory = checkpoint.write(self._paths.checkpoints, self._identity, self._trainee, self._optimizer, state)
+        self._kept_step = state.step
+        self._on_event(Checkpointed(step=state.step, directory=str(directory), metrics=state.metrics))
+        return state
+
+
+def _open_validation(path: Path | None, spec: TrainSpec) -> tuple[MicroBatch, ...]:
+    if path is None:
+        return ()
+    examples = TokenisedSet.read(path)
+    return micro_batches(examples, range(examples.examples), max_tokens=spec.micro_batch_tokens)
