@@ -17,6 +17,7 @@ from app.core.storage import Stored
 from app.files import service as files
 from app.jobs import events, states
 from app.models import Desired, Job, JobCheckpoint, JobState
+from app.webhooks.emit import EventType
 
 BACKOFF_SECONDS = 5.0
 
@@ -100,21 +101,21 @@ def checkpoint(
     name = adapters.name_of(job, step=step)
     if session.scalar(select(JobCheckpoint.id).where(JobCheckpoint.job_id == job.id, JobCheckpoint.step == step)):
         return  # a resumed attempt came by this step again: the first one stands
-    session.add(
-        JobCheckpoint(
-            id=ids.new("ftckpt_"),
-            organization_id=job.organization_id,
-            project_id=job.project_id,
-            job_id=job.id,
-            step=step,
-            attempt=lease.attempt,
-            prefix=prefix,
-            metrics=metrics,
-            fine_tuned_model=name,
-        )
+    made = JobCheckpoint(
+        id=ids.new("ftckpt_"),
+        organization_id=job.organization_id,
+        project_id=job.project_id,
+        job_id=job.id,
+        step=step,
+        attempt=lease.attempt,
+        prefix=prefix,
+        metrics=metrics,
+        fine_tuned_model=name,
     )
+    session.add(made)
     adapters.publish(session, job, name=name, step=step, prefix=f"{prefix}/adapter", manifest=manifest)
     events.append(session, job, f"Checkpoint saved at step {step}: {name}")
+    states.announce(session, job, EventType.CHECKPOINT, data_id=made.id)
 
 
 def newest_checkpoint(session: orm.Session, lease: Lease) -> JobCheckpoint | None:

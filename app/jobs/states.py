@@ -69,4 +69,9 @@ def move(
 def _tell(session: orm.Session, job: Job, message: str, *, level: events.Level, data: dict[str, Any] | None) -> None:
     events.append(session, job, message, level=level, data=data)
     if event_type := _WEBHOOKS.get(JobState(job.state)):
-        emit.emit(session, organization_id=job.organization_id, project_id=job.project_id, type=event_type, data_id=job.id)
+        announce(session, job, event_type, data_id=job.id)
+
+
+def announce(session: orm.Session, job: Job, event_type: EventType, *, data_id: str) -> None:
+    """Tell the project's webhook endpoints."""
+    emit.emit(session, organization_id=job.organization_id, project_id=job.project_id, type=event_type, data_id=data_id)

@@ -89,18 +89,22 @@ async def deliver_due(sessions: orm.sessionmaker[orm.Session], client: Client, s
     """
     in_flight: dict[asyncio.Task[None], str] = {}
     attempts = 0
-    async with asyncio.TaskGroup() as group:
+    try:
         while True:
             room, busy = MAX_IN_FLIGHT - len(in_flight), set(in_flight.values())
             claimed = await asyncio.to_thread(_claim, sessions, settings, room=room, busy=busy) if room else []
             for message in claimed:
-                in_flight[group.create_task(_attempt(sessions, client, settings, message))] = message.endpoint_id
+                in_flight[asyncio.create_task(_attempt(sessions, client, settings, message))] = message.endpoint_id
             attempts += len(claimed)
             if not in_flight:
                 return attempts
             done, _ = await asyncio.wait(in_flight, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 del in_flight[task]
+    finally:
+        for task in in_flight:
+            task.cancel()
+        await asyncio.gather(*in_flight, return_exceptions=True)
 
 
 def next_due_in(session: orm.Session) -> float | None:
@@ -127,14 +131,12 @@ def _claim(
         .subquery()
     )
     place = func.row_number().over(partition_by=oldest.c.endpoint_id, order_by=oldest.c.next_attempt_at)
-    in_turn = select(oldest.c.id, place.label("place")).subquery()
+    placed = select(oldest.c.id, oldest.c.next_attempt_at, place.label("place")).subquery()
+    in_turn = select(placed.c.id).where(placed.c.place <= MAX_PER_ENDPOINT).order_by(placed.c.next_attempt_at).limit(room)
     chosen = (
         select(WebhookDelivery.id)
-        .join(in_turn, in_turn.c.id == WebhookDelivery.id)
-        .where(in_turn.c.place <= MAX_PER_ENDPOINT, is_due)  # once more, for what another relay took while we looked
-        .order_by(WebhookDelivery.next_attempt_at)
-        .limit(room)
-        .with_for_update(of=WebhookDelivery, skip_locked=True)
+        .where(WebhookDelivery.id.in_(in_turn), is_due)  # due still, if another relay took it while we looked
+        .with_for_update(skip_locked=True)
         .cte()
     )
     lease = timedelta(seconds=settings.timeout_seconds) + LEASE_MARGIN

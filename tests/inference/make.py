@@ -16,8 +16,8 @@ from app.core.engine import AdapterRef, Chunk, GenerateRequest, Sampling
 from app.core.spec import LoraSpec, OptimizerSpec, TrainSpec
 from app.core.storage import Storage
 from worker.inference.driver import EngineDriver
-from worker.inference.sequence import Slice
 from worker.inference.sequence import Sequence as Running
+from worker.inference.sequence import Slice
 from worker.model import adapter
 from worker.model.base import LoadedBase
 

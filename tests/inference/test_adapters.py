@@ -165,7 +165,10 @@ def test_an_adapter_on_disk_needs_no_storage(disk: AdapterDisk, published: Publi
 
 def test_the_disk_keeps_within_its_bytes(storage: Storage, published: Published, tmp_path: Path) -> None:
     refs = list(published.values())
-    sizes = [sum(file.stat().st_size for file in AdapterDisk(storage, tmp_path / "all", max_bytes=2**30).open(one).iterdir()) for one in refs]
+    sizes = [
+        sum(file.stat().st_size for file in AdapterDisk(storage, tmp_path / "all", max_bytes=2**30).open(one).iterdir())
+        for one in refs
+    ]
     small = AdapterDisk(storage, tmp_path / "small", max_bytes=max(sizes) + min(sizes) - 1)
     for one in refs:
         small.open(one)

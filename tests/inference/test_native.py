@@ -152,7 +152,7 @@ def test_a_token_id_that_is_none_of_the_model_s_is_refused(open_driver: OpenDriv
 def test_leaving_early_frees_sequence_and_lease(open_driver: OpenDriver, published: Published) -> None:
     async def leave() -> None:
         driver = open_driver(max_adapters=1)
-        wanted = make.request(ref=published["first"], max_tokens=400, temperature=2.0)
+        wanted = make.request(ref=published["first"], max_tokens=400, temperature=2.0, seed=1)
         lease = await driver.ensure(published["first"])
         chunks = driver.stream(wanted, lease)
         await anext(chunks)
@@ -169,7 +169,7 @@ def test_leaving_early_frees_sequence_and_lease(open_driver: OpenDriver, publish
 def test_cancelling_by_name_ends_the_stream(open_driver: OpenDriver) -> None:
     async def cancel() -> None:
         driver = open_driver()
-        wanted = make.request(max_tokens=400, temperature=2.0)
+        wanted = make.request(max_tokens=400, temperature=2.0, seed=1)
         chunks = driver.stream(wanted, None)
         await anext(chunks)
         driver.cancel(wanted.request_id)

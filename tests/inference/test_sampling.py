@@ -12,7 +12,9 @@ from worker.model.base import LoadedBase
 
 
 def sequence(base: LoadedBase, **sampling: object) -> Sequence:
-    return Sequence(make.request(**sampling), tokenizer=base.renderer.tokenizer, stop_ids=(), max_tokens=9, emit=lambda chunk: None)
+    return Sequence(
+        make.request(**sampling), tokenizer=base.renderer.tokenizer, stop_ids=(), max_tokens=9, emit=lambda chunk: None
+    )
 
 
 def logits(rows: int, seed: int = 0) -> torch.Tensor:

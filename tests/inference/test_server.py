@@ -29,8 +29,9 @@ from worker.inference.adapters import AdapterStore
 from worker.inference.driver import Caps
 from worker.inference.engine import Engine
 from worker.inference.native import NativeDriver
+from worker.inference.routes import create_app
 from worker.inference.scheduler import Scheduler
-from worker.inference.server import DrainingServer, create_app
+from worker.inference.server import DrainingServer
 from worker.model.base import LoadedBase
 
 TOKEN = "engine-token"
@@ -38,10 +39,10 @@ REF = AdapterRef(id="known", digest="a" * 64, prefix="known", base=rows.TINY)
 
 
 class SlowRunner(make.SayingRunner):
-    """A few milliseconds a step, and it never ends by itself."""
+    """Ten milliseconds a step, and it never ends by itself."""
 
     def run(self, slices):  # type: ignore[no-untyped-def]
-        time.sleep(0.002)
+        time.sleep(0.01)
         return super().run(slices)
 
 
@@ -90,9 +91,9 @@ def body(wanted: GenerateRequest) -> dict[str, object]:
     return wanted.model_dump(mode="json")
 
 
-def endless(ref: AdapterRef | None = None) -> dict[str, object]:
+def lasting(ref: AdapterRef | None = None, *, max_tokens: int = 80) -> dict[str, object]:
     """About a second of tokens."""
-    return body(make.request(ref=ref, max_tokens=450))
+    return body(make.request(ref=ref, max_tokens=max_tokens))
 
 
 def run(story: Awaitable[None]) -> None:
@@ -144,8 +145,8 @@ def test_what_fails_before_the_first_chunk_is_an_http_error(serve: Serve) -> Non
     unknown = REF.model_copy(update={"id": "unknown", "digest": "b" * 64})
     foreign = REF.model_copy(update={"base": "another"})
     cases = [
-        (endless(unknown), 404, "model_not_found"),
-        (endless(foreign), 503, "base_not_loaded"),
+        (lasting(unknown), 404, "model_not_found"),
+        (lasting(foreign), 503, "base_not_loaded"),
         (body(make.request([5] * 600)), 400, "context_length_exceeded"),
         ({"prompt": []}, 400, "invalid_value"),
     ]
@@ -164,9 +165,9 @@ def test_what_fails_before_the_first_chunk_is_an_http_error(serve: Serve) -> Non
 def test_a_full_queue_says_when_to_come_back(serve: Serve) -> None:
     async def story() -> None:
         async with serve(max_batch=1, max_waiting=1) as served:
-            asked = [asyncio.create_task(served.client.post("/generate", json=endless())) for _ in range(2)]
+            asked = [asyncio.create_task(served.client.post("/generate", json=lasting())) for _ in range(2)]
             await make.until(lambda: (served.driver.stats().running, served.driver.stats().waiting) == (1, 1))
-            refused = await served.client.post("/generate", json=endless())
+            refused = await served.client.post("/generate", json=lasting())
 
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_overloaded")
             assert int(refused.headers["retry-after"]) > 0
@@ -178,12 +179,12 @@ def test_a_full_queue_says_when_to_come_back(serve: Serve) -> None:
 def test_a_client_that_leaves_frees_its_place_and_its_adapter(serve: Serve) -> None:
     async def story() -> None:
         async with serve() as served:
-            async with served.client.stream("POST", "/generate", json=endless(REF)) as answer:
+            async with served.client.stream("POST", "/generate", json=lasting(REF, max_tokens=450)) as answer:
                 await anext(answer.aiter_lines())
                 assert served.driver.stats().running == 1
                 assert served.driver.evict(REF.digest) is False
-            await make.until(lambda: served.driver.stats().running == 0, seconds=0.5)
-            await make.until(lambda: served.driver.evict(REF.digest), seconds=0.5)
+            await make.until(lambda: served.driver.stats().running == 0, seconds=2)
+            await make.until(lambda: served.driver.evict(REF.digest), seconds=2)
 
     run(story())
 
@@ -191,12 +192,12 @@ def test_a_client_that_leaves_frees_its_place_and_its_adapter(serve: Serve) -> N
 def test_a_client_that_leaves_while_waiting_leaves_the_queue(serve: Serve) -> None:
     async def story() -> None:
         async with serve(max_batch=1) as served:
-            running = asyncio.create_task(served.client.post("/generate", json=endless()))
+            running = asyncio.create_task(served.client.post("/generate", json=lasting(max_tokens=300)))
             await make.until(lambda: served.driver.stats().running == 1)
-            waiting = asyncio.create_task(served.client.post("/generate", json=endless()))
+            waiting = asyncio.create_task(served.client.post("/generate", json=lasting()))
             await make.until(lambda: served.driver.stats().waiting == 1)
             waiting.cancel()
-            await make.until(lambda: served.driver.stats().waiting == 0, seconds=0.5)
+            await make.until(lambda: served.driver.stats().waiting == 0, seconds=2)
 
             assert (await running).status_code == 200
 
@@ -206,11 +207,11 @@ def test_a_client_that_leaves_while_waiting_leaves_the_queue(serve: Serve) -> No
 def test_on_a_signal_it_finishes_what_runs_and_takes_no_more(serve: Serve) -> None:
     async def story() -> None:
         async with serve() as served:
-            running = asyncio.create_task(served.client.post("/generate", json=endless()))
+            running = asyncio.create_task(served.client.post("/generate", json=lasting()))
             await make.until(lambda: served.driver.stats().running == 1)
             served.server.handle_exit(signal.SIGTERM, None)
             await make.until(lambda: served.driver.is_draining)
-            refused = await served.client.post("/generate", json=endless())
+            refused = await served.client.post("/generate", json=lasting())
 
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_draining")
             assert (await served.client.get("/healthz")).status_code == 503

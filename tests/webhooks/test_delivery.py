@@ -14,7 +14,9 @@ from typing import Any
 import psycopg
 import pytest
 from openai import OpenAI
+from pydantic import SecretStr
 from sqlalchemy import func, orm, select, update
+from sqlalchemy.exc import OperationalError
 from standardwebhooks import Webhook
 
 from app import db, outbox
@@ -506,6 +508,12 @@ def test_the_relay_knows_how_long_it_may_sleep(
     receiver.answer = answering(500)
     deliver(system_sessions)
     assert 1 < (next_due_in() or 0) <= 5
+
+
+def test_a_database_that_is_down_is_told_to_the_relay() -> None:
+    nowhere = db.open_sessions(SecretStr("postgresql+psycopg://nobody@127.0.0.1:1/none"))
+    with pytest.raises(OperationalError):
+        deliver(nowhere)
 
 
 def test_another_organization_sees_neither_endpoints_nor_deliveries(

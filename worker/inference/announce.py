@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 import structlog
@@ -52,11 +52,17 @@ def publish_card(storage: Storage, base_id: str, card: Path) -> None:
 def advertised_url(host: str, port: int, gateway_url: str) -> str:
     """Where the gateway finds us. Bound to every address, we name the one that the way to the gateway starts from."""
     if host in ("0.0.0.0", "::", ""):
-        gateway = urlsplit(gateway_url)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((gateway.hostname, gateway.port or 80))  # sends nothing: only asks the routing table
-            host = str(probe.getsockname()[0])
+        host = _address_towards(urlsplit(gateway_url))
     return f"http://{host}:{port}"
+
+
+def _address_towards(gateway: SplitResult) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((gateway.hostname, gateway.port or 80))  # sends nothing: only asks the routing table
+        except OSError:  # its name is not known yet
+            return socket.gethostname()
+        return str(probe.getsockname()[0])
 
 
 def _beat(driver: EngineDriver, engine_id: str, url: str) -> Heartbeat:

@@ -5,9 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-ATTENTION = "tunesmith_ragged"
 _SMALLEST = 128
 
 
@@ -113,6 +111,3 @@ def _sdpa(
     return functional.scaled_dot_product_attention(
         query_HTD[None], keys_HSD[None], values_HSD[None], attn_mask=mask_TS, is_causal=is_causal, scale=scaling
     )[0]
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)

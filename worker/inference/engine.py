@@ -89,15 +89,14 @@ class Engine:
             return False
         try:
             answers = self._runner.run(slices)
+            with self._changed:
+                self._scheduler.advance(slices)
+                self._tell(answers)
+                self._sweep()
         except Exception:  # a step that breaks must not take the engine with it
             log.exception("step_failed", sequences=len(slices))
             with self._changed:
                 self._fail([part.sequence for part in slices], "the engine could not compute an answer")
-            return True
-        with self._changed:
-            self._scheduler.advance(slices)
-            self._tell(answers)
-            self._sweep()
         return True
 
     def _tell(self, answers: SequenceOf[tuple[Sequence, int | None]]) -> None:

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
+
+import structlog
 
 from app.core.engine import AdapterRef, Chunk, EngineStats, GenerateRequest
 from app.core.errors import BadRequest
@@ -23,6 +26,8 @@ from worker.inference.sequence import Sequence
 from worker.model import adapter as directories
 from worker.model.adapter import AdapterRefused
 from worker.model.base import LoadedBase
+
+log = structlog.get_logger()
 
 STEP_TOKENS = 256  # how much of prompts one step may read: bounds how long a newcomer delays everyone's next token
 
@@ -137,9 +142,13 @@ def open_driver(base: LoadedBase, storage: Storage, *, cache_dir: Path, settings
 
 def _load(ref: AdapterRef, *, disk: AdapterDisk, base: LoadedBase, runner: ModelRunner, max_rank: int) -> LoraWeights:
     """From storage to what the runner applies. Blocks; runs off the step loop."""
+    began = time.monotonic()
     directory = disk.open(ref)
     try:
         found = directories.open(directory, base=base, max_rank=max_rank)
     except AdapterRefused as error:
         raise refused(ref, str(error)) from error
-    return lora.prepare(found.modules, rank=found.rank, scaling=found.scaling, dtype=runner.lora_dtype, device=runner.device)
+    made = lora.prepare(found.modules, rank=found.rank, scaling=found.scaling, dtype=runner.lora_dtype, device=runner.device)
+    seconds = round(time.monotonic() - began, 3)
+    log.info("adapter_loaded", adapter=ref.internal_name, rank=made.rank, size_bytes=made.size_bytes, seconds=seconds)
+    return made

@@ -21,7 +21,8 @@ _BLOCK_OUT = 32  # the kernel's tile
 def enable(model: Any, probe: Sequence[int]) -> bool:
     """Let a bfloat16 model on a CPU that can compute with packed weights, if what it makes of `probe` stays within TOLERANCE.
 
-    `probe` should be text as the model knows it: on tokens that it never saw, small differences become large ones. Packing changes the weights in place; they cannot be trained or saved afterwards.
+    `probe` should be text as the model knows it: on tokens that it never saw, small differences become large ones. Packing
+    changes the weights in place; they cannot be trained or saved afterwards.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not has_avx512bf16():

@@ -5,11 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from worker.inference import sampling
-from worker.inference.cache import ATTENTION, Segment, SequenceCache
+from worker.inference.cache import Segment, SequenceCache, attend
 from worker.inference.lora import LoraLayers, LoraWeights
 from worker.inference.sequence import Sequence, Slice
+
+_ATTENTION = "tunesmith_ragged"
 
 
 class ModelRunner:
@@ -17,7 +20,8 @@ class ModelRunner:
 
     def __init__(self, model: Any) -> None:
         model.eval()
-        model.config._attn_implementation = ATTENTION
+        ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, attend)
+        model.config._attn_implementation = _ATTENTION
         self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
         self._layers = model.config.get_text_config().num_hidden_layers
         self.device: torch.device = self._head.weight.device

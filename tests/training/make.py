@@ -1,0 +1,84 @@
+"""Specs, chats and runs, as functions."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from app.core import catalog, events
+from app.core import spec as specs
+from app.core.chat import Chat, Message
+from app.core.render import Renderer
+from app.core.spec import LoraSpec, OptimizerSpec, TrainSpec
+from tests.make import TINY
+from worker.model.base import LoadedBase
+from worker.training import run as runs
+from worker.training.loop import ShouldStop
+from worker.training.run import Paths
+from worker.training.tokenise import TokenisedSet, tokenise
+
+CONTEXT = 128
+
+
+def spec(*, lora: dict[str, Any] | None = None, optimizer: dict[str, Any] | None = None, **changes: Any) -> TrainSpec:
+    """Six steps of four examples over twelve of them."""
+    asked = {
+        "base": TINY,
+        "n_epochs": 2,
+        "batch_size": 4,
+        "seed": 1,
+        "max_seq_length": CONTEXT,
+        "micro_batch_tokens": 160,
+        "checkpoint_every_steps": 2,
+        "lora": LoraSpec(**{"rank": 4, "alpha": 8, **(lora or {})}),
+        "optimizer": OptimizerSpec(**{"learning_rate": 1e-2, **(optimizer or {})}),
+    }
+    return TrainSpec(**(asked | changes))
+
+
+def chat(line: int, question: str, answer: str) -> Chat:
+    return Chat((Message("user", question), Message("assistant", answer)), line)
+
+
+def chats(count: int = 12) -> list[Chat]:
+    """Of different lengths, so that packing has something to do."""
+    return [chat(n + 1, "Count to " + str(n) + "." * (5 * n % 17), "-".join(map(str, range(n)))) for n in range(1, count + 1)]
+
+
+def examples(renderer: Renderer, count: int = 12) -> TokenisedSet:
+    return tokenise(chats(count), renderer, max_seq_length=CONTEXT)
+
+
+@dataclass
+class Runner:
+    """One run's folders; `go` may be called again, as a worker that takes the job over would."""
+
+    base: LoadedBase
+    folder: Path
+    has_validation: bool = False
+    said: list[events.Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        examples(self.base.renderer).write(self.folder / "training.safetensors")
+        examples(self.base.renderer, 5).write(self.folder / "validation.safetensors")
+        self.paths = Paths(
+            dataset=self.folder / "training.safetensors",
+            validation=self.folder / "validation.safetensors" if self.has_validation else None,
+            output=self.folder / "adapter",
+            checkpoints=self.folder / "checkpoints",
+            cache=self.folder,
+        )
+
+    def go(self, asked: specs.TrainSpec, *, should_stop: ShouldStop = lambda: False) -> events.Finished | events.Stopped:
+        base = catalog.load()[TINY]
+        return runs.run(asked, self.paths, base, base_model=self.base, on_event=self.said.append, should_stop=should_stop)
+
+    def stop_after(self, step: int) -> ShouldStop:
+        return lambda: any(isinstance(event, events.Stepped) and event.step == step for event in self.said)
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.said if isinstance(event, kind)]
+
+    @property
+    def weights(self) -> bytes:
+        return (self.folder / "adapter" / "adapter_model.safetensors").read_bytes()

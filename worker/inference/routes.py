@@ -1,0 +1,172 @@
+"""The private protocol over HTTP: see app.core.engine for its types. Never reachable by customers."""
+
+import asyncio
+import contextlib
+import hmac
+from typing import Any, TypeVar
+
+import structlog
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.core.engine import AdapterRef, Chunk, GenerateRequest
+from app.core.errors import AppError, BadRequest, Unauthenticated
+from worker.inference.driver import EngineDriver
+
+log = structlog.get_logger()
+
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+class EngineError(AppError):
+    """The model could not answer."""
+
+    status, type, code = 500, "server_error", "engine_error"
+
+
+def create_app(driver: EngineDriver, *, token: str) -> ASGIApp:
+    """Raises ValueError without a token: an engine that answers anyone is never meant."""
+    if not token:
+        raise ValueError("an engine needs a token: set TUNESMITH_ENGINE_TOKEN")
+    app = Starlette(
+        routes=[
+            Route("/generate", _generate, methods=["POST"]),
+            Route("/prefetch", _prefetch, methods=["POST"]),
+            Route("/stats", _stats),
+            Route("/healthz", _healthz),
+        ],
+        exception_handlers={AppError: _refuse, Exception: _break},
+    )
+    app.state.driver = driver
+    return _TokenRequired(app, token)
+
+
+async def _generate(request: Request) -> "Answer":
+    return Answer(_driver(request), _parse(GenerateRequest, await request.body()))
+
+
+async def _prefetch(request: Request) -> Response:
+    """Answers when the adapter is loaded."""
+    ref = _parse(AdapterRef, await request.body())
+    driver = _driver(request)
+    driver.release(await driver.ensure(ref))
+    return JSONResponse({"adapter": ref.internal_name})
+
+
+async def _stats(request: Request) -> Response:
+    return JSONResponse(_driver(request).stats().model_dump(mode="json"))
+
+
+async def _healthz(request: Request) -> Response:
+    is_draining = _driver(request).is_draining
+    return JSONResponse({"status": "draining" if is_draining else "ok"}, status_code=503 if is_draining else 200)
+
+
+def _driver(request: Request) -> EngineDriver:
+    driver: EngineDriver = request.app.state.driver
+    return driver
+
+
+def _parse(kind: type[_Body], body: bytes) -> _Body:
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise BadRequest(first["msg"], param=".".join(str(part) for part in first["loc"]) or None) from None
+
+
+async def _refuse(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, AppError)
+    return _envelope(error)
+
+
+async def _break(_request: Request, _error: Exception) -> Response:
+    return _envelope(EngineError("the engine failed; its log says why"))
+
+
+def _envelope(error: AppError) -> JSONResponse:
+    body = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
+    seconds = getattr(error, "retry_after_seconds", None)
+    return JSONResponse({"error": body}, status_code=error.status, headers={"Retry-After": str(seconds)} if seconds else None)
+
+
+class Answer:
+    """Lines of JSON while the model speaks. All that the request holds is given back when it ends or its client leaves.
+
+    The status is chosen with the first chunk, so that whatever fails before it is an HTTP error.
+    """
+
+    def __init__(self, driver: EngineDriver, wanted: GenerateRequest) -> None:
+        self._driver, self._wanted = driver, wanted
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        answering = asyncio.create_task(self._answer(send))
+        leaving = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            has_left = not answering.done()
+            leaving.cancel()
+            answering.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await answering
+        if has_left:
+            log.info("client_left", request_id=self._wanted.request_id)
+
+    async def _answer(self, send: Send) -> None:
+        lease = await self._driver.ensure(self._wanted.adapter) if self._wanted.adapter else None
+        try:
+            async with contextlib.aclosing(self._driver.stream(self._wanted, lease)) as chunks:
+                first = await anext(chunks)
+                if first.error is not None:
+                    raise EngineError(first.error)
+                headers = [(b"content-type", b"application/x-ndjson")]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send(_line(first))
+                last = first
+                async for last in chunks:
+                    await send(_line(last))
+                await send({"type": "http.response.body", "body": b""})
+                self._log(last)
+        finally:
+            if lease:
+                self._driver.release(lease)
+
+    def _log(self, last: Chunk) -> None:
+        log.info(
+            "answered",
+            request_id=self._wanted.request_id,
+            adapter=self._wanted.adapter.internal_name if self._wanted.adapter else None,
+            prompt_tokens=len(self._wanted.prompt),
+            completion_tokens=last.completion_tokens,
+            finish_reason=last.finish_reason,
+            error=last.error,
+        )
+
+
+def _line(chunk: Chunk) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": chunk.model_dump_json().encode() + b"\n", "more_body": True}
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _TokenRequired:
+    """Turns strangers away before anything of theirs is read. Only the health check is open."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app, self._expected = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/healthz":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                await _envelope(Unauthenticated("this is an engine's private address"))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
