@@ -8,7 +8,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -23,7 +23,7 @@ _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_
 
 def register(app: FastAPI) -> None:
     """Answer with the envelope wherever FastAPI would write a body of its own."""
-    for kind in (AppError, RequestValidationError, HTTPException, OperationalError, PoolTimeout):
+    for kind in (AppError, RequestValidationError, HTTPException, OperationalError, PoolTimeout, DataError):
         app.add_exception_handler(kind, _handle)
 
 
@@ -44,6 +44,8 @@ def answer(error: Exception) -> JSONResponse:
                 f"{error.detail}: see /docs for what this server answers" if error.status_code in (404, 405) else error.detail
             )
             return _envelope(error.status_code, message, "invalid_request_error", None, _HTTP_CODES.get(error.status_code))
+        case DataError():  # NUL in a path or a cursor, for one
+            return answer(BadRequest("a parameter holds a character or a number that cannot be stored"))
         case OperationalError() | PoolTimeout():
             log.warning("database_unavailable", error=type(error).__name__)
             return answer(Unavailable("the database does not answer; try again shortly", code="database_unavailable"))

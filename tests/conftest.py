@@ -1,9 +1,18 @@
-"""Real Postgres, Valkey and S3, started once for all tests; each test makes an organization of its own."""
+"""Real Postgres, Valkey and S3, started once for all tests; each test makes an organization of its own.
 
+The API is a real server, spoken to by the real SDK.
+"""
+
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+import uvicorn
+from openai import OpenAI
 from sqlalchemy import orm
 
 from app import db
@@ -13,6 +22,7 @@ from app.accounts.caller import Caller
 from app.core import ids
 from app.core.settings import Settings
 from app.core.storage import Storage, open_storage
+from app.main import create_app
 from migrations.upgrade import upgrade
 from worker.embedded import Servers
 
@@ -84,3 +94,42 @@ def make_key(sessions: orm.sessionmaker[orm.Session], settings: Settings, caller
             name="test",
             pepper=settings.key_pepper.get_secret_value().encode(),
         )
+
+
+@pytest.fixture(scope="session")
+def api_url(settings: Settings) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=port, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def client(
+    api_url: str, settings: Settings, system_sessions: orm.sessionmaker[orm.Session], organization: Caller
+) -> Iterator[OpenAI]:
+    """The SDK with a key of a fresh organization."""
+    with OpenAI(base_url=f"{api_url}/v1", api_key=make_key(system_sessions, settings, organization), max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def stranger(api_url: str, settings: Settings, system_sessions: orm.sessionmaker[orm.Session]) -> Iterator[OpenAI]:
+    """The SDK with a key of another organization."""
+    key = make_key(system_sessions, settings, make_organization(system_sessions))
+    with OpenAI(base_url=f"{api_url}/v1", api_key=key, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def http(api_url: str, client: OpenAI) -> Iterator[httpx.Client]:
+    """Plain HTTP with the client's key, for what the SDK would not send."""
+    with httpx.Client(base_url=api_url, headers={"Authorization": f"Bearer {client.api_key}"}) as made:
+        yield made

@@ -169,7 +169,7 @@ class Relay:
             else:
                 session.execute(update(OutboxMessage).where(mine).values(not_before=func.clock_timestamp() + AGAIN))
 
-    async def _deliver(self, client: httpx.AsyncClient) -> float:
+    async def _deliver(self, client: delivery.Client) -> float:
         delivered = await delivery.deliver_due(self._to.sessions, client, self._to.settings.webhooks)
         if delivered:
             return 0.0

@@ -110,4 +110,4 @@ def _warmed(name: str, extra: Path | None, cache_dir: Path) -> _Warm:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # the listening thread holds stdin, at which an orderly exit would abort; nothing is left to tidy up

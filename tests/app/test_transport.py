@@ -84,3 +84,8 @@ def test_many_requests_at_once_are_all_answered(http: httpx.Client) -> None:
         thread.join()
 
     assert statuses == [200] * 40
+
+
+@pytest.mark.parametrize("path", ["files/a%00b", "fine_tuning/jobs/%00", "files?after=%00", "models/%00"])
+def test_a_nul_in_an_id_is_no_crash(http: httpx.Client, path: str) -> None:
+    assert http.get(f"/v1/{path}").status_code in {400, 404}

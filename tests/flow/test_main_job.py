@@ -17,7 +17,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from tests import make
-from tests.flow.receiver import Receiver
+from tests.webhooks.receiver import Receiver, running
 
 UP_SECONDS = 120
 
@@ -55,14 +55,20 @@ def client(stack: dict[str, str]) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def receiver() -> Iterator[Receiver]:
-    with Receiver() as running:
-        yield running
+    with running() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
-def tuned(client: OpenAI, receiver: Receiver) -> FineTuningJob:
-    """A job that went all the way."""
-    receiver.endpoint = client.webhooks.create(name="flow", url=receiver.url, event_types=["fine_tuning.job.succeeded"])
+def secret(client: OpenAI, receiver: Receiver) -> str:
+    """Of an endpoint that wants to hear of success."""
+    endpoint = client.webhooks.create(name="flow", url=receiver.url, event_types=["fine_tuning.job.succeeded"])
+    return endpoint.signing_secret
+
+
+@pytest.fixture(scope="module")
+def tuned(client: OpenAI, secret: str) -> FineTuningJob:
+    """A job that went all the way, with an endpoint there to hear of it."""
     training = client.files.create(file=("train.jsonl", make.chat_file(48)), purpose="fine-tune")
     validation = client.files.create(file=("valid.jsonl", make.chat_file(6)), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
@@ -102,13 +108,16 @@ def test_the_result_file_holds_a_row_a_step(client: OpenAI, tuned: FineTuningJob
     assert [row.split(",")[0] for row in rows] == [str(step) for step in range(1, 25)]
 
 
-def test_the_webhook_came_signed(client: OpenAI, receiver: Receiver, tuned: FineTuningJob) -> None:
-    body, headers = receiver.wait()
-    event = client.webhooks.unwrap(body, headers, secret=receiver.endpoint.signing_secret)
+def test_the_webhook_came_signed(client: OpenAI, receiver: Receiver, secret: str, tuned: FineTuningJob) -> None:
+    deadline = time.monotonic() + 30
+    while not receiver.received and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (message,) = receiver.received
+    event = client.webhooks.unwrap(message.body, message.headers, secret=secret)
 
     assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", tuned.id)
     with pytest.raises(openai.InvalidWebhookSignatureError):
-        client.webhooks.unwrap(body + b" ", headers, secret=receiver.endpoint.signing_secret)
+        client.webhooks.unwrap(message.body + b" ", message.headers, secret=secret)
 
 
 def test_base_model_and_checkpoint_answer_and_differ(client: OpenAI, tuned: FineTuningJob) -> None:

@@ -87,7 +87,8 @@ def test_a_full_batch_makes_others_wait_in_order_of_arrival(sequence: Add) -> No
 
 
 def test_a_full_queue_turns_away(sequence: Add) -> None:
-    loop = engine(make.SayingRunner(), max_waiting=1)
+    loop = engine(make.SayingRunner(), max_batch=1, max_waiting=1)
+    loop.submit(sequence()[0])
     loop.submit(sequence()[0])
 
     with pytest.raises(Unavailable) as refusal:

@@ -128,7 +128,7 @@ def test_a_pickle_listed_in_the_manifest_is_refused_too(written: Path, tiny: Loa
     said = Manifest.model_validate_json((forged / manifest.NAME).read_bytes())
     change_manifest(forged, files={**said.files, "adapter_model.bin": manifest.entry_of(forged / "adapter_model.bin")})
 
-    with pytest.raises(AdapterRefused, match="nothing else, and differs in adapter_model.bin"):
+    with pytest.raises(AdapterRefused, match=r"nothing else, and differs in adapter_model\.bin"):
         adapter.open(forged, base=tiny, max_rank=16)
 
 

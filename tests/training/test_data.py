@@ -36,7 +36,7 @@ def test_every_epoch_sees_every_example_once_in_an_order_of_its_own(tiny: Loaded
     data = TrainData(make.examples(tiny.renderer), make.spec(micro_batch_tokens=8))
     seen = [[batch.tokens_T.tobytes() for batch in step.micro_batches] for step in data.steps_after(0)]
 
-    first, second = sum(seen[:3], []), sum(seen[3:], [])
+    first, second = [one for step in seen[:3] for one in step], [one for step in seen[3:] for one in step]
     assert data.total_steps == len(seen) == 6
     assert len(set(first)) == 12 and set(first) == set(second)
     assert [set(step) for step in seen[:3]] != [set(step) for step in seen[3:]]

@@ -5,11 +5,8 @@ from sqlalchemy import delete, orm
 
 from app.accounts.caller import Caller
 from app.models import WebhookEndpoint
-from tests.app.conftest import api_url, client, http, stranger
 from tests.conftest import make_organization
 from tests.webhooks.receiver import Receiver, running
-
-__all__ = ["api_url", "client", "http", "stranger"]  # the API over the wire, as the tests of app have it
 
 
 @pytest.fixture

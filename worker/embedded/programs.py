@@ -56,4 +56,4 @@ def _celery(name: str, queue: str) -> tuple[str, ...]:
     # threads: worker_shutting_down fires in the main process only. Nobody else is there to gossip with
     quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat")
     work = ("-Q", queue, "--pool", "threads", "-c", "1", "-n", f"{name}@%h")
-    return ("-m", "celery", "-A", "worker.celery", "worker", *work, *quiet)
+    return ("-m", "celery", "--quiet", "-A", "worker.celery", "worker", *work, *quiet)

@@ -22,7 +22,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Raises Unavailable when the queue is full."""
-        if len(self.waiting) >= self._max_waiting:
+        if len(self.running) + len(self.waiting) >= self._max_batch + self._max_waiting:
             raise Unavailable("every place in the engine's queue is taken; try again shortly", code="engine_overloaded")
         self.waiting.append(sequence)
 

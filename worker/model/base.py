@@ -156,8 +156,9 @@ def _check_architecture(base: Base, config: Any) -> None:
 def _assemble(directory: Path, device: str, dtype: torch.dtype) -> Any:
     """The model around the stored tensors. transformers' own loading goes over each of them several times: 10 times slower."""
     config = transformers.AutoConfig.from_pretrained(directory)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    with torch.device("meta"):  # dtype: transformers makes it the whole process's default meanwhile, for other threads too
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.config.dtype = dtype
     plain, packed = _by_kind(load_file(directory / _WEIGHTS, device=device))
     for name, parts in packed.items():
         model.set_submodule(name, _linear(model.get_submodule(name), parts, device, dtype))

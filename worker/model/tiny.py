@@ -49,7 +49,7 @@ def _draw(shape: Architecture, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, columns: int, spread: float) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) * spread).to(torch.bfloat16)
+        return (torch.randn(rows, columns, generator=generator, dtype=torch.float32) * spread).to(torch.bfloat16)
 
     ones = torch.ones(shape.hidden, dtype=torch.bfloat16)
     tensors = {"model.embed_tokens.weight": normal(shape.vocab, shape.hidden, 0.2), "model.norm.weight": ones.clone()}

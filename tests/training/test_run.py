@@ -1,0 +1,186 @@
+"""Whole runs of the tiny base."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from app.core import manifest
+from app.core.events import Checkpointed, Evaluated, Finished, Noted, Started, Stepped, Stopped
+from app.core.manifest import Manifest
+from tests.training import make
+from tests.training.make import Runner
+from worker.model import adapter
+from worker.model.base import LoadedBase
+from worker.training.failures import Diverged, NothingToTrain, failed
+from worker.training.loss import LabelledLoss
+from worker.training.tokenise import tokenise
+from worker.training.trainee import Trainee, adapted
+
+
+def test_a_run_says_what_it_does_and_leaves_an_adapter(tiny: LoadedBase, tmp_path: Path) -> None:
+    runner = Runner(tiny, tmp_path, has_validation=True)
+    result = runner.go(make.spec())
+
+    assert [event.kind for event in runner.said] == [
+        "started", "stepped", "stepped", "evaluated", "checkpointed", "stepped", "stepped", "evaluated", "checkpointed",
+        "stepped", "stepped", "evaluated", "finished",
+    ]  # fmt: skip
+    started, examples = runner.said[0], make.examples(tiny.renderer)
+    assert isinstance(started, Started) and (started.total_steps, started.resumed_from) == (6, 0)
+    assert isinstance(result, Finished) and (result.step, result.trained_tokens) == (6, 2 * examples.tokens)
+    assert sum(event.labelled_tokens for event in runner.of(Stepped)) == 2 * examples.labelled_tokens
+    opened = adapter.open(Path(result.directory), base=tiny, max_rank=4)
+    assert any(b_OR.any() for _, b_OR in opened.modules.values())
+
+
+def test_training_learns(runner: Runner) -> None:
+    runner.go(make.spec(n_epochs=12))
+    losses = [event.train_loss for event in runner.of(Stepped)]
+
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_manifest_tells_where_the_adapter_comes_from(tiny: LoadedBase, tmp_path: Path) -> None:
+    runner = Runner(tiny, tmp_path, has_validation=True)
+    runner.go(make.spec())
+    said = Manifest.model_validate_json((runner.paths.output / manifest.NAME).read_bytes())
+
+    assert said.spec == make.spec().model_dump(mode="json")
+    assert said.dataset_sha256 == make.examples(tiny.renderer).sha256
+    assert said.metrics["valid_loss"] == runner.of(Evaluated)[-1].valid_loss
+    assert said.metrics["train_loss"] == runner.of(Stepped)[-1].train_loss
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
+def test_a_stopped_and_resumed_run_gives_the_same_bits(tiny: LoadedBase, tmp_path: Path, stop_after: int) -> None:
+    asked = make.spec(lora={"dropout": 0.1}, batch_size=5)
+    straight, halting = Runner(tiny, tmp_path / "a", True), Runner(tiny, tmp_path / "b", True)
+    straight.go(asked)
+
+    stopped = halting.go(asked, should_stop=halting.stop_after(stop_after))
+    torch.manual_seed(99)  # another process draws other numbers
+    finished = halting.go(asked)
+
+    assert stopped == Stopped(step=stop_after)
+    assert halting.of(Started)[1].resumed_from == stop_after
+    assert isinstance(finished, Finished) and finished.trained_tokens == straight.of(Finished)[0].trained_tokens
+    assert halting.weights == straight.weights
+    assert [event.train_loss for event in halting.of(Stepped)] == [event.train_loss for event in straight.of(Stepped)]
+
+
+def test_stopping_between_micro_batches_loses_only_the_step(runner: Runner) -> None:
+    asked, calls = make.spec(micro_batch_tokens=8), []
+    stopped = runner.go(asked, should_stop=lambda: calls.append(1) or len(calls) > 6)  # four documents to a step
+
+    assert stopped == Stopped(step=1)
+    assert [event.step for event in runner.of(Checkpointed)] == [1]
+
+
+def test_stopping_before_the_first_step_keeps_nothing(runner: Runner) -> None:
+    assert runner.go(make.spec(), should_stop=lambda: True) == Stopped(step=0)
+    assert not runner.paths.checkpoints.exists()
+
+
+def test_a_stop_during_the_last_evaluation_is_resumed_to_the_same_end(tiny: LoadedBase, tmp_path: Path) -> None:
+    runner = Runner(tiny, tmp_path, has_validation=True)
+    assert runner.go(make.spec(), should_stop=runner.stop_after(6)) == Stopped(step=6)
+    assert isinstance(runner.go(make.spec()), Finished)
+    assert len(runner.of(Stepped)) == 6
+
+
+@pytest.mark.parametrize("damage", ["state/optimizer.safetensors", "adapter/adapter_model.safetensors", "state/manifest.json"])
+def test_a_damaged_checkpoint_falls_back_by_one(runner: Runner, damage: str, tmp_path: Path) -> None:
+    runner.go(make.spec(), should_stop=runner.stop_after(4))
+    (runner.paths.checkpoints / "step-000004" / damage).write_bytes(b"{}")
+
+    runner.go(make.spec())
+
+    assert runner.of(Started)[1].resumed_from == 2
+    assert "The checkpoint of step 4 is not used" in runner.of(Noted)[0].message
+
+
+def test_another_run_s_checkpoint_is_not_gone_on_from(runner: Runner) -> None:
+    runner.go(make.spec(), should_stop=runner.stop_after(2))
+    runner.go(make.spec(seed=2))
+
+    assert runner.of(Started)[1].resumed_from == 0
+    assert "another run" in runner.of(Noted)[0].message
+
+
+def test_a_checkpoint_is_itself_an_adapter(runner: Runner, tiny: LoadedBase) -> None:
+    runner.go(make.spec())
+    directory = Path(runner.of(Checkpointed)[0].directory)
+
+    assert adapter.open(directory / "adapter", base=tiny, max_rank=4).modules
+    said = Manifest.model_validate_json((directory / "state" / manifest.NAME).read_bytes())
+    assert manifest.problems_in(directory / "state", said) == []
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, is_poisoned: Callable[[int], bool]) -> None:
+    """Make the loss of some micro-batches, counted from 1, infinite."""
+    calls, honest = [], Trainee.loss
+
+    def loss(trainee: Trainee, batch: object) -> LabelledLoss:
+        calls.append(1)
+        found = honest(trainee, batch)
+        return LabelledLoss(found.loss_sum * math.inf, found.correct) if is_poisoned(len(calls)) else found
+
+    monkeypatch.setattr(Trainee, "loss", loss)
+
+
+def test_a_step_without_a_finite_gradient_never_reaches_the_weights(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, lambda call: call == 2)
+    runner.go(make.spec(micro_batch_tokens=1000))
+
+    assert [event.step for event in runner.of(Stepped)] == [1, 3, 4, 5, 6]
+    assert runner.of(Noted)[0].message == "Step 2 gave no finite gradient and was left out."
+    assert adapter.open(runner.paths.output, base=runner.base, max_rank=4)
+
+
+def test_a_run_that_stays_without_finite_gradients_fails_as_diverged(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, lambda call: call > 2)
+    with pytest.raises(Diverged) as caught:
+        runner.go(make.spec(micro_batch_tokens=1000))
+
+    said = failed(caught.value)
+    assert (said.code, said.is_user_error) == ("diverged", True)
+    assert [event.step for event in runner.of(Stepped)] == [1, 2]
+    assert not runner.paths.output.exists()
+
+
+def test_a_file_without_a_usable_row_fails_with_that_reason(runner: Runner) -> None:
+    tokenise([], runner.base.renderer, max_seq_length=8).write(runner.paths.dataset)
+    with pytest.raises(NothingToTrain) as caught:
+        runner.go(make.spec())
+
+    assert failed(caught.value).is_user_error
+
+
+def test_what_goes_wrong_inside_is_not_told_in_detail() -> None:
+    said = failed(ValueError("secret path /srv/x"))
+
+    assert (said.code, said.is_user_error) == ("internal_error", False)
+    assert "secret" not in said.message
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers by it
+def test_plain_peft_loads_the_adapter_and_agrees(runner: Runner, exact: LoadedBase, tmp_path: Path) -> None:
+    runner.go(make.spec())
+    tokens = torch.arange(60).reshape(2, 30)
+    with adapted(exact, make.spec()) as trainee:
+        trainee.load(adapter.open(runner.paths.output, base=exact, max_rank=4).modules)
+        exact.model.config._attn_implementation = "sdpa"
+        ours = exact.model(tokens).logits
+    plain = exact.model(tokens).logits
+    loaded = PeftModel.from_pretrained(exact.model, shutil.copytree(runner.paths.output, tmp_path / "copy"))
+    theirs = loaded(tokens).logits
+    loaded.unload()
+    del exact.model.peft_config
+
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (theirs - plain).abs().max() > 1e-2
