@@ -186,7 +186,7 @@ def _watch(client: "OpenAI", job: "FineTuningJob", stages: Stages, console: "Con
         bar = progress.add_task("waiting for a worker", total=None)
         while True:
             job = client.fine_tuning.jobs.retrieve(job.id)
-            news = [e for e in client.fine_tuning.jobs.list_events(job.id, limit=100).data if _sequence(e) > seen]
+            news = [e for e in client.fine_tuning.jobs.list_events(job.id, limit=50).data if _sequence(e) > seen]
             for event in reversed(news):
                 seen = _sequence(event)
                 data: Any = event.data or {}
@@ -195,6 +195,8 @@ def _watch(client: "OpenAI", job: "FineTuningJob", stages: Stages, console: "Con
                     first_step = first_step or last_step
                     words = f"loss {data['train_loss']:.3f}  {data['tokens_per_second']:.0f} tokens/s"
                     progress.update(bar, description=words, total=data["total_steps"], completed=data["step"])
+                    if not console.is_terminal and data["step"] % 10 == 0:  # a log file shows no bar
+                        console.print(f"  step {data['step']}/{data['total_steps']}  {words}")
                 elif event.type == "message":
                     progress.console.print(f"  {event.message}")
             if job.status == "running":
@@ -203,7 +205,7 @@ def _watch(client: "OpenAI", job: "FineTuningJob", stages: Stages, console: "Con
                 raise DemoFailed(f"the job {job.status}: {job.error.message if job.error else ''}")
             if job.status == "succeeded" and not news:
                 break
-            time.sleep(0.3)
+            time.sleep(0.5)
     ended = time.perf_counter()
     stages.seconds |= {
         "prepare and wait in the queue": claimed - created,

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from sqlalchemy import orm
 from sqlalchemy.exc import OperationalError
 
 from app.core import events, manifest
-from app.core.errors import AppError
+from app.core.errors import AppError, Unavailable
 from app.core.spec import TrainSpec
 from app.core.storage import Storage
 from app.jobs import leases, results
@@ -25,12 +25,14 @@ from app.jobs.leases import Lease, LeaseLost
 from app.jobs.service import Dataset, Datasets
 from app.models import Desired, Job
 from worker import wire
+from worker.heart import Heart
 from worker.services import Services
 from worker.trainers import Bench, Trainer, TrainerDied
 
 log = structlog.get_logger()
 
-FLUSH_SECONDS = 1.0  # metrics reach their reader within this
+POLL_SECONDS = 0.5  # so soon a cancel, a drain or a lost lease is seen
+PATIENCE_SECONDS = 600.0  # with a storage that does not answer, before the attempt is given up
 T = TypeVar("T")
 
 
@@ -48,31 +50,6 @@ class Assignment:
     datasets: Datasets
     prefix: str
     resume_prefix: str | None
-
-
-@dataclass
-class Progress:
-    """What has been said but not yet written down, and how fast the work goes."""
-
-    unsaid: list[events.Event] = field(default_factory=list)
-    uploads: list["Future[None]"] = field(default_factory=list)
-    last_heartbeat: float = field(default_factory=time.monotonic)
-    seconds_per_step: float | None = None
-    steps_left: int = 0
-    last_step_at: float | None = None
-
-    def note(self, event: events.Event) -> None:
-        self.unsaid.append(event)
-        if isinstance(event, events.Stepped):
-            now = time.monotonic()
-            if self.last_step_at is not None:
-                took = now - self.last_step_at
-                self.seconds_per_step = took if self.seconds_per_step is None else 0.9 * self.seconds_per_step + 0.1 * took
-            self.last_step_at, self.steps_left = now, event.total_steps - event.step
-
-    @property
-    def seconds_left(self) -> float | None:
-        return None if self.seconds_per_step is None else self.seconds_per_step * self.steps_left
 
 
 class Supervisor:
@@ -136,68 +113,51 @@ class _Attempt:
     def __init__(self, to: Services, lease: Lease, directory: Path, bench: Bench, is_draining: threading.Event) -> None:
         self._to, self._lease, self._directory, self._bench = to, lease, directory, bench
         self._is_draining = is_draining
-        self._progress = Progress()
-        self._wants = Desired.RUN
+        self._heart = Heart(to.sessions, lease, to.settings.leases)
 
     def run(self) -> None:
         with self._to.sessions.begin() as session:
             assignment = _assignment(session, self._lease)
-        job = _fetch(self._to, assignment, self._directory)
-        trainer = self._bench.take()
-        try:
-            with ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
-                trainer.start(job)
-                last = self._follow(trainer, assignment, uploader)
-                for upload in self._progress.uploads:
+        with self._heart:
+            job = self._patiently(lambda: _fetch(self._to, assignment, self._directory))
+            trainer = self._bench.take()
+            try:
+                with ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
+                    trainer.start(job)
+                    uploads, last = self._follow(trainer, assignment, uploader)
+                for upload in uploads:
                     upload.result()
                 self._end(last, assignment)
-        finally:
-            trainer.kill()
+            finally:
+                trainer.kill()
 
-    def _follow(self, trainer: Trainer, assignment: Assignment, uploader: ThreadPoolExecutor) -> events.Event:
+    def _follow(
+        self, trainer: Trainer, assignment: Assignment, uploader: ThreadPoolExecutor
+    ) -> tuple[list["Future[None]"], events.Event]:
         """Pass the trainer's words on until its last one. Checkpoints are uploaded beside the training."""
+        uploads: list[Future[None]] = []
         is_stopping = False
         while True:
-            event = trainer.next_event(FLUSH_SECONDS)
+            event = trainer.next_event(POLL_SECONDS)
+            self._heart.check()
             match event:
                 case events.Finished() | events.Stopped() | events.Failed():
-                    self._heartbeat()
-                    return event
+                    return uploads, event
                 case events.Checkpointed():
-                    self._progress.uploads.append(uploader.submit(self._keep_checkpoint, assignment, event))
+                    uploads.append(uploader.submit(self._keep_checkpoint, assignment, event))
                 case None:
                     pass
                 case _:
-                    self._progress.note(event)
-            self._heartbeat_if_due()
-            if not is_stopping and (self._wants != Desired.RUN or self._is_draining.is_set()):
+                    self._heart.say(event)
+            if not is_stopping and (self._heart.wants != Desired.RUN or self._is_draining.is_set()):
                 trainer.stop()
                 is_stopping = True
-
-    def _heartbeat_if_due(self) -> None:
-        silent = time.monotonic() - self._progress.last_heartbeat
-        if silent < FLUSH_SECONDS or (not self._progress.unsaid and silent < self._to.settings.leases.heartbeat_seconds):
-            return
-        try:
-            self._heartbeat()
-        except OperationalError:
-            # an outage shorter than the lease costs nothing: what was not said is said with the next heartbeat
-            if silent > self._to.settings.leases.lease_seconds:
-                raise
-
-    def _heartbeat(self) -> None:
-        progress, settings = self._progress, self._to.settings.leases
-        with self._to.sessions.begin() as session:
-            self._wants = leases.heartbeat(
-                session, self._lease, progress.unsaid, settings=settings, seconds_left=progress.seconds_left
-            )
-        progress.unsaid, progress.last_heartbeat = [], time.monotonic()
 
     def _keep_checkpoint(self, assignment: Assignment, event: events.Checkpointed) -> None:
         prefix = f"{assignment.prefix}/step-{event.step}"
         local = Path(event.directory)
-        adapter = _upload_directory(self._to.storage, local / "adapter", f"{prefix}/adapter")
-        _upload_directory(self._to.storage, local / "state", f"{prefix}/state")
+        adapter = self._upload(local / "adapter", f"{prefix}/adapter")
+        self._upload(local / "state", f"{prefix}/state")
         self._say(
             lambda session: leases.checkpoint(
                 session, self._lease, step=event.step, prefix=prefix, manifest=adapter, metrics=event.metrics
@@ -205,14 +165,16 @@ class _Attempt:
         )
 
     def _end(self, last: events.Event, assignment: Assignment) -> None:
+        if isinstance(last, events.Finished):
+            self._publish(last, assignment)
+            return
+        self._heart.finish()
         match last:
-            case events.Finished():
-                self._publish(last, assignment)
             case events.Failed(is_user_error=True):
                 self._say(lambda session: leases.fail(session, self._lease, code=last.code, message=last.message))
             case events.Failed():
                 raise TrainerDied(last.message)
-            case _ if self._wants == Desired.CANCEL:
+            case _ if self._heart.wants == Desired.CANCEL:
                 self._say(lambda session: leases.acknowledge_cancel(session, self._lease))
             case _:
                 self._say(lambda session: leases.drain(session, self._lease))
@@ -220,9 +182,11 @@ class _Attempt:
     def _publish(self, finished: events.Finished, assignment: Assignment) -> None:
         """Upload, verify, and let the job succeed: model, result file and webhooks appear in one transaction."""
         prefix = f"{assignment.prefix}/adapter"
-        adapter = _upload_directory(self._to.storage, Path(finished.directory), prefix)
+        adapter = self._upload(Path(finished.directory), prefix)
+        self._heart.finish()  # the last metrics belong into the result file
         result_key = f"{assignment.prefix}/metrics.csv"
-        result = self._to.storage.put(result_key, self._say(lambda session: results.csv_of(session, self._lease.job_id)))
+        table = self._say(lambda session: results.csv_of(session, self._lease.job_id))
+        result = self._patiently(lambda: self._to.storage.put(result_key, table))
         self._say(
             lambda session: leases.complete(
                 session,
@@ -237,9 +201,30 @@ class _Attempt:
         )
         log.info("job_succeeded", peak_rss_bytes=finished.peak_rss_bytes)
 
+    def _upload(self, directory: Path, prefix: str) -> manifest.Manifest:
+        return self._patiently(lambda: _upload_directory(self._to.storage, directory, prefix))
+
     def _say(self, words: Callable[[orm.Session], T]) -> T:
-        with self._to.sessions.begin() as session:
-            return words(session)
+        """In a transaction of its own. If an outage hides how a commit ended, saying it again finds the lease gone."""
+
+        def say() -> T:
+            with self._to.sessions.begin() as session:
+                return words(session)
+
+        return self._patiently(say)
+
+    def _patiently(self, work: Callable[[], T]) -> T:
+        """Sit out an outage of database or storage, for as long as the lease is ours. Raises what `Heart.check` raises."""
+        given_up_at = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return work()
+            except (Unavailable, OperationalError) as error:
+                log.warning("waiting_out_an_outage", error=type(error).__name__)
+                if time.monotonic() > given_up_at:
+                    raise
+            self._heart.check()
+            time.sleep(POLL_SECONDS)
 
 
 def _assignment(session: orm.Session, lease: Lease) -> Assignment:

@@ -1,14 +1,7 @@
 """The main job as a customer does it, on the tiny base: `tunesmith up`, the SDK, a webhook receiver, and nothing else."""
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
@@ -17,40 +10,8 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from tests import make
+from tests.flow.conftest import Stack
 from tests.webhooks.receiver import Receiver, running
-
-UP_SECONDS = 120
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, bases_dir: Path) -> Iterator[dict[str, str]]:
-    """The whole embedded stack, as its command starts it. Gives the credentials file's content."""
-    data_dir = tmp_path_factory.mktemp("up")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "TUNESMITH_INFERENCE__BASE": make.TINY,
-        "TUNESMITH_TRAINING__WARM_BASE": make.TINY,
-        "TUNESMITH_CACHE_DIR": str(bases_dir),
-    }
-    command = [sys.executable, "-m", "cli.main", "up", "--data-dir", str(data_dir), "--port", str(port)]
-    with (data_dir / "console").open("w") as console:
-        process = subprocess.Popen(command, env=environment, stdout=console, stderr=subprocess.STDOUT)
-        credentials = data_dir / "credentials.json"
-        deadline = time.monotonic() + UP_SECONDS
-        while not credentials.exists():
-            assert process.poll() is None and time.monotonic() < deadline, (data_dir / "console").read_text()[-5000:]
-            time.sleep(0.1)
-        yield json.loads(credentials.read_text())
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0
-
-
-@pytest.fixture(scope="module")
-def client(stack: dict[str, str]) -> Iterator[OpenAI]:
-    with OpenAI(base_url=stack["base_url"], api_key=stack["api_key"]) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +134,11 @@ def test_a_completion_continues_a_text(client: OpenAI, tuned: FineTuningJob) -> 
     ],
 )
 def test_a_chat_that_cannot_be_had_names_the_parameter(
-    stack: dict[str, str], change: dict[str, object], param: str, code: str | None
+    stack: Stack, change: dict[str, object], param: str, code: str | None
 ) -> None:
     body = {"model": make.TINY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4} | change
-    headers = {"Authorization": f"Bearer {stack['api_key']}"}
-    answer = httpx.post(f"{stack['base_url']}/chat/completions", json=body, headers=headers)
+    headers = {"Authorization": f"Bearer {stack.api_key}"}
+    answer = httpx.post(f"{stack.base_url}/chat/completions", json=body, headers=headers)
     error = answer.json()["error"]
 
     assert answer.status_code in {400, 404}

@@ -45,7 +45,7 @@ def test_it_steps_like_adamw_but_for_the_rounding_of_its_states() -> None:
         reference.zero_grad()
 
     for our, their, before in zip(ours, theirs, start, strict=True):
-        assert (our - their).norm() / (their - before).norm() < 0.02
+        assert (our - their).norm() / (their - before).norm() < 0.05
 
 
 def test_gradients_are_clipped_together() -> None:

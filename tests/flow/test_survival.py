@@ -1,0 +1,73 @@
+"""A job outlives whoever works on it: same id, same curve, an event that says so."""
+
+import time
+
+from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob
+
+from tests import make
+from tests.flow.conftest import Stack
+
+SECONDS = 120
+
+
+def begin(client: OpenAI) -> FineTuningJob:
+    """A job that is busy for some seconds and keeps checkpoints on the way."""
+    training = client.files.create(file=("train.jsonl", make.chat_file(64)), purpose="fine-tune")
+    return client.fine_tuning.jobs.create(
+        model=make.TINY,
+        training_file=training.id,
+        seed=11,
+        hyperparameters={"n_epochs": 16, "batch_size": 4},
+        extra_body={"training": {"checkpoint_every_steps": 16}},
+    )
+
+
+def wait_for_checkpoint(client: OpenAI, job: FineTuningJob) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not client.fine_tuning.jobs.checkpoints.list(job.id).data:
+        assert time.monotonic() < deadline, messages(client, job)
+        time.sleep(0.1)
+
+
+def wait_for_end(client: OpenAI, job: FineTuningJob) -> FineTuningJob:
+    deadline = time.monotonic() + SECONDS
+    while job.status not in {"succeeded", "failed", "cancelled"}:
+        assert time.monotonic() < deadline, messages(client, job)
+        time.sleep(0.2)
+        job = client.fine_tuning.jobs.retrieve(job.id)
+    return job
+
+
+def messages(client: OpenAI, job: FineTuningJob) -> list[str]:
+    return [event.message for event in client.fine_tuning.jobs.list_events(job.id) if event.type == "message"][::-1]
+
+
+def losses(client: OpenAI, job: FineTuningJob) -> dict[str, str]:
+    """Step and loss, as the result file has them."""
+    rows = client.files.content(job.result_files[0]).text.splitlines()[1:]
+    return dict(row.split(",")[:2] for row in rows)
+
+
+def test_a_job_survives_its_trainer_and_its_worker(stack: Stack, client: OpenAI) -> None:
+    undisturbed = wait_for_end(client, begin(client))
+
+    struck = begin(client)
+    wait_for_checkpoint(client, struck)
+    for trainer in stack.children("worker.trainer"):
+        trainer.kill()
+    struck = wait_for_end(client, struck)
+
+    orphaned = begin(client)
+    wait_for_checkpoint(client, orphaned)
+    (worker,) = stack.children("worker.celery", "train.cpu")
+    worker.kill()
+    orphaned = wait_for_end(client, orphaned)
+
+    for job, word in ((struck, "broke off"), (orphaned, "fallen silent")):
+        assert job.status == "succeeded"
+        assert (job.model_extra or {})["attempt"] == 2
+        told = messages(client, job)
+        assert any(word in message for message in told), told
+        assert any(message.startswith("Training resumed at step") for message in told), told
+        assert losses(client, job) == losses(client, undisturbed)

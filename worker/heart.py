@@ -1,0 +1,114 @@
+"""Keeps a lease alive for as long as an attempt lasts, whatever the attempt is busy with, and carries its words along."""
+
+import threading
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+import structlog
+from sqlalchemy import orm
+from sqlalchemy.exc import OperationalError
+
+from app.core import events
+from app.core.settings import LeaseSettings
+from app.jobs import leases
+from app.jobs.leases import Lease, LeaseLost
+from app.models import Desired
+
+log = structlog.get_logger()
+
+FLUSH_SECONDS = 1.0  # metrics reach their reader within this
+
+
+class Heart:
+    """A thread that beats. `wants` is what the job's owner wanted at the last beat.
+
+    An outage of the database shorter than the lease costs nothing: what was not said is said with the next beat.
+    """
+
+    def __init__(self, sessions: orm.sessionmaker[orm.Session], lease: Lease, settings: LeaseSettings) -> None:
+        self._sessions, self._lease, self._settings = sessions, lease, settings
+        self._unsaid: list[events.Event] = []
+        self._pace = _Pace()
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
+        self._failure: Exception | None = None
+        self._last_beat_at = time.monotonic()
+        self._thread = threading.Thread(target=self._loop, name="heart")
+        self.wants = Desired.RUN
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._is_over.set()
+        self._thread.join()
+        if self._unsaid and self._failure is None:
+            with suppress(LeaseLost, OperationalError):
+                self._beat()  # what a trainer said before it died is said all the same
+
+    def say(self, event: events.Event) -> None:
+        """Pass this on with the next beat."""
+        with self._lock:
+            self._unsaid.append(event)
+            if isinstance(event, events.Stepped):
+                self._pace.note(event)
+
+    def check(self) -> None:
+        """Raises LeaseLost, or OperationalError when the database has been away for longer than the lease."""
+        if self._failure is not None:
+            raise self._failure
+
+    def finish(self) -> None:
+        """Beat a last time, so that nothing is left unsaid. Raises what `check` raises."""
+        self._is_over.set()
+        self._thread.join()
+        self.check()
+        self._beat()
+
+    def _loop(self) -> None:
+        while not self._is_over.wait(FLUSH_SECONDS) and self._failure is None:
+            silent_seconds = time.monotonic() - self._last_beat_at
+            if self._unsaid or silent_seconds >= self._settings.heartbeat_seconds - FLUSH_SECONDS:
+                self._try_beat(silent_seconds)
+
+    def _try_beat(self, silent_seconds: float) -> None:
+        try:
+            self._beat()
+        except OperationalError as error:
+            log.warning("heartbeat_failed", silent_seconds=round(silent_seconds, 1))
+            if silent_seconds > self._settings.lease_seconds:
+                self._failure = error
+        except LeaseLost as error:
+            self._failure = error
+
+    def _beat(self) -> None:
+        with self._lock:
+            said, seconds_left = list(self._unsaid), self._pace.seconds_left
+        with self._sessions.begin() as session:
+            self.wants = leases.heartbeat(session, self._lease, said, settings=self._settings, seconds_left=seconds_left)
+        with self._lock:
+            del self._unsaid[: len(said)]
+        self._last_beat_at = time.monotonic()
+
+
+class _Pace:
+    """How long is left, from a running mean of the time between steps."""
+
+    def __init__(self) -> None:
+        self._seconds_per_step: float | None = None
+        self._steps_left = 0
+        self._last_at: float | None = None
+
+    def note(self, step: events.Stepped) -> None:
+        now = time.monotonic()
+        if self._last_at is not None:
+            took, mean = now - self._last_at, self._seconds_per_step
+            self._seconds_per_step = took if mean is None else 0.9 * mean + 0.1 * took
+        self._last_at, self._steps_left = now, step.total_steps - step.step
+
+    @property
+    def seconds_left(self) -> float | None:
+        return None if self._seconds_per_step is None else self._seconds_per_step * self._steps_left
