@@ -104,9 +104,14 @@ class _Warm:
         return self.base == job.base and job.spec.quantization == QuantizationSpec()
 
 
-def _warmed(name: str, extra: Path | None, cache_dir: Path) -> _Warm:
-    base = catalog.load(extra).resolve(name)
-    return _Warm(base, bases.load(base, cache_dir, for_training=True))
+def _warmed(name: str, extra: Path | None, cache_dir: Path) -> _Warm | None:
+    """None if it cannot be loaded: the job may want another, and if not, it fails with that reason."""
+    try:
+        base = catalog.load(extra).resolve(name)
+        return _Warm(base, bases.load(base, cache_dir, for_training=True))
+    except Exception:
+        traceback.print_exc()
+        return None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """The first organization of an installation, with the key that everything else starts from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from sqlalchemy import orm, select
 
 from app import db
@@ -11,21 +14,17 @@ from app.models import ApiKey, Organization, Project
 
 def ensure_first_key(settings: Settings) -> str | None:
     """Create organization, project and key on an empty database and return the key; None if there is one already."""
-    sessions = db.open_sessions(settings.database.system_url, pool_size=1)
-    try:
-        with sessions.begin() as session:
-            if session.scalar(select(ApiKey.id).limit(1)) is not None:
-                return None
-            organization, project = create_organization(session, name="Default", slug="default")
-            return keys.create(
-                session,
-                organization_id=organization.id,
-                project_id=project.id,
-                name="bootstrap",
-                pepper=settings.key_pepper.get_secret_value().encode(),
-            )
-    finally:
-        sessions.kw["bind"].dispose()
+    with _system_session(settings) as session:
+        if session.scalar(select(ApiKey.id).limit(1)) is not None:
+            return None
+        _, project = create_organization(session, name="Default", slug="default")
+        return _key_of(session, project, settings)
+
+
+def another_key(settings: Settings) -> str:
+    """One more key for the first project, for whoever lost the first: only its hash was kept."""
+    with _system_session(settings) as session:
+        return _key_of(session, session.scalars(select(Project).order_by(Project.created_at).limit(1)).one(), settings)
 
 
 def create_organization(session: orm.Session, *, name: str, slug: str) -> tuple[Organization, Project]:
@@ -36,3 +35,23 @@ def create_organization(session: orm.Session, *, name: str, slug: str) -> tuple[
     session.flush()  # the project's foreign key needs the row
     session.add(project)
     return organization, project
+
+
+def _key_of(session: orm.Session, project: Project, settings: Settings) -> str:
+    return keys.create(
+        session,
+        organization_id=project.organization_id,
+        project_id=project.id,
+        name="bootstrap",
+        pepper=settings.key_pepper.get_secret_value().encode(),
+    )
+
+
+@contextmanager
+def _system_session(settings: Settings) -> Iterator[orm.Session]:
+    sessions = db.open_sessions(settings.database.system_url, pool_size=1)
+    try:
+        with sessions.begin() as session:
+            yield session
+    finally:
+        sessions.kw["bind"].dispose()

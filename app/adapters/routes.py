@@ -5,6 +5,7 @@ from pydantic import BaseModel
 
 from app.adapters import service as adapters
 from app.core.catalog import Base
+from app.core.clock import unix
 from app.deps import BaseModels, Caller, Session
 from app.models import Adapter
 
@@ -34,7 +35,7 @@ class ModelOut(BaseModel):
     def of_adapter(cls, adapter: Adapter) -> "ModelOut":
         return cls(
             id=adapter.name,
-            created=int(adapter.created_at.timestamp()),
+            created=unix(adapter.created_at),
             owned_by=adapter.organization_id,
             base_model=adapter.base,
             job_id=adapter.job_id,

@@ -2,6 +2,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from app.core.clock import unix
 from app.core.errors import BadRequest
 from app.models import File
 
@@ -28,8 +29,8 @@ class FileOut(BaseModel):
         return cls(
             id=file.id,
             bytes=file.size_bytes,
-            created_at=int(file.created_at.timestamp()),
-            expires_at=int(file.expires_at.timestamp()) if file.expires_at else None,
+            created_at=unix(file.created_at),
+            expires_at=unix(file.expires_at),
             filename=file.filename,
             purpose=file.purpose,
             status=file.status,

@@ -1,9 +1,9 @@
-from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from app.core import spec
+from app.core.clock import unix
 from app.core.errors import BadRequest
 from app.models import Job, JobCheckpoint, JobEvent, JobState
 
@@ -114,7 +114,7 @@ class JobOut(BaseModel):
         hyperparameters = _hyperparameters(requested, resolved)
         return cls(
             id=job.id,
-            created_at=int(job.created_at.timestamp()),
+            created_at=unix(job.created_at),
             status=JobState.QUEUED if job.state == JobState.PAUSED else job.state,
             model=job.requested_model,
             organization_id=job.organization_id,
@@ -126,9 +126,9 @@ class JobOut(BaseModel):
             method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
             error=JobError.model_validate(job.error) if job.error else None,
             fine_tuned_model=job.fine_tuned_model,
-            finished_at=_unix(job.finished_at),
+            finished_at=unix(job.finished_at),
             trained_tokens=job.trained_tokens,
-            estimated_finish=_unix(job.estimated_finish_at),
+            estimated_finish=unix(job.estimated_finish_at),
             metadata=job.user_metadata,
             user_provided_suffix=job.suffix,
             paused=job.state == JobState.PAUSED,
@@ -137,7 +137,7 @@ class JobOut(BaseModel):
             quantization=requested.quantization.model_dump(mode="json"),
             training=_training(requested, resolved),
             plan=job.plan,
-            started_at=_unix(job.started_at),
+            started_at=unix(job.started_at),
             step=job.step,
             attempt=job.attempt,
         )
@@ -157,7 +157,7 @@ class EventOut(BaseModel):
     def of(cls, event: JobEvent) -> "EventOut":
         return cls(
             id=event.id,
-            created_at=int(event.created_at.timestamp()),
+            created_at=unix(event.created_at),
             level=event.level,
             message=event.message,
             type=event.type,
@@ -179,7 +179,7 @@ class CheckpointOut(BaseModel):
     def of(cls, checkpoint: JobCheckpoint) -> "CheckpointOut":
         return cls(
             id=checkpoint.id,
-            created_at=int(checkpoint.created_at.timestamp()),
+            created_at=unix(checkpoint.created_at),
             fine_tuned_model_checkpoint=checkpoint.fine_tuned_model,
             fine_tuning_job_id=checkpoint.job_id,
             step_number=checkpoint.step,
@@ -204,7 +204,3 @@ def _training(requested: spec.Requested, resolved: spec.TrainSpec | None) -> dic
             "checkpoint_every_steps": resolved.checkpoint_every_steps,
         }
     return shown
-
-
-def _unix(instant: datetime | None) -> int | None:
-    return int(instant.timestamp()) if instant else None

@@ -1,8 +1,8 @@
-from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from app.core.clock import unix
 from app.models import WebhookDelivery, WebhookEndpoint
 from app.webhooks import signing
 from app.webhooks.emit import EventType
@@ -48,7 +48,7 @@ class EndpointOut(BaseModel):
     def of(cls, endpoint: WebhookEndpoint) -> "EndpointOut":
         return cls(
             id=endpoint.id,
-            created_at=int(endpoint.created_at.timestamp()),
+            created_at=unix(endpoint.created_at),
             name=endpoint.name,
             url=endpoint.url,
             event_types=endpoint.event_types,
@@ -96,16 +96,12 @@ class DeliveryOut(BaseModel):
     def of(cls, delivery: WebhookDelivery) -> "DeliveryOut":
         return cls(
             id=delivery.id,
-            created_at=int(delivery.created_at.timestamp()),
+            created_at=unix(delivery.created_at),
             event_id=delivery.event_id,
             event_type=delivery.event_type,
             attempts=delivery.attempts,
-            delivered_at=_unix(delivery.delivered_at),
-            next_attempt_at=_unix(delivery.next_attempt_at),
+            delivered_at=unix(delivery.delivered_at),
+            next_attempt_at=unix(delivery.next_attempt_at),
             last_status=delivery.last_status,
             last_error=delivery.last_error,
         )
-
-
-def _unix(instant: datetime | None) -> int | None:
-    return int(instant.timestamp()) if instant else None

@@ -1,7 +1,9 @@
 """Whole runs of the tiny base."""
 
+import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from tests.training import make
 from tests.training.make import Runner
 from worker.model import adapter
 from worker.model.base import LoadedBase
+from worker.training import __main__ as command
 from worker.training.failures import Diverged, NothingToTrain, failed
 from worker.training.loss import LabelledLoss
 from worker.training.tokenise import tokenise
@@ -166,6 +169,22 @@ def test_what_goes_wrong_inside_is_not_told_in_detail() -> None:
 
     assert (said.code, said.is_user_error) == ("internal_error", False)
     assert "secret" not in said.message
+
+
+def test_a_run_from_the_command_line(
+    bases_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps({"messages": [{"role": m.role, "content": m.content} for m in c.messages]}) for c in make.chats()]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    (tmp_path / "spec.json").write_text(make.spec().model_dump_json())
+    asked = [str(tmp_path / "spec.json"), str(tmp_path / "data.jsonl"), str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["training", *asked, "--validation", asked[1], "--cache-dir", str(bases_dir)])
+
+    command.main()
+
+    said = capsys.readouterr().out
+    assert "12 examples" in said and "step 6/6  loss" in said
+    assert (tmp_path / "out" / "adapter" / "manifest.json").exists()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers by it

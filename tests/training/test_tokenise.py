@@ -4,7 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
 from app.core.chat import Chat, Message
+from app.core.render import Renderer
 from tests.training import make
 from worker.model import bytewise
 from worker.model.base import LoadedBase
@@ -27,6 +31,17 @@ def test_training_tokens_begin_with_what_serving_sends(tiny: LoadedBase) -> None
     assert made.tokens_N[: len(prompt)].tolist() == prompt
     assert not made.is_trained_N[: len(prompt)].any()
     assert made.is_trained_N[len(prompt)]
+
+
+def test_a_tokenizer_that_adds_a_first_token_does_not_add_it_to_a_rendered_chat(tiny: LoadedBase) -> None:
+    plain = tiny.renderer
+    tokenizer = Tokenizer.from_str(plain.tokenizer.to_str())
+    tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    renderer = Renderer(tokenizer, "{{ '<|endoftext|>' }}" + plain.template, plain.stop_ids, 64)
+    made = tokenise([make.chat(1, "Hi", "Yes")], renderer, max_seq_length=64)
+
+    assert renderer.plain("Hi")[0] == 0
+    assert made.tokens_N.tolist() == [0, *plain.example(make.chat(1, "Hi", "Yes").messages).tokens]
 
 
 def test_turns_of_weight_0_are_context_only(tiny: LoadedBase) -> None:

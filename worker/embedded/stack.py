@@ -9,14 +9,9 @@ from pathlib import Path
 from typing import TextIO
 
 import httpx
-from sqlalchemy import orm, select
 
-from app import db
-from app.accounts import bootstrap, keys
-from app.core.settings import Settings
-from app.models import Project
+from app.accounts import bootstrap
 from migrations.upgrade import upgrade
-from worker.embedded.errors import StackError
 from worker.embedded.paths import write_private
 from worker.embedded.processes import signals
 from worker.embedded.programs import Processes, as_program, service
@@ -92,34 +87,10 @@ def _announce(servers: Servers, host: str, port: int) -> None:
 def ensure_key(servers: Servers) -> None:
     """Remember the first key in stack.json: the database holds only its hash."""
     created = bootstrap.ensure_first_key(servers.settings)
-    if created is None and servers.state.api_key is None:
-        created = _replacement_key(servers.settings)
+    if created is None and servers.state.api_key is None:  # killed after the database took it and before stack.json did
+        created = bootstrap.another_key(servers.settings)
     if created is not None:
         servers.remember(api_key=created)
-
-
-def _replacement_key(settings: Settings) -> str:
-    """Another key for the first project: we were killed after the database took the first and before stack.json did."""
-    sessions = db.open_sessions(settings.database.system_url, pool_size=1)
-    try:
-        with sessions.begin() as session:
-            project = _first_project(session)
-            return keys.create(
-                session,
-                organization_id=project.organization_id,
-                project_id=project.id,
-                name="bootstrap",
-                pepper=settings.key_pepper.get_secret_value().encode(),
-            )
-    finally:
-        sessions.kw["bind"].dispose()
-
-
-def _first_project(session: orm.Session) -> Project:
-    project = session.scalar(select(Project).order_by(Project.created_at).limit(1))
-    if project is None:
-        raise StackError("the database holds an API key but no project; use another --data-dir")
-    return project
 
 
 class _NotReady(Exception):

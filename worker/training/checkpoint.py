@@ -23,6 +23,7 @@ from worker.model.adapter import AdapterRefused
 from worker.model.base import LoadedBase
 from worker.model.directory import written_whole
 from worker.training.data import Step
+from worker.training.failures import Diverged
 from worker.training.optim import Optimizer
 from worker.training.trainee import Trainee
 
@@ -64,17 +65,21 @@ class Identity:
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
     def write_adapter(self, directory: Path, trainee: Trainee, state: TrainState, *, kind: str) -> Manifest:
-        return adapter.write(
-            directory,
-            trainee.model,
-            base=self.base.entry,
-            spec=self.spec,
-            renderer=self.base.renderer,
-            dataset_sha256=self.dataset_sha256,
-            step=state.step,
-            metrics=state.metrics,
-            kind=kind,
-        )
+        """See adapter.write. Raises Diverged."""
+        try:
+            return adapter.write(
+                directory,
+                trainee.model,
+                base=self.base.entry,
+                spec=self.spec,
+                renderer=self.base.renderer,
+                dataset_sha256=self.dataset_sha256,
+                step=state.step,
+                metrics=state.metrics,
+                kind=kind,
+            )
+        except AdapterRefused as error:
+            raise Diverged(f"the trained adapter cannot be used: {error}; try a lower learning rate") from error
 
 
 class Damaged(Exception):

@@ -8,13 +8,12 @@ from app.core import catalog
 from app.core.events import Checkpointed, Finished, Noted, Started, Stopped
 from app.core.spec import TrainSpec
 from worker.model import base as bases
-from worker.model.adapter import AdapterRefused
 from worker.model.base import LoadedBase
 from worker.training import checkpoint, loop
 from worker.training.checkpoint import Identity, TrainState
 from worker.training.data import MicroBatch, TrainData, micro_batches
 from worker.training.evaluate import evaluate
-from worker.training.failures import Diverged, NothingToTrain
+from worker.training.failures import NothingToTrain
 from worker.training.loop import OnEvent, ShouldStop
 from worker.training.optim import Optimizer
 from worker.training.tokenise import TokenisedSet
@@ -101,10 +100,7 @@ class _Keeper:
         evaluated = self._evaluated(state)
         if evaluated is None:
             return self.stop(state)
-        try:
-            self._identity.write_adapter(self._paths.output, self._trainee, evaluated, kind="adapter")
-        except AdapterRefused as error:
-            raise Diverged(f"the trained adapter cannot be used: {error}; try a lower learning rate") from error
+        self._identity.write_adapter(self._paths.output, self._trainee, evaluated, kind="adapter")
         return Finished(
             step=evaluated.step,
             trained_tokens=evaluated.trained_tokens,
