@@ -35,7 +35,7 @@ def test_no_process_inherits_our_secrets(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("api", {"DATABASE__API_URL", "DATABASE__SYSTEM_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN"}),
+        ("api", {"DATABASE__API_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN"}),
         ("relay", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL", "ENGINE_TOKEN"}),
         ("cpu", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL"}),
         ("train", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL"}),
