@@ -1,6 +1,5 @@
 """What routes ask for. Below them there are only arguments."""
 
-import hmac
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -10,7 +9,6 @@ from sqlalchemy import orm
 from app import db
 from app.accounts import caller
 from app.core.catalog import Catalog
-from app.core.errors import Unauthenticated
 from app.core.settings import Settings as AppSettings
 from app.core.storage import Storage as AppStorage
 
@@ -53,10 +51,3 @@ def get_catalog(request: Request) -> Catalog:
 Settings = Annotated[AppSettings, Depends(get_settings)]
 Storage = Annotated[AppStorage, Depends(get_storage)]
 BaseModels = Annotated[Catalog, Depends(get_catalog)]
-
-
-def require_engine(request: Request, settings: Settings) -> None:
-    """Only our own engines may speak to the internal routes. Raises Unauthenticated."""
-    expected = f"Bearer {settings.engine_token.get_secret_value()}"
-    if not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected.encode()):
-        raise Unauthenticated("the engine token is wrong; set TUNESMITH_ENGINE_TOKEN to the gateway's value")

@@ -5,6 +5,7 @@ import time
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.core import ids
@@ -12,6 +13,8 @@ from app.core.errors import TooLarge
 from app.handlers import respond
 
 log = structlog.get_logger()
+
+UPLOADS = "/v1/files"
 
 
 class RequestContext:
@@ -38,6 +41,8 @@ class RequestContext:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, send_with_id)
+            except ClientDisconnect:
+                log.info("client_left")
             except Exception as error:  # the last wall: FastAPI's handlers have had their turn
                 if status:
                     log.error("response_broken_off", exc_info=error)
@@ -51,7 +56,7 @@ class RequestContext:
 class BodyLimit:
     """Refuses a body that is too large before it is read; one without a length is counted as it comes.
 
-    Multipart uploads have a limit of their own, since they stream.
+    Uploads have a limit of their own, since they stream.
     """
 
     def __init__(self, app: ASGIApp, *, body_bytes: int, file_bytes: int) -> None:
@@ -61,11 +66,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        is_multipart = headers.get("content-type", "").startswith("multipart/")
-        limit = self._file_bytes if is_multipart else self._body_bytes
+        limit = self._file_bytes if scope["path"] == UPLOADS else self._body_bytes
         error = TooLarge(f"the body is over the limit of {limit} bytes")
-        declared = headers.get("content-length", "0")
+        declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and int(declared) > limit:
             await respond(error, scope, receive, send)
             return

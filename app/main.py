@@ -24,6 +24,9 @@ from app.webhooks import routes as webhooks
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The API with all its rooms. Starts whether or not the services behind it are up."""
     settings = settings or Settings()
+    key_pepper, engine_token = (secret.get_secret_value() for secret in (settings.key_pepper, settings.engine_token))
+    if not key_pepper or not engine_token:
+        raise ValueError("set TUNESMITH_KEY_PEPPER and TUNESMITH_ENGINE_TOKEN: an empty secret is everybody's")
     logging.configure("api", format=settings.log_format, level=settings.log_level)
     app = FastAPI(title="Tunesmith", version=version("tunesmith"), lifespan=_lifespan, redirect_slashes=False)
     state = app.state
@@ -46,7 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     # the last one added is the outermost: an id first, then who asks, then how much they send
     limits = settings.limits
     app.add_middleware(BodyLimit, body_bytes=limits.body_bytes, file_bytes=limits.file_bytes)
-    app.add_middleware(Authenticate, keys=KeyRing(state.sessions, settings.key_pepper.get_secret_value().encode()))
+    app.add_middleware(Authenticate, keys=KeyRing(state.sessions, key_pepper.encode()), engine_token=engine_token)
     app.add_middleware(RequestContext)
     return app
 

@@ -54,7 +54,7 @@ def job(session: orm.Session, caller: Caller, *, training_file: File | None = No
 def queued_job(session: orm.Session, caller: Caller) -> Job:
     """A job that a worker may take, in a queue of its own so that no other test's worker does."""
     made = job(session, caller)
-    resolved = spec.resolve(spec.Requested(), catalog.load()[TINY], seed=made.seed, examples=12)
+    resolved = spec.resolve(spec.Requested(), catalog.load()[TINY], seed=made.seed, examples=12, longest=90)
     datasets = Datasets(training=Dataset(key="nowhere", sha256="0" * 64))
     jobs.finish_preparing(session, made.id, resolved=resolved, plan={}, datasets=datasets)
     made.queue = f"train.{made.id}"

@@ -24,14 +24,15 @@ FLUSH_SECONDS = 1.0  # metrics reach their reader within this
 class Heart:
     """A thread that beats. `wants` is what the job's owner wanted at the last beat.
 
-    An outage of the database shorter than the lease costs nothing: what was not said is said with the next beat.
+    An outage of the database costs nothing for as long as nobody else has taken the job: what was not said is said later.
     """
 
     def __init__(self, sessions: orm.sessionmaker[orm.Session], lease: Lease, settings: LeaseSettings) -> None:
         self._sessions, self._lease, self._settings = sessions, lease, settings
         self._unsaid: list[events.Event] = []
         self._pace = _Pace()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is unsaid
+        self._beating = threading.Lock()  # one beat at a time, so that nothing is said twice
         self._is_over = threading.Event()
         self._failure: Exception | None = None
         self._last_beat_at = time.monotonic()
@@ -47,7 +48,7 @@ class Heart:
         self._thread.join()
         if self._unsaid and self._failure is None:
             with suppress(LeaseLost, OperationalError):
-                self._beat()  # what a trainer said before it died is said all the same
+                self.flush()  # what a trainer said before it died is said all the same
 
     def say(self, event: events.Event) -> None:
         """Pass this on with the next beat."""
@@ -57,16 +58,14 @@ class Heart:
                 self._pace.note(event)
 
     def check(self) -> None:
-        """Raises LeaseLost, or OperationalError when the database has been away for longer than the lease."""
+        """Raises whatever stopped the heart, LeaseLost above all."""
         if self._failure is not None:
             raise self._failure
 
-    def finish(self) -> None:
-        """Beat a last time, so that nothing is left unsaid. Raises what `check` raises."""
-        self._is_over.set()
-        self._thread.join()
-        self.check()
-        self._beat()
+    def flush(self) -> None:
+        """Beat now, so that nothing is left unsaid. Raises LeaseLost, OperationalError."""
+        with self._beating:
+            self._beat()
 
     def _loop(self) -> None:
         while not self._is_over.wait(FLUSH_SECONDS) and self._failure is None:
@@ -76,12 +75,10 @@ class Heart:
 
     def _try_beat(self, silent_seconds: float) -> None:
         try:
-            self._beat()
-        except OperationalError as error:
+            self.flush()
+        except OperationalError:
             log.warning("heartbeat_failed", silent_seconds=round(silent_seconds, 1))
-            if silent_seconds > self._settings.lease_seconds:
-                self._failure = error
-        except LeaseLost as error:
+        except Exception as error:  # a heart that stopped in silence would let a worker go on for nobody
             self._failure = error
 
     def _beat(self) -> None:

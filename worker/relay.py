@@ -5,6 +5,7 @@ A plain process, not a Celery task, so that it works with the broker down. Sever
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -18,6 +19,7 @@ from app import outbox
 from app.core import logging
 from app.core.engine import AdapterRef
 from app.core.settings import Settings
+from app.files import service as files
 from app.inference import engines
 from app.jobs import leases
 from app.jobs import service as jobs
@@ -32,7 +34,7 @@ log = structlog.get_logger()
 SWEEP_SECONDS = 5.0
 BATCH = 100
 IN_HAND, AGAIN = timedelta(seconds=60), timedelta(seconds=5)
-MAX_ATTEMPTS = 20  # for prefetches and purges, which nobody waits for; rings come again from the rows themselves
+MAX_PREFETCHES = 20  # nobody waits for one: an adapter is fetched at the latest when it is asked for
 REAPER_LOCK = 7_301_948
 
 
@@ -42,6 +44,7 @@ class Relay:
     def __init__(self, to: Services) -> None:
         self._to = to
         self._celery = make_celery(to.settings)
+        self._last_sweep_at, self._reap_after = time.monotonic(), 0.0
         self._wakers = {name: asyncio.Event() for name in ("outbox", "webhooks", "sweep")}
 
     async def run(self) -> None:
@@ -136,7 +139,7 @@ class Relay:
                     is_done = await asyncio.to_thread(self._purge, message.payload["prefix"])
         except Exception as error:
             log.warning("outbox_message_failed", topic=message.topic, error=f"{type(error).__name__}: {error}"[:300])
-            is_done = message.attempts >= MAX_ATTEMPTS
+            is_done = message.topic == Topic.PREFETCH and message.attempts >= MAX_PREFETCHES
         await asyncio.to_thread(self._settle, message.id, is_done=is_done)
 
     async def _prefetch(self, adapter: AdapterRef, client: httpx.AsyncClient) -> bool:
@@ -180,6 +183,13 @@ class Relay:
         with self._to.sessions.begin() as session:
             return delivery.next_due_in(session)
 
+    def _may_reap(self) -> bool:
+        """Not for one whole lease after we could not reach the database: the workers could not either."""
+        now, gap = time.monotonic(), SWEEP_SECONDS * 3
+        if now - self._last_sweep_at > gap:
+            self._reap_after = now + self._to.settings.leases.lease_seconds
+        return now >= self._reap_after
+
     async def _sweep(self) -> float:
         """Jobs of silent workers go back to the queue; queues that nobody looked at are rung again."""
         await self._ring(await asyncio.to_thread(self._reap_and_find))
@@ -187,8 +197,10 @@ class Relay:
 
     def _reap_and_find(self) -> set[str]:
         with self._to.sessions.begin() as session:
-            if session.scalar(text("SELECT pg_try_advisory_xact_lock(:id)"), {"id": REAPER_LOCK}):
+            if self._may_reap() and session.scalar(text("SELECT pg_try_advisory_xact_lock(:id)"), {"id": REAPER_LOCK}):
                 leases.reap(session, settings=self._to.settings.leases)
+            files.expire(session)
+        self._last_sweep_at = time.monotonic()
         with self._to.sessions.begin() as session:
             return jobs.due_queues(session)
 

@@ -32,6 +32,7 @@ from worker.trainers import Bench, Trainer, TrainerDied
 log = structlog.get_logger()
 
 POLL_SECONDS = 0.5  # so soon a cancel, a drain or a lost lease is seen
+STOP_SECONDS = 120.0  # what a trainer gets to end its micro-batch and write a checkpoint
 PATIENCE_SECONDS = 600.0  # with a storage that does not answer, before the attempt is given up
 T = TypeVar("T")
 
@@ -86,7 +87,8 @@ class Supervisor:
     def _run(self, lease: Lease) -> None:
         """One attempt, whatever becomes of it: succeeded, failed, cancelled, or back in the queue."""
         log.info("job_claimed")
-        directory = self._to.settings.work_dir / lease.job_id / f"a{lease.attempt}"
+        directory = self._to.settings.work_dir / lease.job_id
+        shutil.rmtree(directory, ignore_errors=True)  # an attempt that was killed here has left its own
         try:
             _Attempt(self._to, lease, directory, self._bench, self._is_draining).run()
         except LeaseLost:
@@ -126,7 +128,7 @@ class _Attempt:
                     trainer.start(job)
                     uploads, last = self._follow(trainer, assignment, uploader)
                 for upload in uploads:
-                    upload.result()
+                    _settle(upload)
                 self._end(last, assignment)
             finally:
                 trainer.kill()
@@ -136,7 +138,7 @@ class _Attempt:
     ) -> tuple[list["Future[None]"], events.Event]:
         """Pass the trainer's words on until its last one. Checkpoints are uploaded beside the training."""
         uploads: list[Future[None]] = []
-        is_stopping = False
+        stop_by: float | None = None
         while True:
             event = trainer.next_event(POLL_SECONDS)
             self._heart.check()
@@ -149,15 +151,18 @@ class _Attempt:
                     pass
                 case _:
                     self._heart.say(event)
-            if not is_stopping and (self._heart.wants != Desired.RUN or self._is_draining.is_set()):
+            if stop_by is None and (self._heart.wants != Desired.RUN or self._is_draining.is_set()):
                 trainer.stop()
-                is_stopping = True
+                stop_by = time.monotonic() + STOP_SECONDS
+            if stop_by is not None and time.monotonic() > stop_by:
+                raise TrainerDied("the trainer did not stop when it was told to")
 
     def _keep_checkpoint(self, assignment: Assignment, event: events.Checkpointed) -> None:
         prefix = f"{assignment.prefix}/step-{event.step}"
         local = Path(event.directory)
         adapter = self._upload(local / "adapter", f"{prefix}/adapter")
         self._upload(local / "state", f"{prefix}/state")
+        self._patiently(self._heart.flush)  # whoever goes on from here finds the metrics up to here
         self._say(
             lambda session: leases.checkpoint(
                 session, self._lease, step=event.step, prefix=prefix, manifest=adapter, metrics=event.metrics
@@ -168,7 +173,7 @@ class _Attempt:
         if isinstance(last, events.Finished):
             self._publish(last, assignment)
             return
-        self._heart.finish()
+        self._patiently(self._heart.flush)
         match last:
             case events.Failed(is_user_error=True):
                 self._say(lambda session: leases.fail(session, self._lease, code=last.code, message=last.message))
@@ -183,7 +188,7 @@ class _Attempt:
         """Upload, verify, and let the job succeed: model, result file and webhooks appear in one transaction."""
         prefix = f"{assignment.prefix}/adapter"
         adapter = self._upload(Path(finished.directory), prefix)
-        self._heart.finish()  # the last metrics belong into the result file
+        self._patiently(self._heart.flush)  # the last metrics belong into the result file
         result_key = f"{assignment.prefix}/metrics.csv"
         table = self._say(lambda session: results.csv_of(session, self._lease.job_id))
         result = self._patiently(lambda: self._to.storage.put(result_key, table))
@@ -225,6 +230,14 @@ class _Attempt:
                     raise
             self._heart.check()
             time.sleep(POLL_SECONDS)
+
+
+def _settle(upload: "Future[None]") -> None:
+    """A checkpoint that could not be kept costs a resume, not the run. Raises LeaseLost."""
+    try:
+        upload.result()
+    except (Unavailable, OperationalError, StorageDamaged) as error:
+        log.warning("checkpoint_not_kept", error=str(error))
 
 
 def _assignment(session: orm.Session, lease: Lease) -> Assignment:
@@ -273,11 +286,11 @@ def _download_directory(storage: Storage, prefix: str, directory: Path) -> None:
 
 
 def _upload_directory(storage: Storage, directory: Path, prefix: str) -> manifest.Manifest:
-    """Every file, the manifest last. What storage took is compared with the manifest. Raises StorageDamaged."""
+    """Every file, the manifest last. What storage took is read back and compared with the manifest. Raises StorageDamaged."""
     told = manifest.Manifest.model_validate_json((directory / manifest.NAME).read_bytes())
     for name, entry in told.files.items():
-        stored = storage.put_file(f"{prefix}/{name}", directory / name)
-        if stored.sha256 != entry.sha256:
-            raise StorageDamaged(f"{name} changed while it was uploaded")
+        storage.put_file(f"{prefix}/{name}", directory / name)
+        if storage.sha256_of(f"{prefix}/{name}") != entry.sha256:
+            raise StorageDamaged(f"{name} is not in storage as it was sent")
     storage.put(f"{prefix}/{manifest.NAME}", told.to_bytes(), content_type="application/json")
     return told

@@ -18,7 +18,6 @@ from worker import wire
 log = structlog.get_logger()
 
 READY_SECONDS = 600.0  # a first start may quantize the base
-STOP_SECONDS = 30.0
 
 
 class TrainerDied(RuntimeError):

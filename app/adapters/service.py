@@ -1,15 +1,17 @@
 """Published models: a public name, a row, an immutable directory in storage."""
 
 from sqlalchemy import Select, orm, select
+from sqlalchemy import delete as delete_rows
 
 from app import outbox
 from app.accounts.caller import Caller
 from app.core import ids
 from app.core.catalog import Catalog
 from app.core.engine import AdapterRef
-from app.core.errors import BadRequest, NotFound
+from app.core.errors import BadRequest, Conflict, NotFound
 from app.core.manifest import Manifest
-from app.models import Adapter, Job
+from app.models import Adapter, Job, JobCheckpoint
+from app.models.jobs import UNFINISHED
 
 
 def name_of(job: Job, *, step: int | None = None) -> str:
@@ -61,6 +63,13 @@ def delete(session: orm.Session, caller: Caller, catalog: Catalog, name: str) ->
     if catalog.find(name):
         raise BadRequest(f"{name} is a base model and cannot be deleted", param="model", code="model_not_deletable")
     adapter = get(session, caller, name)
+    job_id = session.scalar(select(Job.id).where(Job.id == adapter.job_id, Job.state.in_(UNFINISHED)).with_for_update())
+    if job_id is not None:
+        raise Conflict(f"job {job_id} may have to go on from {name}; cancel it or wait for its end", code="model_in_use")
+    if adapter.step is not None:
+        session.execute(
+            delete_rows(JobCheckpoint).where(JobCheckpoint.job_id == adapter.job_id, JobCheckpoint.step == adapter.step)
+        )
     session.delete(adapter)
     outbox.put(session, outbox.Topic.PURGE, {"prefix": adapter.prefix})
     return adapter.name

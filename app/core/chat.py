@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 MAX_LINE_BYTES = 1024 * 1024
 MAX_DEPTH = 32
 MAX_LISTED = 100
+MAX_TOLD = 300  # characters of a message or path
 ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -185,9 +186,9 @@ class _Row:
             raise self._error("message_not_object", "a message must be an object with `role` and `content`", path)
         role = raw.get("role")
         if role not in ROLES:
-            raise self._error("role_unknown", f"role must be one of {', '.join(ROLES)}, not {role!r}"[:200], f"{path}.role")
+            raise self._error("role_unknown", f"role must be one of {', '.join(ROLES)}, not {role!r}", f"{path}.role")
         if unknown := raw.keys() - {"role", "content", "weight", "name"}:
-            raise self._error("unknown_key", f"unknown key {min(unknown)!r} in a message"[:200], f"{path}.{min(unknown)}"[:200])
+            raise self._error("unknown_key", f"unknown key {min(unknown)!r} in a message", f"{path}.{min(unknown)}")
         weight = raw.get("weight", 1)
         if isinstance(weight, bool) or weight not in (0, 1):
             raise self._error("weight_invalid", "weight must be 0 or 1", f"{path}.weight")
@@ -216,7 +217,14 @@ class _Row:
         return self._content(part.get("text") if isinstance(part.get("text"), str) else None, f"{path}.text")
 
     def _error(self, code: str, message: str, path: str = "$", column: int | None = None) -> RowError:
-        return RowError(Problem(line=self._number, code=code, message=message, path=path, column=column))
+        problem = Problem(line=self._number, code=code, message=_shown(message), path=_shown(path), column=column)
+        return RowError(problem)
+
+
+def _shown(text: str) -> str:
+    """What of a customer's own words can be stored and read: no control character, no half of a surrogate pair, no page."""
+    kept = text if text.isprintable() else text.encode("unicode_escape", "backslashreplace").decode()
+    return kept if len(kept) <= MAX_TOLD else kept[:MAX_TOLD] + "…"
 
 
 def _depth(text: str) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from app.core.catalog import Architecture
-from app.core.spec import LoraSpec
+from app.core.spec import TARGETS, LoraSpec
 
 GIB = 1024**3
 
@@ -22,13 +22,13 @@ class Memory:
     weights: float
     adapter: float
     checkpoints: float
-    layer: float
+    layers: float
     head: float
     context: float
 
     @property
     def peak_bytes(self) -> int:
-        return int((self.weights + self.adapter + self.checkpoints + max(self.layer, self.head)) * _SLACK + self.context)
+        return int((self.weights + self.adapter + self.checkpoints + max(self.layers, self.head)) * _SLACK + self.context)
 
 
 def weights_bytes(model: Architecture, *, double_quant: bool = True) -> float:
@@ -39,24 +39,32 @@ def weights_bytes(model: Architecture, *, double_quant: bool = True) -> float:
 
 
 def adapter_parameters(model: Architecture, lora: LoraSpec) -> int:
-    """Trainable parameters of LoRA on every linear layer: r·(in + out) each."""
-    return model.layers * sum(lora.rank * (i + o) for i, o in model.linear_shapes)
+    """Trainable parameters of LoRA: r·(in + out) for each linear layer that it changes."""
+    targets = TARGETS if lora.target_modules == "all-linear" else lora.target_modules
+    shapes = zip(TARGETS, model.linear_shapes, strict=True)
+    return model.layers * sum(lora.rank * (i + o) for name, (i, o) in shapes if name in targets)
 
 
 def predict(
-    model: Architecture, lora: LoraSpec, *, micro_batch_tokens: int, double_quant: bool = True, is_loss_chunked: bool = True
+    model: Architecture,
+    lora: LoraSpec,
+    *,
+    micro_batch_tokens: int,
+    double_quant: bool = True,
+    is_checkpointing: bool = False,
+    is_loss_chunked: bool = True,
 ) -> Memory:
-    """A training step with gradient checkpointing. Our loss is chunked; other trainers' is not."""
+    """A training step. Ours keeps every layer's activations and chunks the loss; other trainers do neither."""
     tokens, h, kv, f = micro_batch_tokens, model.hidden, model.kv_width, model.mlp
-    checkpoints = 2 * model.layers * h * tokens
-    live_layer: float = (16 * h + 4 * kv + 8 * f) * tokens + (4 * h + 4 * f) * tokens
+    saved, transient = (16 * h + 4 * kv + 8 * f) * tokens, (4 * h + 4 * f) * tokens
+    live: float = saved + transient if is_checkpointing else saved * model.layers + transient
     if lora.dropout:
-        live_layer *= 1.6
+        live *= 1.6
     return Memory(
         weights=weights_bytes(model, double_quant=double_quant) + 2 * h * f,
         adapter=adapter_parameters(model, lora) * _STATE_BYTES,
-        checkpoints=checkpoints,
-        layer=live_layer,
+        checkpoints=2 * model.layers * h * tokens if is_checkpointing else 0,
+        layers=live,
         head=_CHUNKED_HEAD_BYTES if is_loss_chunked else _FULL_HEAD_BYTES * model.vocab * tokens,
         context=_CONTEXT_BYTES,
     )

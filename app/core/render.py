@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -51,6 +52,8 @@ class Renderer:
     def __init__(self, tokenizer: Tokenizer, template: str, stop_ids: Sequence[int], context_length: int) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.stop_ids = frozenset(stop_ids)
+        special = (token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self.context_length = context_length
 
     @classmethod
@@ -69,7 +72,7 @@ class Renderer:
         return hashlib.sha256(self.template.encode()).hexdigest()
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to and with the words that open the assistant's turn."""
+        """Token ids up to and with the words that open the assistant's turn. Raises RenderError."""
         text, _ = self._render(messages, opens_turn=True)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -87,15 +90,18 @@ class Renderer:
         if len(spans) != len(said):
             raise RenderError("the chat template does not show every assistant message")
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        is_trained = [False] * len(encoding.ids)
+        ids, offsets = list(encoding.ids), encoding.offsets
+        is_trained, position = [False] * len(ids), 0
         for message, (start, end) in zip(said, spans, strict=True):
-            inside = [i for i, (a, b) in enumerate(encoding.offsets) if start <= a and b <= end and a < b]
-            if not inside or encoding.ids[inside[-1]] not in self.stop_ids:
+            while position < len(ids) and offsets[position][0] < start:
+                position += 1
+            first = position
+            while position < len(ids) and offsets[position][1] <= end:
+                position += 1
+            if first == position or ids[position - 1] not in self.stop_ids:
                 raise RenderError("the chat template does not end an assistant message with an end-of-turn token")
-            if message.weight:
-                for i in inside:
-                    is_trained[i] = True
-        return Example(list(encoding.ids), is_trained)
+            is_trained[first:position] = [bool(message.weight)] * (position - first)
+        return Example(ids, is_trained)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -121,10 +127,19 @@ class Renderer:
         return self.example([Message(role=m["role"], content=m["content"]) for m in messages]).tokens
 
     def _render(self, messages: Sequence[Message], *, opens_turn: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The text and the character spans of what the assistant says."""
+        """The text and the character spans of what the assistant says. Raises RenderError.
+
+        Special tokens in what people write would end turns and forge others; and some templates drop what they do not expect.
+        """
+        for message in messages:
+            if found := self._special.search(message.content):
+                raise RenderError(f"a message holds the special token {found[0]}; write it differently")
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         rendered: Any = render_jinja_template(
             [conversation], chat_template=self.template, add_generation_prompt=opens_turn, return_assistant_tokens_mask=True
         )
-        texts, spans = rendered
-        return texts[0], [(start, end) for start, end in spans[0]]
+        (text,), (spans,) = rendered
+        for message in messages:
+            if message.content.strip() not in text:
+                raise RenderError(f"the chat template leaves out a message of role {message.role}; move its text into another")
+        return text, [(start, end) for start, end in spans]

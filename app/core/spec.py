@@ -25,14 +25,14 @@ class LoraSpec(_Frozen):
     rank: int = Field(default=16, ge=1, le=128)
     alpha: float = Field(default=32, gt=0, le=512)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | tuple[Target, ...] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[tuple[Target, ...], Field(min_length=1)] = "all-linear"
 
 
 class QuantizationSpec(_Frozen):
-    """How the frozen base is held."""
+    """How the frozen base is held: the one way in which engines hold it too."""
 
     scheme: Literal["nf4"] = "nf4"
-    double_quant: bool = True
+    double_quant: Literal[True] = True
 
 
 class OptimizerSpec(_Frozen):
@@ -99,8 +99,8 @@ def max_seq_length(requested: Requested, base: Base) -> int:
     return min(base.context_length, _given(requested.training.max_seq_length, 4096))
 
 
-def resolve(requested: Requested, base: Base, *, seed: int, examples: int) -> TrainSpec:
-    """Turn every `auto` into a number.
+def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longest: int) -> TrainSpec:
+    """Turn every `auto` into a number. `longest` is the longest example's length in tokens.
 
     Epochs: about 800 examples seen, between 1 and 10 epochs. Batch: a 1/32 of the examples, between 1 and 16.
     Rate: 2e-4 as in the QLoRA paper, and more for bases under a billion parameters, which move less per step.
@@ -109,14 +109,13 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int) -> Tr
     n_epochs = _given(asked.n_epochs, min(10, max(1, round(800 / examples))))
     batch_size = _given(asked.batch_size, min(16, max(1, examples // 32)))
     total_steps = n_epochs * math.ceil(examples / batch_size)
-    longest = max_seq_length(requested, base)
     return TrainSpec(
         base=base.id,
         n_epochs=n_epochs,
         batch_size=batch_size,
         seed=seed,
-        max_seq_length=longest,
-        micro_batch_tokens=max(longest, 2048),
+        max_seq_length=max_seq_length(requested, base),
+        micro_batch_tokens=max(longest, 2048),  # examples are never cut
         checkpoint_every_steps=_given(options.checkpoint_every_steps, math.ceil(total_steps / 4)),
         lora=requested.adapter,
         quantization=requested.quantization,
@@ -132,7 +131,7 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int) -> Tr
 def _learning_rate(requested: Requested, base: Base) -> float:
     usual = 2e-4 if base.architecture.linear_parameters > 1e9 else 1e-3
     multiplier = _given(requested.hyperparameters.learning_rate_multiplier, 1.0)
-    return _given(requested.training.learning_rate, min(1.0, usual * multiplier))
+    return min(1.0, _given(requested.training.learning_rate, usual) * multiplier)
 
 
 def _given(asked: Auto | Number, otherwise: Number) -> Number:

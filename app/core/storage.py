@@ -79,6 +79,13 @@ class Storage:
                 file.write(chunk)
         return Stored(size, digest.hexdigest())
 
+    def sha256_of(self, key: str) -> str:
+        """Of what really lies there: some servers keep a body that does not match its checksum."""
+        digest = hashlib.sha256()
+        for chunk in self.stream(key):
+            digest.update(chunk)
+        return digest.hexdigest()
+
     def exists(self, key: str) -> bool:
         try:
             with _Translated(key):
@@ -98,8 +105,19 @@ class Storage:
 
     def check(self) -> None:
         """Raise `Unavailable` unless the bucket answers."""
-        with _Translated(self._bucket):
-            self._client.head_bucket(Bucket=self._bucket)
+        try:
+            with _Translated(self._bucket):
+                self._client.head_bucket(Bucket=self._bucket)
+        except NotFound:
+            raise Unavailable(f"the bucket {self._bucket} does not exist; `tunesmith migrate` makes it") from None
+
+    def ensure_bucket(self) -> None:
+        """Make the bucket if it is not there. Raises Unavailable."""
+        try:
+            self.check()
+        except Unavailable:
+            with _Translated(self._bucket):
+                self._client.create_bucket(Bucket=self._bucket)
 
     @staticmethod
     def _chunks(key: str, body: "StreamingBody") -> Iterator[bytes]:

@@ -1,15 +1,18 @@
 """Read a multipart upload as it arrives: the file's bytes go to storage in parts, and neither memory nor disk holds it."""
 
 from collections.abc import AsyncIterator
-from contextlib import closing
 from dataclasses import dataclass, field
 
+import anyio
+import structlog
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
-from app.core.errors import BadRequest
+from app.core.errors import BadRequest, Unavailable
 from app.core.storage import Storage, Stored, Upload
+
+log = structlog.get_logger()
 
 MAX_FIELD_BYTES = 4096
 
@@ -30,10 +33,20 @@ async def receive(body: AsyncIterator[bytes], content_type: str, storage: Storag
         raise BadRequest("send the file as multipart/form-data with the fields `purpose` and `file`", code="not_multipart")
     upload = await run_in_threadpool(storage.upload, key)
     form = _Form(options[b"boundary"], upload)
-    with closing(upload):
+    try:
         async for chunk in body:
             await run_in_threadpool(form.feed, chunk)
         return await run_in_threadpool(form.finish)
+    finally:
+        with anyio.CancelScope(shield=True):  # the client may be gone: what it sent goes too
+            await run_in_threadpool(_throw_away, upload)
+
+
+def _throw_away(upload: Upload) -> None:
+    try:
+        upload.close()
+    except Unavailable:
+        log.warning("upload_not_aborted")
 
 
 @dataclass

@@ -39,7 +39,7 @@ async def upload_file(request: Request, caller: Caller, storage: Storage) -> Fil
 
 
 def _add(request: Request, caller: Caller, file_id: str, received: multipart.Received) -> FileOut:
-    """A transaction of its own: none is open while the bytes come in. An object without a row is swept later."""
+    """A transaction of its own: none is open while the bytes come in. If it fails, the bytes go too."""
     try:
         fields = UploadFields.parse(received.fields)
         with request.app.state.sessions.begin() as session:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, Literal
 
 from sqlalchemy import Select, func, or_, orm, select
 
@@ -12,12 +13,12 @@ from app.core import ids
 from app.core.chat import Report
 from app.core.errors import Conflict, NotFound
 from app.core.storage import Stored
-from app.models import File, FileStatus, Job, JobState
+from app.models import File, FileStatus, Job
+from app.models.jobs import UNFINISHED
 
 CPU_QUEUE = "cpu"
 VALIDATION_LEASE = timedelta(minutes=10)
 POSTPONED = timedelta(seconds=5)
-ACTIVE = (JobState.VALIDATING_FILES, JobState.QUEUED, JobState.RUNNING, JobState.PAUSED)
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,17 @@ def add_result(session: orm.Session, job: Job, *, storage_key: str, stored: Stor
     return file
 
 
-def get(session: orm.Session, caller: Caller, file_id: str, *, param: str | None = None) -> File:
-    """Raises NotFound, also for a file of somebody else."""
-    if file := session.scalar(_visible(caller).where(File.id == file_id)):
+def get(
+    session: orm.Session,
+    caller: Caller,
+    file_id: str,
+    *,
+    param: str | None = None,
+    lock: Literal["share", "update"] | None = None,
+) -> File:
+    """Raises NotFound, also for a file of somebody else. `lock` keeps the row from changing until the commit."""
+    query = _visible(caller).where(File.id == file_id)
+    if file := session.scalar(query if lock is None else query.with_for_update(read=lock == "share")):
         return file
     raise NotFound(
         f"the file {file_id!r} does not exist or is not yours; GET /v1/files lists them", param=param, code="file_not_found"
@@ -92,8 +101,7 @@ def get(session: orm.Session, caller: Caller, file_id: str, *, param: str | None
 
 def get_for_training(session: orm.Session, caller: Caller, file_id: str, *, param: str) -> File:
     """A file that a job may name: still being validated, or valid. The row is locked against deletion until the commit."""
-    file = get(session, caller, file_id, param=param)
-    session.refresh(file, with_for_update={"read": True})
+    file = get(session, caller, file_id, param=param, lock="share")
     if file.purpose != "fine-tune":
         raise Conflict(
             f"{file_id} has purpose {file.purpose!r}; upload it with purpose 'fine-tune'", param=param, code="wrong_purpose"
@@ -114,20 +122,18 @@ def list_page(
 
 def delete(session: orm.Session, caller: Caller, file_id: str) -> str:
     """Forget a file and free its storage. Raises Conflict while a job needs it."""
-    file = get(session, caller, file_id)
-    session.refresh(file, with_for_update=True)
-    user = session.scalar(
-        select(Job.id).where(
-            Job.organization_id == caller.organization_id,
-            or_(Job.training_file_id == file_id, Job.validation_file_id == file_id),
-            Job.state.in_(ACTIVE),
-        )
-    )
-    if user:
+    file = get(session, caller, file_id, lock="update")
+    if user := session.scalar(_users_of(file_id).where(Job.organization_id == caller.organization_id)):
         raise Conflict(f"{file_id} is in use by job {user}; wait for it or cancel it", code="file_in_use")
-    session.delete(file)
-    outbox.put(session, outbox.Topic.PURGE, {"prefix": file.storage_key})
+    _forget(session, file)
     return file.id
+
+
+def expire(session: orm.Session) -> None:
+    """Forget files whose time is over and that no job needs."""
+    over = select(File).where(File.expires_at <= func.clock_timestamp(), ~_users_of(File.id).exists())
+    for file in session.scalars(over.limit(100).with_for_update(skip_locked=True)):
+        _forget(session, file)
 
 
 def claim_to_validate(session: orm.Session) -> ToValidate | None:
@@ -160,6 +166,17 @@ def postpone(session: orm.Session, file_id: str) -> None:
     """Whoever had it in hand could not go on; another may try shortly."""
     if file := session.scalar(select(File).where(File.id == file_id).with_for_update()):
         file.not_before = func.clock_timestamp() + POSTPONED
+
+
+def _users_of(file_id: Any) -> Select[str]:
+    """Ids of unfinished jobs that name the file."""
+    names_it = or_(Job.training_file_id == file_id, Job.validation_file_id == file_id)
+    return select(Job.id).where(names_it, Job.state.in_(UNFINISHED))
+
+
+def _forget(session: orm.Session, file: File) -> None:
+    session.delete(file)
+    outbox.put(session, outbox.Topic.PURGE, {"prefix": file.storage_key})
 
 
 def _visible(caller: Caller) -> Select[File]:

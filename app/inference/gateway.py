@@ -26,7 +26,7 @@ from app.models import Engine, UsageRecord
 
 log = structlog.get_logger()
 
-CONNECT_SECONDS, BETWEEN_CHUNKS_SECONDS = 2.0, 120.0
+CONNECT_SECONDS, BETWEEN_CHUNKS_SECONDS = 2.0, 600.0  # the first chunk may wait for a place in the batch
 
 
 class EngineFailed(AppError):
@@ -111,13 +111,13 @@ class Gateway:
     @asynccontextmanager
     async def open(self, caller: Caller, target: Target, request: GenerateRequest) -> AsyncIterator[AsyncIterator[Chunk]]:
         """The chunks of an answer. Entering waits for an engine to accept; leaving early frees its work. Metered once."""
-        meter = Meter(len(request.prompt))
-        try:
-            async with self._accepted(target, request) as response:
+        async with self._accepted(target, request) as response:
+            meter = Meter(len(request.prompt))
+            try:
                 yield _chunks(response, meter)
-        finally:
-            with anyio.CancelScope(shield=True):  # the client may be gone: what was used is written down all the same
-                await run_in_threadpool(self._record_usage, caller, target, request.request_id, meter)
+            finally:
+                with anyio.CancelScope(shield=True):  # the client may be gone: what was used is written down all the same
+                    await run_in_threadpool(self._record_usage, caller, target, request.request_id, meter)
 
     @asynccontextmanager
     async def _accepted(self, target: Target, request: GenerateRequest) -> AsyncIterator[httpx.Response]:

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from app.core.engine import Heartbeat
-from app.deps import Caller, require_engine
+from app.deps import Caller
 from app.inference import engines
 from app.inference import service as inference
 from app.inference.gateway import Gateway
@@ -36,7 +36,7 @@ async def create_completion(body: CompletionRequest, request: Request, caller: C
     return await _answer(body, request, caller, gateway, is_chat=False)
 
 
-@internal.post("/engines", status_code=204, dependencies=[Depends(require_engine)])
+@internal.post("/engines", status_code=204)
 def record_heartbeat(beat: Heartbeat, request: Request) -> None:
     """An engine says that it lives, where, and what it holds."""
     with request.app.state.sessions.begin() as session:
@@ -49,7 +49,10 @@ async def _answer(
     target, generate = await inference.prepare(gateway, caller, body, request.state.request_id)
     answer = inference.Answer(target, is_chat=is_chat)
     if body.stream:
-        events = await inference.answer_streamed(gateway, caller, target, generate, answer, includes_usage=body.includes_usage)
+        opening = inference.answer_streamed(gateway, caller, target, generate, answer, includes_usage=body.includes_usage)
+        events = await inference.unless_gone(request, opening)
+        if events is None:
+            return Response(status_code=GONE)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
     whole = await inference.unless_gone(request, inference.answer_whole(gateway, caller, target, generate, answer))
     return JSONResponse(whole) if whole else Response(status_code=GONE)

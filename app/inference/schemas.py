@@ -112,6 +112,14 @@ class ChatMessage(BaseModel):
     name: str | None = None
     refusal: None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_absent(cls, message: Any) -> Any:
+        """The SDK's own answers, sent back as history, carry many keys that are null."""
+        if not isinstance(message, dict):
+            return message
+        return {name: value for name, value in message.items() if value is not None or name == "content"}
+
     def to_message(self) -> Message:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return Message("system" if self.role == "developer" else self.role, text)

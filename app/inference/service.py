@@ -15,6 +15,7 @@ from app.accounts.caller import Caller
 from app.core import ids
 from app.core.engine import Chunk, GenerateRequest
 from app.core.errors import AppError, BadRequest
+from app.core.render import RenderError
 from app.handlers import envelope_of
 from app.inference.gateway import Gateway, Target
 from app.inference.schemas import ChatRequest, CompletionRequest, Usage
@@ -134,8 +135,8 @@ def _tokens_of(target: Target, request: ChatRequest | CompletionRequest) -> list
     if isinstance(request, ChatRequest):
         try:
             return target.renderer.prompt([message.to_message() for message in request.messages])
-        except TemplateError as error:
-            raise BadRequest(f"the chat template of {target.base.id} refuses these messages: {error}", param="messages") from None
+        except (RenderError, TemplateError) as error:
+            raise BadRequest(f"{target.base.id} cannot be told these messages: {error}", param="messages") from None
     prompt = request.one_prompt
     if isinstance(prompt, str):
         return target.renderer.plain(prompt)

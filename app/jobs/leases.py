@@ -188,14 +188,15 @@ def reap(session: orm.Session, *, settings: LeaseSettings) -> int:
         .with_for_update(skip_locked=True)
     ).all()
     for job in silent:
-        if job.desired == Desired.CANCEL:
-            states.move(session, job, JobState.CANCELLED, "The job was cancelled")
-        else:
-            _give_back(session, job, reason="Its worker has fallen silent", settings=settings)
+        _give_back(session, job, reason="Its worker has fallen silent", settings=settings)
     return len(silent)
 
 
 def _give_back(session: orm.Session, job: Job, *, reason: str, settings: LeaseSettings) -> None:
+    """A broken attempt of a job that its owner has cancelled is the end they wanted."""
+    if job.desired == Desired.CANCEL:
+        states.move(session, job, JobState.CANCELLED, "The job was cancelled")
+        return
     job.failures += 1
     if job.failures >= settings.max_attempts:
         message = f"{reason}; given up after {job.failures} attempts. Nothing was charged; create the job again"

@@ -192,6 +192,8 @@ def _hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | None)
     shown = requested.hyperparameters.model_dump(mode="json")
     if resolved:
         shown |= {"n_epochs": resolved.n_epochs, "batch_size": resolved.batch_size}
+        if shown["learning_rate_multiplier"] == spec.AUTO:
+            shown["learning_rate_multiplier"] = 1.0
     return shown
 
 

@@ -1,5 +1,6 @@
 """Fine-tuning jobs as their owners see them, and the first step of their life: validated, sized, queued."""
 
+import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from app.core import ids, memory, spec
 from app.core.catalog import Base, Catalog
 from app.core.chat import Problem
 from app.core.errors import BadRequest, NotFound
+from app.core.settings import LeaseSettings
 from app.files import service as files
 from app.jobs import events, states
 from app.jobs.schemas import JobCreate
@@ -31,6 +33,7 @@ class ToPrepare:
 
     id: str
     organization_id: str
+    queue: str
     base: str
     seed: int
     requested: spec.Requested
@@ -80,8 +83,11 @@ def create(
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
         user_metadata=request.metadata,
         request=request.requested().model_dump(mode="json"),
+        request_sha256=_digest_of(request),
         queue=queue,
     )
+    # a repeated request may come while the first is still at work: they take turns
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(caller.key_id + job.request_sha256, 0))))
     if is_retry and (made := _made_just_now(session, job)):
         return made
     states.begin(session, job, f"Created fine-tuning job: {job.id}")
@@ -112,8 +118,9 @@ def list_events(
 ) -> tuple[Sequence[JobEvent], bool]:
     """Newest first. A cursor that names no event of this job shows the first page."""
     job = get(session, caller, job_id)
-    cursor = session.scalar(select(JobEvent.sequence).where(JobEvent.job_id == job.id, JobEvent.id == after)) if after else None
-    return pages.fetch(session, select(JobEvent).where(JobEvent.job_id == job.id), JobEvent.sequence, after=cursor, limit=limit)
+    mine = select(JobEvent).where(JobEvent.organization_id == job.organization_id, JobEvent.job_id == job.id)
+    cursor = session.scalar(mine.with_only_columns(JobEvent.sequence).where(JobEvent.id == after)) if after else None
+    return pages.fetch(session, mine, JobEvent.sequence, after=cursor, limit=limit)
 
 
 def list_checkpoints(
@@ -121,7 +128,7 @@ def list_checkpoints(
 ) -> tuple[Sequence[JobCheckpoint], bool]:
     """Newest first."""
     job = get(session, caller, job_id)
-    query = select(JobCheckpoint).where(JobCheckpoint.job_id == job.id)
+    query = select(JobCheckpoint).where(JobCheckpoint.organization_id == job.organization_id, JobCheckpoint.job_id == job.id)
     return pages.fetch(session, query, JobCheckpoint.id, after=after, limit=limit)
 
 
@@ -169,6 +176,7 @@ def claim_to_prepare(session: orm.Session) -> ToPrepare | None:
     return ToPrepare(
         id=job.id,
         organization_id=job.organization_id,
+        queue=job.queue,
         base=job.base,
         seed=job.seed,
         requested=spec.Requested.model_validate(job.request),
@@ -210,6 +218,19 @@ def postpone(session: orm.Session, job_id: str) -> None:
     """Whoever had it in hand could not go on; another may try shortly."""
     if job := _validating(session, job_id):
         job.not_before = func.clock_timestamp() + POSTPONED
+
+
+def preparation_failed(session: orm.Session, job_id: str, *, reason: str, settings: LeaseSettings) -> None:
+    """Another may try shortly, unless too many have."""
+    job = _validating(session, job_id)
+    if job is None:
+        return
+    job.failures += 1
+    if job.failures < settings.max_attempts:
+        job.not_before = func.clock_timestamp() + POSTPONED * job.failures
+    else:
+        message = f"the job could not be prepared: {reason}"
+        _reject(session, job, code="preparation_failed", message=message, param=None)
 
 
 def due_queues(session: orm.Session) -> set[str]:
@@ -258,24 +279,28 @@ def _holds(tier: str, base: Base) -> bool:
 
 def _made_just_now(session: orm.Session, job: Job) -> Job | None:
     """The job that the same key made with the same body in the last minutes."""
-    same = ("api_key_id", "requested_model", "training_file_id", "validation_file_id", "suffix", "request")
     return session.scalar(
         select(Job)
         .where(
             Job.organization_id == job.organization_id,
+            Job.api_key_id == job.api_key_id,
+            Job.request_sha256 == job.request_sha256,
             Job.created_at > func.clock_timestamp() - RETRY_WINDOW,
-            *(getattr(Job, name).is_not_distinct_from(getattr(job, name)) for name in same),
         )
         .order_by(Job.id.desc())
         .limit(1)
     )
 
 
+def _digest_of(request: JobCreate) -> str:
+    return hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+
+
 def _validating(session: orm.Session, job_id: str) -> Job | None:
     return session.scalar(select(Job).where(Job.id == job_id, Job.state == JobState.VALIDATING_FILES).with_for_update())
 
 
-def _reject(session: orm.Session, job: Job, *, code: str, message: str, param: str) -> None:
+def _reject(session: orm.Session, job: Job, *, code: str, message: str, param: str | None) -> None:
     job.error = {"code": code, "message": message, "param": param}
     states.move(session, job, JobState.FAILED, message, level="error", data=job.error)
 

@@ -58,10 +58,9 @@ def move(
         raise IllegalMove(f"job {job.id} is {job.state} and cannot become {to}")
     job.state = to
     if to is not S.RUNNING:
-        job.lease_owner = job.lease_expires_at = None
+        job.lease_owner = job.lease_expires_at = job.estimated_finish_at = None
     if to in TERMINAL:
         job.finished_at = func.clock_timestamp()
-        job.estimated_finish_at = None
     session.flush()
     _tell(session, job, message, level=level, data=data)
 

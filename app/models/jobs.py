@@ -20,6 +20,9 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
 
 
+UNFINISHED = (JobState.VALIDATING_FILES, JobState.QUEUED, JobState.RUNNING, JobState.PAUSED)
+
+
 class Desired(StrEnum):
     """What its owner wants of a running job; its worker hears it with the next heartbeat."""
 
@@ -56,6 +59,7 @@ class Job(Owned, Table):
     seed: Mapped[int]
     user_metadata: Mapped[dict[str, Any] | None]
     request: Mapped[dict[str, Any]]
+    request_sha256: Mapped[str]
     spec: Mapped[dict[str, Any] | None]
     plan: Mapped[dict[str, Any] | None]
     datasets: Mapped[dict[str, Any] | None]

@@ -70,7 +70,6 @@ def test_docs_and_health_need_no_key(api_url: str) -> None:
 
 
 def test_the_internal_routes_want_the_engine_token(http: httpx.Client) -> None:
-    assert http.post("/internal/engines", json={}).status_code in {400, 401}
     beat = {"engine_id": "e", "url": "http://x", "base": "b", "base_digest": "d", "running": 0, "waiting": 0}
     assert http.post("/internal/engines", json=beat).status_code == 401
 

@@ -10,7 +10,7 @@ BASE = catalog.load()["smollm2-135m-instruct"]
 
 
 def test_auto_becomes_numbers() -> None:
-    resolved = spec.resolve(spec.Requested(), BASE, seed=1, examples=400)
+    resolved = spec.resolve(spec.Requested(), BASE, seed=1, examples=400, longest=90)
 
     assert (resolved.n_epochs, resolved.batch_size) == (2, 12)
     assert resolved.total_steps(400) == 2 * 34
@@ -22,7 +22,7 @@ def test_what_was_asked_for_is_what_is_done() -> None:
         hyperparameters=spec.Hyperparameters(n_epochs=2, batch_size=4, learning_rate_multiplier=0.5),
         training=spec.TrainingOptions(max_seq_length=128, checkpoint_every_steps=7),
     )
-    auto, resolved = (spec.resolve(requested, BASE, seed=1, examples=100) for requested in (spec.Requested(), asked))
+    auto, resolved = (spec.resolve(requested, BASE, seed=1, examples=100, longest=90) for requested in (spec.Requested(), asked))
 
     assert (resolved.n_epochs, resolved.batch_size, resolved.max_seq_length) == (2, 4, 128)
     assert resolved.checkpoint_every_steps == 7
@@ -30,7 +30,7 @@ def test_what_was_asked_for_is_what_is_done() -> None:
 
 
 def test_one_example_is_enough() -> None:
-    assert spec.resolve(spec.Requested(), BASE, seed=1, examples=1).total_steps(1) >= 1
+    assert spec.resolve(spec.Requested(), BASE, seed=1, examples=1, longest=90).total_steps(1) >= 1
 
 
 def test_a_row_never_outgrows_the_base() -> None:

@@ -10,7 +10,6 @@ import structlog
 
 from app.core import ids
 from app.core.engine import Heartbeat
-from app.core.errors import AppError
 from app.core.render import CARD, TOKENIZER
 from app.core.settings import InferenceSettings
 from app.core.storage import Storage
@@ -38,7 +37,7 @@ async def announce(
                 answer = await client.post(f"{settings.gateway_url}/internal/engines", json=beat.model_dump(mode="json"))
                 answer.raise_for_status()
                 failing.clear()
-            except (AppError, httpx.HTTPError) as error:
+            except Exception as error:  # a full disk, a damaged card: an engine that falls silent is no longer asked
                 failing.warn("heartbeat_failed", reason=str(error) or type(error).__name__, gateway=settings.gateway_url)
             await asyncio.sleep(settings.heartbeat_seconds)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from worker.inference.sequence import Sequence
 
+_GREEDY_BELOW = 1e-5  # a smaller temperature only overflows 32-bit floats
 _NUCLEUS = 256  # enough of the most likely tokens for most top_p; sorting a whole vocabulary takes milliseconds a row
 
 
@@ -15,10 +16,11 @@ def choose(logits_BV: Tensor, sequences: SequenceOf[Sequence]) -> list[int | Non
     logits_BV = logits_BV.float()
     best_B, indices_B = logits_BV.max(dim=-1)
     is_usable, greedy = torch.isfinite(best_B).tolist(), indices_B.tolist()
-    return [
-        None if not is_usable[row] else greedy[row] if sequence.sampling.temperature == 0 else _sample(logits_BV[row], sequence)
-        for row, sequence in enumerate(sequences)
-    ]
+    return [_pick(logits_BV[row], greedy[row], sequence) if is_usable[row] else None for row, sequence in enumerate(sequences)]
+
+
+def _pick(logits_V: Tensor, greedy: int, sequence: Sequence) -> int:
+    return greedy if sequence.sampling.temperature < _GREEDY_BELOW else _sample(logits_V, sequence)
 
 
 def _sample(logits_V: Tensor, sequence: Sequence) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from worker.model.directory import locked, written_whole
 from worker.model.source import BaseRefused
 
 __all__ = ["BaseRefused", "LoadedBase", "card", "keep_weights_unpacked", "load", "quantized"]
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package of kernels that nobody needs
 
 _FORMAT = 1  # of what lies under bases/; another number prepares everything anew
 _BLOCK = 64

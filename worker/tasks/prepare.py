@@ -6,12 +6,13 @@ from pathlib import Path
 
 import structlog
 
-from app.core import chat, spec
+from app.core import chat, memory, spec
 from app.core.errors import Unavailable
 from app.core.render import Renderer
 from app.jobs import service as jobs
 from app.jobs.service import Dataset, Datasets, ToPrepare
 from worker.model import card
+from worker.model.source import BaseRefused
 from worker.services import Services
 from worker.training import tokenise
 from worker.training.tokenise import TokenisedSet
@@ -69,6 +70,11 @@ def prepare_next(to: Services) -> bool:
         with to.sessions.begin() as session:
             jobs.postpone(session, job.id)
         return False
+    except Exception as error:  # a base that cannot be had, a full disk: another try may do, but not for ever
+        log.exception("preparation_failed", job_id=job.id)
+        reason = str(error) if isinstance(error, BaseRefused) else type(error).__name__
+        with to.sessions.begin() as session:
+            jobs.preparation_failed(session, job.id, reason=reason, settings=to.settings.leases)
     return True
 
 
@@ -79,7 +85,8 @@ def _prepare(to: Services, job: ToPrepare) -> None:
     training = tokeniser.read(job.training_key, param="training_file")
     validation = tokeniser.read(job.validation_key, param="validation_file") if job.validation_key else None
     datasets = Datasets(training=tokeniser.store(training), validation=tokeniser.store(validation) if validation else None)
-    resolved = spec.resolve(job.requested, base, seed=job.seed, examples=training.examples)
+    longest = max(training.longest, validation.longest if validation else 0)
+    resolved = spec.resolve(job.requested, base, seed=job.seed, examples=training.examples, longest=longest)
     plan = jobs.plan_of(
         base,
         resolved,
@@ -88,6 +95,16 @@ def _prepare(to: Services, job: ToPrepare) -> None:
         tokens=training.tokens,
         trained_tokens=training.labelled_tokens,
     )
+    _require_room(job, plan["predicted_peak_bytes"])
     with to.sessions.begin() as session:
         jobs.finish_preparing(session, job.id, resolved=resolved, plan=plan, datasets=datasets, dropped=training.dropped)
     log.info("job_prepared", job_id=job.id, examples=training.examples, tokens=training.tokens)
+
+
+def _require_room(job: ToPrepare, predicted_bytes: int) -> None:
+    """Refuse here what a GPU would refuse after an hour in its queue. Raises Unusable."""
+    tier = job.queue.removeprefix("train.")
+    if tier != "cpu" and predicted_bytes > int(tier) * memory.GIB:
+        gigabytes = predicted_bytes / memory.GIB
+        message = f"this run needs about {gigabytes:.0f} GB and the largest worker has {tier}; lower training.max_seq_length"
+        raise Unusable("training.max_seq_length", message)

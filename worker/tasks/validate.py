@@ -28,6 +28,9 @@ def validate_next(to: Services) -> bool:
         with to.sessions.begin() as session:
             files.postpone(session, file.id)
         return False
+    except Exception:
+        log.exception("validation_failed", file_id=file.id)
+        report = _damaged("the file could not be read; upload it again, and tell the operator if that does not help")
     with to.sessions.begin() as session:
         files.finish_validation(session, file.id, report)
     log.info("file_validated", file_id=file.id, rows=report.rows, problems=report.problem_count)
