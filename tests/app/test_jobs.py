@@ -112,6 +112,8 @@ def test_the_sdks_own_retry_makes_no_second_job(http: httpx.Client, file_id: str
         ({"method": {"type": "dpo"}}, 400, "method.type", "unsupported_method"),
         ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "unsupported_parameter"),
         ({"adapter": {"rank": 4096}}, 400, "adapter.rank", None),
+        ({"adapter": {"target_modules": []}}, 400, "adapter.target_modules", None),
+        ({"quantization": {"double_quant": False}}, 400, "quantization.double_quant", None),
         ({"metadata": {"k": "v" * 513}}, 400, "metadata.k", None),
         ({"modle": "x"}, 400, "modle", "unknown_parameter"),
         ({"model": "llama-3.3-70b-instruct"}, 400, "model", "no_worker_for_model"),

@@ -42,6 +42,19 @@ def test_a_body_without_length_is_counted_as_it_comes(http: httpx.Client, settin
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
+def test_only_uploads_may_be_large(http: httpx.Client, api_url: str, settings: Settings) -> None:
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    chunks = (b" " * 1_000_000 for _ in range(settings.limits.body_bytes // 1_000_000 + 2))
+    assert http.post("/v1/chat/completions", content=chunks, headers=headers).status_code == 413
+    assert httpx.post(f"{api_url}/internal/engines", content=b"{}", headers=headers).status_code == 401
+
+
+def test_a_header_that_names_another_organization_is_refused(http: httpx.Client) -> None:
+    answer = http.get("/v1/models", headers={"OpenAI-Organization": "org-somebody"})
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "mismatched_scope")
+
+
 @pytest.mark.parametrize("body", [b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"model": "\\ud800", "training_file": "a"}'])
 def test_a_body_that_is_no_request_is_a_400(http: httpx.Client, body: bytes) -> None:
     answer = http.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"})

@@ -102,3 +102,15 @@ def test_a_line_without_end_is_cut_and_reported_once() -> None:
 
 def test_a_byte_order_mark_is_no_problem() -> None:
     assert chat.validate([b"\xef\xbb\xbf" + GOOD]).is_valid
+
+
+def test_what_a_report_tells_can_be_stored_and_read() -> None:
+    rows = [json.dumps({key: 1}).encode() for key in ("a\x00b", "a\ud800b", "x" * 100_000)]
+    problems = chat.validate(rows).problems
+
+    assert len(problems) == 3
+    for problem in problems:
+        told = problem.model_dump_json()
+        assert len(told) < 1000
+        assert "\\u0000" not in told
+        told.encode()

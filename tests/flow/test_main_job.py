@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -111,6 +112,14 @@ def test_a_stream_says_the_same_as_the_whole(client: OpenAI, tuned: FineTuningJo
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
+def test_an_answer_can_be_sent_back_as_history(client: OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "hi"}]
+    said = client.chat.completions.create(model=make.TINY, messages=messages, max_tokens=3, temperature=1e-320)
+    messages += [said.choices[0].message.model_dump(), {"role": "user", "content": "go on"}]
+
+    assert client.chat.completions.create(model=make.TINY, messages=messages, max_tokens=3).choices
+
+
 def test_a_completion_continues_a_text(client: OpenAI, tuned: FineTuningJob) -> None:
     said = client.completions.create(model=str(tuned.fine_tuned_model), prompt="What comes", max_tokens=5, temperature=0)
 
@@ -129,6 +138,7 @@ def test_a_completion_continues_a_text(client: OpenAI, tuned: FineTuningJob) -> 
         ({"max_tokens": 100_000}, "messages", "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "messages", "context_length_exceeded"),
         ({"messages": []}, "messages", None),
+        ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "messages", None),
         ({"temperature": 3}, "temperature", None),
         ({"stop": [""]}, "stop", None),
     ],

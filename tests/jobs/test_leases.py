@@ -4,7 +4,9 @@ import pytest
 from sqlalchemy import orm, select
 
 from app.accounts.caller import Caller
-from app.core import events
+from app.adapters import service as adapters
+from app.core import catalog, events
+from app.core.errors import Conflict
 from app.jobs import leases
 from app.jobs import service as jobs
 from app.jobs.leases import LeaseLost
@@ -155,3 +157,26 @@ def test_a_checkpoint_is_known_once_and_answers_by_name(session: orm.Session, or
     assert newest is not None and newest.step == 4
     names = session.scalars(select(Adapter.name).where(Adapter.job_id == job.id)).all()
     assert names == [f"ft:{make.TINY}:{organization.organization_slug}::{job.id[-8:]}:ckpt-step-4"]
+
+
+def test_a_cancelled_job_whose_attempt_breaks_is_cancelled(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    lease = make.claim(session, job)
+    jobs.cancel(session, organization, job.id)
+    leases.release(session, lease, reason="the trainer died", settings=make.LEASES)
+
+    assert job.state == JobState.CANCELLED
+
+
+def test_a_checkpoint_that_a_running_job_needs_cannot_be_deleted(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    lease = make.claim(session, job)
+    leases.checkpoint(session, lease, step=4, prefix="p", manifest=make.manifest(), metrics={})
+    session.flush()
+    name = session.scalars(select(Adapter.name).where(Adapter.job_id == job.id)).one()
+
+    with pytest.raises(Conflict, match="go on from"):
+        adapters.delete(session, organization, catalog.load(), name)
+    leases.fail(session, lease, code="diverged", message="no")
+    adapters.delete(session, organization, catalog.load(), name)
+    assert jobs.list_checkpoints(session, organization, job.id, after=None, limit=9)[0] == []

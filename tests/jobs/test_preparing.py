@@ -1,9 +1,10 @@
 """A job between its creation and the queue: it waits for its files, and a bad file ends it."""
 
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
-from sqlalchemy import orm, select
+from sqlalchemy import func, orm, select
 
 from app.accounts.caller import Caller
 from app.core import catalog, chat
@@ -11,7 +12,7 @@ from app.core.errors import BadRequest, Conflict, NotFound
 from app.files import service as files
 from app.jobs import service as jobs
 from app.jobs.schemas import JobCreate
-from app.models import Job, JobState
+from app.models import File, Job, JobState
 from tests import make
 from tests.conftest import make_organization
 
@@ -96,3 +97,43 @@ def test_a_repeated_request_of_the_sdk_makes_no_second_job(session: orm.Session,
     assert repeated.id == first.id != second.id
     mine = session.scalars(select(Job.id).where(Job.organization_id == organization.organization_id)).all()
     assert len(mine) == 2
+
+
+def test_a_preparation_that_keeps_failing_ends_the_job(session: orm.Session, organization: Caller) -> None:
+    job = make.job(session, organization)
+    for _ in range(make.LEASES.max_attempts):
+        assert job.state == JobState.VALIDATING_FILES
+        jobs.preparation_failed(session, job.id, reason="the disk is full", settings=make.LEASES)
+
+    assert job.state == JobState.FAILED
+    assert job.error is not None and "the disk is full" in job.error["message"]
+
+
+def test_a_repeat_of_another_request_is_another_job(session: orm.Session, organization: Caller) -> None:
+    file = make.valid_file(session, organization)
+    first, other = (
+        jobs.create(
+            session,
+            organization,
+            catalog.load(),
+            request=JobCreate(model=make.TINY, training_file=file.id, seed=seed),
+            tiers=make.CPU,
+            is_retry=True,
+        )
+        for seed in (1, 2)
+    )
+
+    assert (first.seed, other.seed) == (1, 2)
+
+
+def test_an_expired_file_is_forgotten_once_no_job_needs_it(session: orm.Session, organization: Caller) -> None:
+    file = make.valid_file(session, organization)
+    job = make.job(session, organization, training_file=file)
+    file.expires_at = func.clock_timestamp() - timedelta(seconds=1)
+    files.expire(session)
+    assert session.get(File, file.id) is not None
+
+    jobs.cancel(session, organization, job.id)
+    files.expire(session)
+    session.flush()
+    assert session.scalar(select(File.id).where(File.id == file.id)) is None
