@@ -11,11 +11,11 @@ from app.core.manifest import BaseEntry, Manifest
 from app.core.settings import LeaseSettings
 from app.core.storage import Stored
 from app.files import service as files
-from app.jobs import leases
+from app.jobs import leases, preparing
 from app.jobs import service as jobs
 from app.jobs.leases import Lease
+from app.jobs.preparing import Dataset, Datasets
 from app.jobs.schemas import JobCreate
-from app.jobs.service import Dataset, Datasets
 from app.models import File, Job
 
 TINY = "tiny-random-llama"
@@ -56,7 +56,7 @@ def queued_job(session: orm.Session, caller: Caller) -> Job:
     made = job(session, caller)
     resolved = spec.resolve(spec.Requested(), catalog.load()[TINY], seed=made.seed, examples=12, longest=90)
     datasets = Datasets(training=Dataset(key="nowhere", sha256="0" * 64))
-    jobs.finish_preparing(session, made.id, resolved=resolved, plan={}, datasets=datasets)
+    preparing.finish(session, made.id, resolved=resolved, plan={}, datasets=datasets)
     made.queue = f"train.{made.id}"
     session.flush()
     return made

@@ -22,7 +22,7 @@ from app.core.spec import TrainSpec
 from app.core.storage import Storage
 from app.jobs import leases, results
 from app.jobs.leases import Lease, LeaseLost
-from app.jobs.service import Dataset, Datasets
+from app.jobs.preparing import Dataset, Datasets
 from app.models import Desired, Job
 from worker import wire
 from worker.heart import Heart

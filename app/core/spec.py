@@ -29,10 +29,10 @@ class LoraSpec(_Frozen):
 
 
 class QuantizationSpec(_Frozen):
-    """How the frozen base is held: the one way in which engines hold it too."""
+    """How the frozen base is held."""
 
     scheme: Literal["nf4"] = "nf4"
-    double_quant: Literal[True] = True
+    double_quant: bool = True
 
 
 class OptimizerSpec(_Frozen):

@@ -55,6 +55,9 @@ class JobCreate(_Request):
             raise BadRequest(
                 "integrations are not offered here; remove the field", param="integrations", code="unsupported_parameter"
             )
+        if not self.quantization.double_quant:
+            message = "engines hold their bases with double quantization, and an adapter must meet the base it was trained on"
+            raise BadRequest(message, param="quantization.double_quant", code="unsupported_parameter")
         return self
 
     def requested(self) -> spec.Requested:

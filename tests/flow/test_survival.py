@@ -71,3 +71,13 @@ def test_a_job_survives_its_trainer_and_its_worker(stack: Stack, client: OpenAI)
         assert any(word in message for message in told), told
         assert any(message.startswith("Training resumed at step") for message in told), told
         assert losses(client, job) == losses(client, undisturbed)
+
+
+def test_a_lost_broker_loses_nothing(stack: Stack, client: OpenAI) -> None:
+    """Valkey comes back empty: rings are rung again, since the rows are still there."""
+    for valkey in stack.children("valkey"):
+        valkey.kill()
+    job = wait_for_end(client, begin(client))
+
+    assert job.status == "succeeded"
+    assert (job.model_extra or {})["attempt"] == 1

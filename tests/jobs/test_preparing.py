@@ -10,6 +10,7 @@ from app.accounts.caller import Caller
 from app.core import catalog, chat
 from app.core.errors import BadRequest, Conflict, NotFound
 from app.files import service as files
+from app.jobs import preparing
 from app.jobs import service as jobs
 from app.jobs.schemas import JobCreate
 from app.models import File, Job, JobState
@@ -31,11 +32,11 @@ def test_a_job_waits_for_a_file_that_is_still_validated(session: orm.Session, or
     file = make.uploaded_file(session, organization)
     job = make.job(session, organization, training_file=file)
 
-    assert jobs.claim_to_prepare(session) is None
+    assert preparing.claim(session) is None
     files.finish_validation(session, file.id, chat.Report(rows=1, problem_count=0))
-    claimed = jobs.claim_to_prepare(session)
+    claimed = preparing.claim(session)
     assert claimed is not None and claimed.id == job.id
-    assert jobs.claim_to_prepare(session) is None  # in hand
+    assert preparing.claim(session) is None  # in hand
 
 
 def test_a_waiting_job_fails_with_its_file(session: orm.Session, organization: Caller) -> None:
@@ -43,7 +44,7 @@ def test_a_waiting_job_fails_with_its_file(session: orm.Session, organization: C
     job = make.job(session, organization, training_file=file)
     files.finish_validation(session, file.id, BAD)
 
-    assert jobs.claim_to_prepare(session) is None
+    assert preparing.claim(session) is None
     assert job.state == JobState.FAILED
     assert job.error == {
         "code": "invalid_file",
@@ -103,7 +104,7 @@ def test_a_preparation_that_keeps_failing_ends_the_job(session: orm.Session, org
     job = make.job(session, organization)
     for _ in range(make.LEASES.max_attempts):
         assert job.state == JobState.VALIDATING_FILES
-        jobs.preparation_failed(session, job.id, reason="the disk is full", settings=make.LEASES)
+        preparing.failed(session, job.id, reason="the disk is full", settings=make.LEASES)
 
     assert job.state == JobState.FAILED
     assert job.error is not None and "the disk is full" in job.error["message"]

@@ -9,8 +9,8 @@ import structlog
 from app.core import chat, memory, spec
 from app.core.errors import Unavailable
 from app.core.render import Renderer
-from app.jobs import service as jobs
-from app.jobs.service import Dataset, Datasets, ToPrepare
+from app.jobs import preparing
+from app.jobs.preparing import Dataset, Datasets, ToPrepare
 from worker.model import card
 from worker.model.source import BaseRefused
 from worker.services import Services
@@ -57,24 +57,24 @@ class _Tokeniser:
 def prepare_next(to: Services) -> bool:
     """Prepare one job; False when none waits."""
     with to.sessions.begin() as session:
-        job = jobs.claim_to_prepare(session)
+        job = preparing.claim(session)
     if job is None:
         return False
     try:
         _prepare(to, job)
     except Unusable as error:
         with to.sessions.begin() as session:
-            jobs.reject(session, job.id, code="invalid_file", message=str(error), param=error.param)
+            preparing.reject(session, job.id, code="invalid_file", message=str(error), param=error.param)
     except Unavailable:
         log.warning("preparation_postponed", job_id=job.id)
         with to.sessions.begin() as session:
-            jobs.postpone(session, job.id)
+            preparing.postpone(session, job.id)
         return False
     except Exception as error:  # a base that cannot be had, a full disk: another try may do, but not for ever
         log.exception("preparation_failed", job_id=job.id)
         reason = str(error) if isinstance(error, BaseRefused) else type(error).__name__
         with to.sessions.begin() as session:
-            jobs.preparation_failed(session, job.id, reason=reason, settings=to.settings.leases)
+            preparing.failed(session, job.id, reason=reason, settings=to.settings.leases)
     return True
 
 
@@ -87,7 +87,7 @@ def _prepare(to: Services, job: ToPrepare) -> None:
     datasets = Datasets(training=tokeniser.store(training), validation=tokeniser.store(validation) if validation else None)
     longest = max(training.longest, validation.longest if validation else 0)
     resolved = spec.resolve(job.requested, base, seed=job.seed, examples=training.examples, longest=longest)
-    plan = jobs.plan_of(
+    plan = preparing.plan_of(
         base,
         resolved,
         examples=training.examples,
@@ -97,7 +97,7 @@ def _prepare(to: Services, job: ToPrepare) -> None:
     )
     _require_room(job, plan["predicted_peak_bytes"])
     with to.sessions.begin() as session:
-        jobs.finish_preparing(session, job.id, resolved=resolved, plan=plan, datasets=datasets, dropped=training.dropped)
+        preparing.finish(session, job.id, resolved=resolved, plan=plan, datasets=datasets, dropped=training.dropped)
     log.info("job_prepared", job_id=job.id, examples=training.examples, tokens=training.tokens)
 
 

@@ -1,0 +1,162 @@
+"""Between a job's creation and its queue: its files are validated, its data tokenised, its settings resolved."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import func, orm, select
+
+from app import outbox
+from app.core import memory, spec
+from app.core.catalog import Base
+from app.core.chat import Problem
+from app.core.settings import LeaseSettings
+from app.jobs import events, states
+from app.models import File, FileStatus, Job, JobState
+
+PREPARE_LEASE = timedelta(minutes=10)
+POSTPONED = timedelta(seconds=5)
+
+
+@dataclass(frozen=True)
+class ToPrepare:
+    """A job whose files are valid, in the hands of one preparer."""
+
+    id: str
+    organization_id: str
+    queue: str
+    base: str
+    seed: int
+    requested: spec.Requested
+    training_key: str
+    validation_key: str | None
+
+
+class Dataset(BaseModel):
+    """A tokenised file in storage. `sha256` is that of the stored bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str
+    sha256: str
+
+
+class Datasets(BaseModel):
+    """What the trainer reads."""
+
+    model_config = ConfigDict(frozen=True)
+
+    training: Dataset
+    validation: Dataset | None = None
+
+
+def claim(session: orm.Session) -> ToPrepare | None:
+    """The oldest job whose files have been validated. One whose file turned out bad fails here, with the reason."""
+    validation = orm.aliased(File)
+    row = session.execute(
+        select(Job, File, validation)
+        .join(File, File.id == Job.training_file_id)
+        .outerjoin(validation, validation.id == Job.validation_file_id)
+        .where(
+            Job.state == JobState.VALIDATING_FILES,
+            Job.not_before <= func.clock_timestamp(),
+            File.status != FileStatus.UPLOADED,
+            func.coalesce(validation.status, "") != FileStatus.UPLOADED,
+        )
+        .order_by(Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True, of=Job)
+    ).one_or_none()
+    if row is None:
+        return None
+    job, training_file, validation_file = row
+    job.not_before = func.clock_timestamp() + PREPARE_LEASE
+    for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
+        if file is not None and file.status == FileStatus.ERROR:
+            _reject(session, job, code="invalid_file", message=f"{file.id} is not valid: {file.status_details}", param=param)
+            return claim(session)
+    return ToPrepare(
+        id=job.id,
+        organization_id=job.organization_id,
+        queue=job.queue,
+        base=job.base,
+        seed=job.seed,
+        requested=spec.Requested.model_validate(job.request),
+        training_key=training_file.storage_key,
+        validation_key=validation_file.storage_key if validation_file else None,
+    )
+
+
+def finish(
+    session: orm.Session,
+    job_id: str,
+    *,
+    resolved: spec.TrainSpec,
+    plan: dict[str, Any],
+    datasets: Datasets,
+    dropped: Sequence[Problem] = (),
+) -> None:
+    """Let the workers have it. A job that was cancelled meanwhile stays so."""
+    job = _validating(session, job_id)
+    if job is None:
+        return
+    job.spec = resolved.model_dump(mode="json")
+    job.plan = plan
+    job.datasets = datasets.model_dump(mode="json")
+    job.queued_at = job.not_before = func.clock_timestamp()
+    for problem in dropped:
+        events.append(session, job, f"Line {problem.line} is left out: {problem.message}", level="warn")
+    states.move(session, job, JobState.QUEUED, "Files validated, moving job to queued state", data=plan)
+    outbox.ring(session, job.queue)
+
+
+def reject(session: orm.Session, job_id: str, *, code: str, message: str, param: str) -> None:
+    """The data cannot be trained on with this base and these settings."""
+    if job := _validating(session, job_id):
+        _reject(session, job, code=code, message=message, param=param)
+
+
+def postpone(session: orm.Session, job_id: str) -> None:
+    """Whoever had it in hand could not go on; another may try shortly."""
+    if job := _validating(session, job_id):
+        job.not_before = func.clock_timestamp() + POSTPONED
+
+
+def failed(session: orm.Session, job_id: str, *, reason: str, settings: LeaseSettings) -> None:
+    """Another may try shortly, unless too many have."""
+    job = _validating(session, job_id)
+    if job is None:
+        return
+    job.failures += 1
+    if job.failures < settings.max_attempts:
+        job.not_before = func.clock_timestamp() + POSTPONED * job.failures
+    else:
+        message = f"the job could not be prepared: {reason}"
+        _reject(session, job, code="preparation_failed", message=message, param=None)
+
+
+def plan_of(
+    base: Base, resolved: spec.TrainSpec, *, examples: int, dropped: int, tokens: int, trained_tokens: int
+) -> dict[str, Any]:
+    """What the job will do, in numbers its owner can check."""
+    predicted = memory.predict(base.architecture, resolved.lora, micro_batch_tokens=resolved.micro_batch_tokens)
+    return {
+        "examples": examples,
+        "dropped_examples": dropped,
+        "tokens_per_epoch": tokens,
+        "trained_tokens_per_epoch": trained_tokens,
+        "total_steps": resolved.total_steps(examples),
+        "adapter_parameters": memory.adapter_parameters(base.architecture, resolved.lora),
+        "predicted_peak_bytes": predicted.peak_bytes,
+    }
+
+
+def _validating(session: orm.Session, job_id: str) -> Job | None:
+    return session.scalar(select(Job).where(Job.id == job_id, Job.state == JobState.VALIDATING_FILES).with_for_update())
+
+
+def _reject(session: orm.Session, job: Job, *, code: str, message: str, param: str | None) -> None:
+    job.error = {"code": code, "message": message, "param": param}
+    states.move(session, job, JobState.FAILED, message, level="error", data=job.error)
