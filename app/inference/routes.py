@@ -1,7 +1,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from app.core.engine import Heartbeat
 from app.deps import Caller
@@ -50,9 +50,6 @@ async def _answer(
     answer = inference.Answer(target, is_chat=is_chat)
     if body.stream:
         opening = inference.answer_streamed(gateway, caller, target, generate, answer, includes_usage=body.includes_usage)
-        events = await inference.unless_gone(request, opening)
-        if events is None:
-            return Response(status_code=GONE)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return await inference.unless_gone(request, opening) or Response(status_code=GONE)
     whole = await inference.unless_gone(request, inference.answer_whole(gateway, caller, target, generate, answer))
     return JSONResponse(whole) if whole else Response(status_code=GONE)

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from jinja2.exceptions import TemplateError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from app.accounts.caller import Caller
 from app.core import ids
@@ -88,30 +90,41 @@ async def answer_whole(
 
 async def answer_streamed(
     gateway: Gateway, caller: Caller, target: Target, generate: GenerateRequest, answer: Answer, *, includes_usage: bool
-) -> AsyncIterator[bytes]:
+) -> StreamingResponse:
     """Server-sent events. The engine has accepted when this returns, so that refusals still get a status of their own."""
     stack = AsyncExitStack()
     chunks = await stack.enter_async_context(gateway.open(caller, target, generate))
-    return _events(stack, chunks, answer, len(generate.prompt), includes_usage=includes_usage)
+    return _EventStream(stack, _events(chunks, answer, len(generate.prompt), includes_usage=includes_usage))
+
+
+class _EventStream(StreamingResponse):
+    """Lets go of the engine when it ends, also if its client was gone before the first event was asked for."""
+
+    def __init__(self, stack: AsyncExitStack, events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            await super().__call__(scope, receive, send)
 
 
 async def _events(
-    stack: AsyncExitStack, chunks: AsyncIterator[Chunk], answer: Answer, prompt_tokens: int, *, includes_usage: bool
+    chunks: AsyncIterator[Chunk], answer: Answer, prompt_tokens: int, *, includes_usage: bool
 ) -> AsyncIterator[bytes]:
-    async with stack:
-        try:
-            if opening := answer.opening():
-                yield _event(opening)
-            completion_tokens = 0
-            async for chunk in chunks:
-                completion_tokens = chunk.completion_tokens
-                if chunk.text or chunk.finish_reason:
-                    yield _event(answer.piece(chunk))
-            if includes_usage:
-                yield _event(answer.usage(Usage.of(prompt_tokens, completion_tokens)))
-        except AppError as error:
-            yield _event(envelope_of(error))
-        yield b"data: [DONE]\n\n"
+    try:
+        if opening := answer.opening():
+            yield _event(opening)
+        completion_tokens = 0
+        async for chunk in chunks:
+            completion_tokens = chunk.completion_tokens
+            if chunk.text or chunk.finish_reason:
+                yield _event(answer.piece(chunk))
+        if includes_usage:
+            yield _event(answer.usage(Usage.of(prompt_tokens, completion_tokens)))
+    except AppError as error:
+        yield _event(envelope_of(error))
+    yield b"data: [DONE]\n\n"
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
