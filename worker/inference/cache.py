@@ -68,7 +68,7 @@ def attend(
     transformers' attention interface: gives [1, T, H, D]. Each sequence is computed alone, so neighbours change nothing.
     """
     if unused.get("softcap") is not None:
-        raise NotImplementedError("attention with a soft cap is not served")
+        raise ValueError("attention with a soft cap is not served")
     layer = module.layer_idx
     assert isinstance(layer, int)
     parts = []

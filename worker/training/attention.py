@@ -42,7 +42,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: gives [1, T, H, D]."""
     if attention_mask is not None or unused.get("softcap") is not None:
-        raise NotImplementedError("packed attention knows neither masks nor soft caps")
+        raise ValueError("packed attention knows neither masks nor soft caps")
     groups = query_1HTD.shape[1] // key_1KTD.shape[1]
     parts = (torch.split(tensor, list(documents), dim=2) for tensor in (query_1HTD, key_1KTD, value_1KTD))
     out = [

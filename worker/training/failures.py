@@ -22,6 +22,10 @@ class NothingToTrain(TrainingFailed):
     code = "nothing_to_train"
 
 
+class BaseUnsupported(TrainingFailed):
+    code = "base_unsupported"
+
+
 def failed(error: BaseException) -> Failed:
     """The last event of a run that raised `error`. What is not the owner's doing is said without its details."""
     match error:

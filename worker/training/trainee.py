@@ -15,6 +15,7 @@ from worker.model.adapter import targets_of
 from worker.model.base import LoadedBase
 from worker.training.attention import packed_attention
 from worker.training.data import MicroBatch
+from worker.training.failures import BaseUnsupported
 from worker.training.loss import LabelledLoss, labelled_loss
 
 
@@ -60,7 +61,7 @@ class Trainee:
 def adapted(base: LoadedBase, spec: TrainSpec) -> Iterator[Trainee]:
     """Put a fresh adapter, drawn from the spec's seed, on the base; afterwards the base is as it was, bit for bit."""
     if getattr(base.model.config, "final_logit_softcapping", None) is not None:
-        raise NotImplementedError("models that cap their logits cannot be trained yet")
+        raise BaseUnsupported("models that cap their logits cannot be trained here; choose another base")
     config = peft.LoraConfig(
         r=spec.lora.rank,
         lora_alpha=spec.lora.alpha,
