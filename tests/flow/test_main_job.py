@@ -125,6 +125,10 @@ def test_a_completion_continues_a_text(client: OpenAI, tuned: FineTuningJob) -> 
 
     assert said.usage is not None and said.usage.completion_tokens <= 5
     assert said.object == "text_completion"
+    stream = client.completions.create(
+        model=str(tuned.fine_tuned_model), prompt="What comes", max_tokens=5, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in stream) == said.choices[0].text
 
 
 @pytest.mark.parametrize(
