@@ -19,7 +19,7 @@ def inherited() -> dict[str, str]:
     ours = {name: value for name, value in os.environ.items() if not name.upper().startswith(private)}
     for name in ("NO_PROXY", "no_proxy"):
         ours[name] = ",".join(filter(None, (ours.get(name), "127.0.0.1", "localhost")))
-    # threads that wait by spinning take the cores from whom they wait for: 3.6 times slower beside one busy process
+    # threads that wait by spinning take the cores from whom they wait for: see docs/decisions/0007
     return {"OMP_WAIT_POLICY": "PASSIVE", **ours, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
 
 
