@@ -1,5 +1,8 @@
 """Connections to Postgres: one pool per process, each session one transaction."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from psycopg import Connection
 from pydantic import SecretStr
 from sqlalchemy import Engine, create_engine, event, orm, text
@@ -21,6 +24,14 @@ def open_sessions(url: SecretStr, *, pool_size: int = 10) -> orm.sessionmaker[or
     )
     _set_timeouts(engine)
     return orm.sessionmaker(engine, expire_on_commit=False)
+
+
+@contextmanager
+def organization_session(sessions: orm.sessionmaker[orm.Session], organization_id: str) -> Iterator[orm.Session]:
+    """One transaction that sees this organization's rows: committed at the end of the block, rolled back if it raises."""
+    with sessions.begin() as session:
+        use_organization(session, organization_id)
+        yield session
 
 
 def use_organization(session: orm.Session, organization_id: str) -> None:

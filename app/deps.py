@@ -24,8 +24,7 @@ Caller = Annotated[caller.Caller, Depends(get_caller)]
 
 def get_session(request: Request, caller: Caller) -> Iterator[orm.Session]:
     """One request, one transaction of one organization: commit if the route returns, roll back if it raises."""
-    with request.app.state.sessions.begin() as session:
-        db.use_organization(session, caller.organization_id)
+    with db.organization_session(request.app.state.sessions, caller.organization_id) as session:
         yield session
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from app.core.errors import AppError, BadRequest, RateLimited, Unavailable
+from app.core.errors import AppError, BadRequest, Unavailable
 
 log = structlog.get_logger()
 
@@ -36,14 +36,14 @@ def answer(error: Exception) -> JSONResponse:
     """The response for any exception. What nobody expected is logged and says nothing of itself."""
     match error:
         case AppError():
-            return _envelope(error.status, str(error), error.type, error.param, error.code, _retry_headers(error))
+            return JSONResponse(error.envelope(), status_code=error.status, headers=error.headers)
         case RequestValidationError():
             return answer(_first_problem(error))
         case HTTPException():
             message = (
                 f"{error.detail}: see /docs for what this server answers" if error.status_code in (404, 405) else error.detail
             )
-            return _envelope(error.status_code, message, "invalid_request_error", None, _HTTP_CODES.get(error.status_code))
+            return _envelope(error.status_code, message, "invalid_request_error", _HTTP_CODES.get(error.status_code))
         case DataError():  # NUL in a path or a cursor, for one
             return answer(BadRequest("a parameter holds a character or a number that cannot be stored"))
         case OperationalError() | PoolTimeout():
@@ -51,29 +51,17 @@ def answer(error: Exception) -> JSONResponse:
             return answer(Unavailable("the database does not answer; try again shortly", code="database_unavailable"))
         case _:
             log.error("unexpected_error", exc_info=error)
-            return _envelope(500, "something failed on our side; the request id finds it in the logs", "server_error", None, None)
-
-
-def envelope_of(error: AppError) -> dict[str, Any]:
-    """The body alone, for a stream that has begun."""
-    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
+            return _envelope(500, "something failed on our side; the request id finds it in the logs", "server_error", None)
 
 
 async def _handle(_: Request, error: Exception) -> JSONResponse:
     return answer(error)
 
 
-def _envelope(
-    status: int, message: str, type_: str, param: str | None, code: str | None, headers: dict[str, str] | None = None
-) -> JSONResponse:
-    body = {"error": {"message": message, "type": type_, "param": param, "code": code}}
-    return JSONResponse(body, status_code=status, headers=headers)
-
-
-def _retry_headers(error: AppError) -> dict[str, str] | None:
-    if isinstance(error, Unavailable | RateLimited):
-        return {"Retry-After": str(error.retry_after_seconds)}
-    return None
+def _envelope(status: int, message: str, type_: str, code: str | None) -> JSONResponse:
+    """For what has no class of ours."""
+    body = {"message": message, "type": type_, "param": None, "code": code}
+    return JSONResponse({"error": body}, status_code=status)
 
 
 def _first_problem(error: RequestValidationError) -> AppError:

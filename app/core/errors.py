@@ -13,11 +13,21 @@ class AppError(Exception):
     type: ClassVar[str] = "server_error"
     code: str | None = None
     param: str | None = None
+    retry_after_seconds: ClassVar[int | None] = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param if param is not None else type(self).param
         self.code = code if code is not None else type(self).code
+
+    def envelope(self) -> dict[str, dict[str, str | None]]:
+        """The body that every failure leaves with, public or between our own processes."""
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str] | None:
+        """What belongs beside the envelope."""
+        return {"Retry-After": str(self.retry_after_seconds)} if self.retry_after_seconds else None
 
     def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments do not survive the default pickling
         return _rebuild, (type(self), str(self), self.param, self.code)
@@ -33,10 +43,6 @@ class BadRequest(AppError):
 
 class Unauthenticated(AppError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
-
-
-class Forbidden(AppError):
-    status, type, code = 403, "permission_error", "insufficient_permissions"
 
 
 class NotFound(AppError):

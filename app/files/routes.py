@@ -42,8 +42,7 @@ def _add(request: Request, caller: Caller, file_id: str, received: multipart.Rec
     """A transaction of its own: none is open while the bytes come in. If it fails, the bytes go too."""
     try:
         fields = UploadFields.parse(received.fields)
-        with request.app.state.sessions.begin() as session:
-            db.use_organization(session, caller.organization_id)
+        with db.organization_session(request.app.state.sessions, caller.organization_id) as session:
             file = files.add(
                 session,
                 caller,

@@ -82,8 +82,7 @@ class Gateway:
         return await run_in_threadpool(self._target, caller, model)
 
     def _target(self, caller: Caller, model: str) -> Target:
-        with self._sessions.begin() as session:
-            db.use_organization(session, caller.organization_id)
+        with db.organization_session(self._sessions, caller.organization_id) as session:
             adapter = None
             if (base := self._catalog.find(model)) is None:
                 adapter = adapters.find(session, caller, model)
@@ -142,8 +141,7 @@ class Gateway:
         raise failure
 
     def _record_usage(self, caller: Caller, target: Target, request_id: str, meter: Meter) -> None:
-        with self._sessions.begin() as session:
-            db.use_organization(session, caller.organization_id)
+        with db.organization_session(self._sessions, caller.organization_id) as session:
             record = UsageRecord(
                 id=ids.new("usage_"),
                 organization_id=caller.organization_id,

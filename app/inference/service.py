@@ -18,7 +18,6 @@ from app.core import ids
 from app.core.engine import Chunk, GenerateRequest
 from app.core.errors import AppError, BadRequest
 from app.core.render import RenderError
-from app.handlers import envelope_of
 from app.inference.gateway import Gateway, Target
 from app.inference.schemas import ChatRequest, CompletionRequest, Usage
 
@@ -123,7 +122,7 @@ async def _events(
         if includes_usage:
             yield _event(answer.usage(Usage.of(prompt_tokens, completion_tokens)))
     except AppError as error:
-        yield _event(envelope_of(error))
+        yield _event(error.envelope())
     yield b"data: [DONE]\n\n"
 
 

@@ -9,7 +9,7 @@ import httpx
 import structlog
 
 from app.core import ids
-from app.core.engine import Heartbeat
+from app.core.engine import Heartbeat, card_keys
 from app.core.render import CARD, TOKENIZER
 from app.core.settings import InferenceSettings
 from app.core.storage import Storage
@@ -44,8 +44,8 @@ async def announce(
 
 def publish_card(storage: Storage, base_id: str, card: Path) -> None:
     """What the API needs to render and count for this base without its weights."""
-    for name in (TOKENIZER, CARD):
-        storage.put_file(f"bases/{base_id}/{name}", card / name)
+    for name, key in zip((TOKENIZER, CARD), card_keys(base_id), strict=True):
+        storage.put_file(key, card / name)
 
 
 def advertised_url(host: str, port: int, gateway_url: str) -> str:

@@ -89,9 +89,7 @@ async def _break(_request: Request, _error: Exception) -> Response:
 
 
 def _envelope(error: AppError) -> JSONResponse:
-    body = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
-    seconds = getattr(error, "retry_after_seconds", None)
-    return JSONResponse({"error": body}, status_code=error.status, headers={"Retry-After": str(seconds)} if seconds else None)
+    return JSONResponse(error.envelope(), status_code=error.status, headers=error.headers)
 
 
 class Answer:

@@ -19,6 +19,7 @@ from worker.inference.announce import advertised_url, announce
 from worker.inference.driver import EngineDriver
 from worker.inference.routes import create_app
 from worker.model import base as bases
+from worker.model import card
 
 log = structlog.get_logger()
 
@@ -53,7 +54,7 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-async def serve(settings: Settings, base: bases.LoadedBase, card: Path) -> None:
+async def serve(settings: Settings, base: bases.LoadedBase, card_dir: Path) -> None:
     """Answer until told to leave."""
     storage = open_storage(settings.storage)
     token = settings.engine_token.get_secret_value()
@@ -66,7 +67,7 @@ async def serve(settings: Settings, base: bases.LoadedBase, card: Path) -> None:
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=LAST_BYTES_SECONDS
         )
         server = DrainingServer(config, driver)
-        beats = announce(driver, storage, card=card, url=url, token=token, settings=settings.inference)
+        beats = announce(driver, storage, card=card_dir, url=url, token=token, settings=settings.inference)
         server.announcing = asyncio.create_task(beats)
         log.info("engine_listening", url=url, base=base.entry.id, base_digest=base.entry.digest)
         await server.serve(sockets=[listener])
@@ -92,7 +93,7 @@ def main() -> None:
             torch.get_num_threads() // 2
         )  # two threads waiting for each other on a busy core are slower than one
     base = bases.load(wanted, settings.cache_dir, for_training=False)
-    asyncio.run(serve(settings, base, bases.card(wanted, settings.cache_dir)))
+    asyncio.run(serve(settings, base, card.prepared(wanted, settings.cache_dir)))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ from app.core.catalog import Base
 from app.core.manifest import BaseEntry
 from app.core.render import Renderer
 from app.core.spec import QuantizationSpec
-from worker.model import source
-from worker.model.card import prepared as card
+from worker.model import card, source
 from worker.model.directory import locked, written_whole
 from worker.model.source import BaseRefused
 
-__all__ = ["BaseRefused", "LoadedBase", "card", "keep_weights_unpacked", "load", "quantized"]
+__all__ = ["BaseRefused", "LoadedBase", "keep_weights_unpacked", "load", "quantized"]
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package of kernels that nobody needs
 
@@ -66,7 +65,7 @@ def load(
     the model in train mode, otherwise it is in eval mode; it is frozen either way.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    written_card = card(base, cache_dir)
+    written_card = card.prepared(base, cache_dir)
     revision = json.loads((written_card / render.CARD).read_text())["revision"]
     directory, digest = _prepared(base, revision, cache_dir, quantization, device)
     model = _assemble(directory, device, dtype).train(for_training)
