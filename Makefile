@@ -42,7 +42,7 @@ dev: $(STAMP)  ## run the whole stack on port 8000, data in .tunesmith/dev
 	$(BIN)/tunesmith up --data-dir .tunesmith/dev --port 8000
 
 lock:  ## pin every dependency anew (needs pip-tools in the environment)
-	$(BIN)/pip-compile --quiet --strip-extras --no-header --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --extra dev --output-file $(LOCK) pyproject.toml
+	$(BIN)/pip-compile --quiet --strip-extras --no-header --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --unsafe-package tunesmith --unsafe-package pip --unsafe-package setuptools --extra dev --output-file $(LOCK) pyproject.toml
 	sed -i "s/+cpu//" $(LOCK)
 
 clean:  ## remove the environment and all local data

@@ -1,88 +1,112 @@
 """Every value an operator can set, read once at the edge of each process. Below the edge there are only values."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, Field, SecretStr, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NestedSecretsSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+from pydantic_settings import PydanticBaseSettingsSource as Source
 
 MIB = 1024 * 1024
+CONFIG_FILE, SECRETS_DIR = "TUNESMITH_CONFIG_FILE", "TUNESMITH_SECRETS_DIR"
 
 
 class DatabaseSettings(BaseModel):
     """One URL per role: what a process may see is decided by what it connects as."""
 
-    api_url: SecretStr = SecretStr("postgresql+psycopg://tunesmith_api:tunesmith@127.0.0.1:5432/tunesmith")
-    system_url: SecretStr = SecretStr("postgresql+psycopg://tunesmith_system:tunesmith@127.0.0.1:5432/tunesmith")
-    owner_url: SecretStr = SecretStr("postgresql+psycopg://tunesmith_owner:tunesmith@127.0.0.1:5432/tunesmith")
-    pool_size: int = 10
+    api_url: SecretStr = Field(
+        default=SecretStr("postgresql+psycopg://tunesmith_api:tunesmith@127.0.0.1:5432/tunesmith"),
+        description="the API's role: sees one organization at a time",
+    )
+    system_url: SecretStr = Field(
+        default=SecretStr("postgresql+psycopg://tunesmith_system:tunesmith@127.0.0.1:5432/tunesmith"),
+        description="the role of relay and workers: sees every organization",
+    )
+    owner_url: SecretStr = Field(
+        default=SecretStr("postgresql+psycopg://tunesmith_owner:tunesmith@127.0.0.1:5432/tunesmith"),
+        description="the role of migrations: owns the tables",
+    )
+    pool_size: int = Field(default=10, ge=1, description="connections the API keeps; as many again when it is busy")
 
 
 class StorageSettings(BaseModel):
-    """An S3 bucket. `endpoint_url` is None for AWS itself."""
+    """An S3 bucket."""
 
-    endpoint_url: str | None = None
-    region: str = "us-east-1"
-    bucket: str = "tunesmith"
-    access_key: str = ""
-    secret_key: SecretStr = SecretStr("")
+    endpoint_url: str | None = Field(default=None, description="URL of an S3-compatible server; unset for AWS itself")
+    region: str = Field(default="us-east-1", description="region of the bucket")
+    bucket: str = Field(default="tunesmith", description="name of the bucket; `tunesmith migrate` makes it")
+    access_key: str = Field(default="", description="access key id; empty takes AWS's own chain of credentials")
+    secret_key: SecretStr = Field(default=SecretStr(""), description="secret access key")
 
 
 class LeaseSettings(BaseModel):
     """How long silence lasts before a job is given to another worker."""
 
-    lease_seconds: float = 60.0
-    heartbeat_seconds: float = 10.0
-    max_attempts: int = 5
+    lease_seconds: float = Field(default=60.0, gt=0, description="a worker silent for so long loses its job")
+    heartbeat_seconds: float = Field(default=10.0, gt=0, description="how often a worker extends its lease")
+    max_attempts: int = Field(default=5, ge=1, description="broken attempts after which a job fails")
 
 
 class WebhookSettings(BaseModel):
     """Where deliveries may go. Everything that is not public is refused unless it is named here."""
 
-    allow_loopback: bool = False
-    allowed_hosts: frozenset[str] = frozenset()
-    timeout_seconds: float = 15.0
+    allow_loopback: bool = Field(default=False, description="let webhooks go to this machine")
+    allowed_hosts: frozenset[str] = Field(default=frozenset(), description="hosts in private networks that webhooks may go to")
+    timeout_seconds: float = Field(default=15.0, gt=0, description="how long a receiver may take to answer")
 
 
 class LimitSettings(BaseModel):
     """What one request may carry."""
 
-    file_bytes: int = 512 * MIB
-    body_bytes: int = 4 * MIB
+    file_bytes: int = Field(default=512 * MIB, ge=1, description="largest upload")
+    body_bytes: int = Field(default=4 * MIB, ge=1, description="largest body of any other request")
 
 
 class InferenceSettings(BaseModel):
-    """One engine process. `port` 0 takes a free one, which the heartbeat then announces."""
+    """One engine process, and how the API speaks to engines."""
 
-    base: str = "smollm2-135m-instruct"
-    host: str = "127.0.0.1"
-    port: int = 0
-    gateway_url: str = "http://127.0.0.1:8000"
-    default_max_tokens: int = Field(default=1024, description="length of an answer when the request names none")
-    max_batch: int = 16
-    max_waiting: int = 256
-    max_adapters: int = 32
-    max_rank: int = 128
-    adapter_disk_bytes: int = 20 * 1024 * MIB
-    heartbeat_seconds: float = 3.0
-    heartbeat_timeout_seconds: float = 15.0
+    base: str = Field(default="smollm2-135m-instruct", description="catalog id of the base an engine serves")
+    host: str = Field(default="127.0.0.1", description="address an engine listens on, and announces")
+    port: int = Field(default=0, ge=0, le=65535, description="port an engine listens on; 0 takes a free one and announces it")
+    gateway_url: str = Field(default="http://127.0.0.1:8000", description="where an engine reaches the API")
+    default_max_tokens: int = Field(default=1024, ge=1, description="length of an answer when the request names none")
+    max_batch: int = Field(default=16, ge=1, description="requests an engine computes at once")
+    max_waiting: int = Field(default=256, ge=0, description="requests that may wait in an engine; more are refused with 503")
+    max_adapters: int = Field(default=32, ge=1, description="adapters an engine holds in memory")
+    max_rank: int = Field(default=128, ge=1, description="highest LoRA rank an engine loads")
+    adapter_disk_bytes: int = Field(default=20 * 1024 * MIB, ge=0, description="adapters an engine keeps on disk")
+    heartbeat_seconds: float = Field(default=3.0, gt=0, description="how often an engine says that it lives")
+    heartbeat_timeout_seconds: float = Field(default=15.0, gt=0, description="an engine silent for so long gets no requests")
 
 
 class TrainingSettings(BaseModel):
-    """One train worker. `tier` names the queue it serves: `train.<tier>`."""
+    """One train worker."""
 
     tier: str = "cpu"
     tiers: frozenset[str] = Field(default=frozenset({"cpu"}), description="tiers some worker serves; others are refused")
-    warm_base: str | None = "smollm2-135m-instruct"
+    warm_base: str | None = Field(
+        default="smollm2-135m-instruct", description="base that waiting trainers hold ready; empty for none"
+    )
 
 
 class Settings(BaseSettings):
-    """The whole configuration: `TUNESMITH_STORAGE__BUCKET=…` sets `storage.bucket`."""
+    """The whole configuration: `TUNESMITH_STORAGE__BUCKET=…` sets `storage.bucket`.
+
+    A variable wins over a file of that name in the folder `TUNESMITH_SECRETS_DIR` (`storage__secret_key`), and that over the
+    TOML file `TUNESMITH_CONFIG_FILE`.
+    """
 
     model_config = SettingsConfigDict(env_prefix="TUNESMITH_", env_nested_delimiter="__", extra="ignore")
 
     database: DatabaseSettings = DatabaseSettings()
-    broker_url: str = "redis://127.0.0.1:6379/0"
+    broker_url: str = Field(default="redis://127.0.0.1:6379/0", description="Valkey or Redis, the doorbell of the workers")
     storage: StorageSettings = StorageSettings()
     leases: LeaseSettings = LeaseSettings()
     webhooks: WebhookSettings = WebhookSettings()
@@ -92,8 +116,32 @@ class Settings(BaseSettings):
 
     key_pepper: SecretStr = Field(default=SecretStr(""), description="keys are hashed with it; losing it revokes every key")
     engine_token: SecretStr = Field(default=SecretStr(""), description="shared secret between the gateway and the engines")
-    cache_dir: Path = Field(default=Path("~/.cache/tunesmith").expanduser(), description="quantized bases and tokenizers")
-    work_dir: Path = Field(default=Path("~/.cache/tunesmith/work").expanduser(), description="running jobs' scratch space")
+    cache_dir: Path = Field(default=Path("~/.cache/tunesmith"), description="quantized bases and tokenizers")
+    work_dir: Path = Field(default=Path("~/.cache/tunesmith/work"), description="running jobs' scratch space")
     catalog_file: Path | None = Field(default=None, description="TOML with more base models and aliases")
-    log_format: Literal["json", "console"] = "json"
-    log_level: str = "INFO"
+    log_format: Literal["json", "console"] = Field(default="json", description="one JSON object a line, or words for people")
+    log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
+
+    @field_validator("cache_dir", "work_dir", "catalog_file")
+    @classmethod
+    def _at_home(cls, path: Path | None) -> Path | None:
+        return path and path.expanduser()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: Source,
+        env_settings: Source,
+        dotenv_settings: Source,  # noqa: ARG003 - the caller names them all
+        file_secret_settings: Source,
+    ) -> tuple[Source, ...]:
+        sources = [init_settings, env_settings]
+        if folder := os.environ.get(SECRETS_DIR):
+            options = {"secrets_dir": folder, "secrets_dir_missing": "error", "secrets_prefix": ""}
+            sources.append(NestedSecretsSettingsSource(file_secret_settings, **options))  # type: ignore[arg-type]
+        if file := os.environ.get(CONFIG_FILE):
+            if not Path(file).is_file():
+                raise SettingsError(f"{CONFIG_FILE} names {file}, which is not a file")
+            sources.append(TomlConfigSettingsSource(settings_cls, file))
+        return tuple(sources)

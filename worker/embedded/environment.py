@@ -10,7 +10,7 @@ from app.core.settings import Settings
 
 PREFIX = "TUNESMITH_"
 # what begins like this is a secret or leads to one
-PRIVATE = ("DATABASE", "STORAGE", "BROKER_URL", "KEY_PEPPER", "ENGINE_TOKEN")
+PRIVATE = ("DATABASE", "STORAGE", "BROKER_URL", "KEY_PEPPER", "ENGINE_TOKEN", "SECRETS_DIR", "CONFIG_FILE")
 
 
 def inherited() -> dict[str, str]:
