@@ -8,11 +8,13 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DataError, OperationalError
+from psycopg.errors import DiskFull
+from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from app import db
 from app.core.errors import AppError, BadRequest, Unavailable
 
 log = structlog.get_logger()
@@ -23,7 +25,7 @@ _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_
 
 def register(app: FastAPI) -> None:
     """Answer with the envelope wherever FastAPI would write a body of its own."""
-    for kind in (AppError, RequestValidationError, HTTPException, OperationalError, PoolTimeout, DataError):
+    for kind in (AppError, RequestValidationError, HTTPException, DBAPIError, PoolTimeout):
         app.add_exception_handler(kind, _handle)
 
 
@@ -39,6 +41,8 @@ def answer(error: Exception) -> JSONResponse:
             return JSONResponse(error.envelope(), status_code=error.status, headers=error.headers)
         case RequestValidationError():
             return answer(_first_problem(error))
+        case HTTPException(status_code=400, __cause__=Exception() as cause):  # FastAPI could not read a body
+            return answer(BadRequest(f"the body is not valid JSON: {_unreadable(cause)}", code="invalid_json"))
         case HTTPException():
             message = (
                 f"{error.detail}: see /docs for what this server answers" if error.status_code in (404, 405) else error.detail
@@ -46,7 +50,11 @@ def answer(error: Exception) -> JSONResponse:
             return _envelope(error.status_code, message, "invalid_request_error", _HTTP_CODES.get(error.status_code))
         case DataError():  # NUL in a path or a cursor, for one
             return answer(BadRequest("a parameter holds a character or a number that cannot be stored"))
-        case OperationalError() | PoolTimeout():
+        case DBAPIError(orig=DiskFull()):
+            log.error("database_disk_full")
+            message = "the server's disk is full, so nothing can be stored; tell the operator, and try again later"
+            return answer(Unavailable(message, code="insufficient_storage"))
+        case _ if db.is_outage(error):
             log.warning("database_unavailable", error=type(error).__name__)
             return answer(Unavailable("the database does not answer; try again shortly", code="database_unavailable"))
         case _:
@@ -64,21 +72,42 @@ def _envelope(status: int, message: str, type_: str, code: str | None) -> JSONRe
     return JSONResponse({"error": body}, status_code=status)
 
 
+def _unreadable(cause: Exception) -> str:
+    match cause:
+        case UnicodeDecodeError():
+            return f"byte {cause.start + 1} is not UTF-8"
+        case RecursionError():
+            return "it is nested too deeply"
+        case ValueError():
+            return "a number has too many digits"
+        case _:
+            return "it could not be read"
+
+
 def _first_problem(error: RequestValidationError) -> AppError:
     """Pydantic's list of problems, told as one sentence about the first parameter that is wrong."""
     problems: Sequence[dict[str, Any]] = error.errors()
-    first, where = problems[0], _parameter(problems[0])
+    first, where = problems[0], _nearest(problems)
     match first["type"]:
         case "json_invalid":
             return BadRequest("the body is not valid JSON", code="invalid_json")
         case "missing":
             return BadRequest(f"{where or 'the body'} is required", param=where or None, code="missing_required_parameter")
+        case "model_attributes_type" if not where and isinstance(first["input"], bytes):
+            return BadRequest("send the body as JSON, with the header 'content-type: application/json'", code="invalid_json")
         case "extra_forbidden":
             return BadRequest(f"{where} is not a known parameter; remove it", param=where, code="unknown_parameter")
         case _:
             # a union reports each of its branches: "should be 'auto' or should be at least 1"
-            wants = (problem["msg"].removeprefix("Input ") for problem in problems if _parameter(problem) == where)
+            told = (problem["msg"] for problem in problems if _parameter(problem) == where)
+            wants = (message.removeprefix("Input ").removeprefix("Value error, ") for message in told)
             return BadRequest(f"{where or 'the body'} {' or '.join(dict.fromkeys(wants))}"[:500], param=where or None)
+
+
+def _nearest(problems: Sequence[dict[str, Any]]) -> str:
+    """The parameter to name: of the first one's union, the branch that came furthest is what was meant."""
+    first = _parameter(problems[0])
+    return max((where for where in map(_parameter, problems) if where.startswith(first)), key=lambda where: where.count("."))
 
 
 def _parameter(problem: dict[str, Any]) -> str:

@@ -109,3 +109,13 @@ def manifest(of: str = "") -> Manifest:
 
 def reread(session: orm.Session, made: Job) -> Job:
     return session.scalars(select(Job).where(Job.id == made.id).execution_options(populate_existing=True)).one()
+
+
+def require_envelope(status: int, body: object) -> dict[str, object]:
+    """The `error` object of an answer that has no other shape: four keys, a sentence, nothing of Python's."""
+    assert isinstance(body, dict) and set(body) == {"error"}, body
+    error = body["error"]
+    assert isinstance(error, dict) and set(error) == {"message", "type", "param", "code"}, error
+    assert error["message"] and "Traceback" not in error["message"], error
+    assert error["type"] == "server_error" or status < 500, error
+    return error

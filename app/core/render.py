@@ -74,10 +74,12 @@ class Renderer:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to and with the words that open the assistant's turn. Raises RenderError."""
         text, _ = self._render(messages, opens_turn=True)
+        _require_whole(text)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def plain(self, text: str) -> list[int]:
-        """Token ids of a text that is no conversation, with the special tokens the base wants before it."""
+        """Token ids of a text that is no conversation, with the special tokens the base wants before it. Raises RenderError."""
+        _require_whole(text)
         return list(self.tokenizer.encode(text).ids)
 
     def example(self, messages: Sequence[Message]) -> Example:
@@ -143,3 +145,11 @@ class Renderer:
             if message.content.strip() not in text:
                 raise RenderError(f"the chat template leaves out a message of role {message.role}; move its text into another")
         return text, [(start, end) for start, end in spans]
+
+
+def _require_whole(text: str) -> None:
+    """JSON can write half of a surrogate pair, and no tokenizer can read it. Raises RenderError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RenderError("a text holds half of a surrogate pair; write the whole character") from None

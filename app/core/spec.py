@@ -41,7 +41,7 @@ class OptimizerSpec(_Frozen):
     learning_rate: float = Field(gt=0, le=1)
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 class TrainSpec(_Frozen):
@@ -81,7 +81,7 @@ class TrainingOptions(_Frozen):
     learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = AUTO
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     checkpoint_every_steps: Auto | Annotated[int, Field(strict=True, ge=1)] = AUTO
 
 

@@ -151,7 +151,10 @@ def _tokens_of(target: Target, request: ChatRequest | CompletionRequest) -> list
             raise BadRequest(f"{target.base.id} cannot be told these messages: {error}", param="messages") from None
     prompt = request.one_prompt
     if isinstance(prompt, str):
-        return target.renderer.plain(prompt)
+        try:
+            return target.renderer.plain(prompt)
+        except RenderError as error:
+            raise BadRequest(str(error), param="prompt") from None
     if any(not 0 <= token < target.base.architecture.vocab for token in prompt):
         raise BadRequest(f"a token id is outside the vocabulary of {target.base.id}", param="prompt")
     return prompt

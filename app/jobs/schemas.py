@@ -1,14 +1,24 @@
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from app.core import spec
 from app.core.clock import unix
 from app.core.errors import BadRequest
 from app.models import Job, JobCheckpoint, JobEvent, JobState
 
+
+def _without_nul(text: str) -> str:
+    if "\x00" in text:
+        raise ValueError("must not hold a NUL character")
+    return text
+
+
 Metadata = Annotated[
-    dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]],
+    dict[
+        Annotated[str, StringConstraints(max_length=64), AfterValidator(_without_nul)],
+        Annotated[str, StringConstraints(max_length=512), AfterValidator(_without_nul)],
+    ],
     Field(max_length=16),
 ]
 

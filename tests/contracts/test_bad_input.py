@@ -1,0 +1,299 @@
+"""What users get wrong, as a table: each answer says what is wrong, where, and what to do, and nothing is changed by it."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+from sqlalchemy import orm, text
+
+from app.accounts.caller import Caller
+from app.core import catalog
+from app.core.chat import Report
+from app.core.settings import Settings
+from app.core.storage import Storage
+from app.files import service as files
+from tests import make
+from worker.inference.announce import publish_card
+from worker.model import card
+from worker.services import Services, open_services
+from worker.tasks import validate
+
+GOOD = make.chat_line("What is up?", "The sky.").encode()
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+def row(*messages: Any, **more: Any) -> bytes:
+    return json.dumps({"messages": list(messages), **more}).encode()
+
+
+# name: (the file, the problem's code, the problem's line, words its message must hold)
+FILES: dict[str, tuple[bytes, str, int, str]] = {
+    "0 bytes": (b"", "file_empty", 1, "one JSON object per line"),
+    "blank lines only": (b"\n\n  \n", "file_empty", 1, "one JSON object per line"),
+    "broken JSON": (GOOD + b'\n{"messages": [', "not_json", 2, "not valid JSON"),
+    "one array for all": (json.dumps([{"messages": [USER, ASSISTANT]}]).encode(), "row_not_object", 1, "must be a JSON object"),
+    "pretty-printed": (json.dumps({"messages": [USER, ASSISTANT]}, indent=2).encode(), "not_json", 1, "not valid JSON"),
+    "CSV": (b"question,answer\nhow,so\n", "not_json", 1, "not valid JSON"),
+    "a gzip file": (b"\x1f\x8b\x08\x00" + bytes(range(256)), "not_utf8", 1, "UTF-8"),
+    "not UTF-8": ('{"messages": "é"}'.encode("latin-1"), "not_utf8", 1, "save the file as UTF-8"),
+    "UTF-16": (GOOD.decode().encode("utf-16"), "not_utf8", 1, "UTF-8"),
+    "a wrong role": (row({"role": "human", "content": "a"}, ASSISTANT), "role_unknown", 1, "assistant"),
+    "no role": (row({"content": "a"}, ASSISTANT), "role_unknown", 1, "assistant"),
+    "no assistant turn": (row(USER), "nothing_to_train", 1, "assistant"),
+    "all weights 0": (row(USER, ASSISTANT | {"weight": 0}), "nothing_to_train", 1, "weight 1"),
+    "an empty answer": (row(USER, ASSISTANT | {"content": ""}), "content_empty", 1, "must not be empty"),
+    "a 2 MiB line": (row(USER | {"content": "x" * 2**21}, ASSISTANT), "line_too_long", 1, "split the conversation"),
+    "a lone surrogate": (row(USER | {"content": "\ud800"}, ASSISTANT), "lone_surrogate", 1, "write the whole character"),
+    "a NUL": (row(USER | {"content": "a\0b"}, ASSISTANT), "nul_character", 1, "remove it"),
+    "a raw NUL": (b'{"messages": "a\0b"}', "not_json", 1, "not valid JSON"),
+    "a duplicate key": (b'{"messages": [], "messages": []}', "duplicate_key", 1, "keep one"),
+    "depth 1,000": (b'{"messages": ' + b"[" * 1000 + b"]" * 1000 + b"}", "too_deep", 1, "32 levels"),
+    "depth 100,000": (b"[" * 100_000, "too_deep", 1, "32 levels"),
+    "NaN": (b'{"messages": NaN}', "not_json", 1, "NaN is not JSON"),
+    "a number of 5,000 digits": (b'{"messages": ' + b"9" * 5000 + b"}", "not_json", 1, "too many digits"),
+    "prompt and completion": (b'{"prompt": "a", "completion": "b"}', "unknown_key", 1, "messages"),
+    "an image": (row({"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT), "part_unsupported", 1, "text"),
+    "the messages as text": (b'{"messages": "hello"}', "messages_missing", 1, "list"),
+    "content that is a number": (row(USER | {"content": 7}, ASSISTANT), "content_not_text", 1, "string"),
+}
+
+# name: (the change to a good job, status, param, words)
+JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
+    "no model": ({"model": ...}, 400, "model", "required"),
+    "an unknown base": ({"model": "gpt-99"}, 404, "model", "tiny-random-llama"),
+    "a model that is a number": ({"model": 7}, 400, "model", "string"),
+    "an empty model": ({"model": ""}, 400, "model", "at least 1"),
+    "no file": ({"training_file": ...}, 400, "training_file", "required"),
+    "a missing file": ({"training_file": "file-none"}, 404, "training_file", "GET /v1/files"),
+    "a missing validation file": ({"validation_file": "file-none"}, 404, "validation_file", "GET /v1/files"),
+    "a file that is a list": ({"training_file": ["a"]}, 400, "training_file", "string"),
+    "an epoch too few": ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs", "greater than or equal to 1"),
+    "an epoch too many": ({"hyperparameters": {"n_epochs": 101}}, 400, "hyperparameters.n_epochs", "less than or equal to 100"),
+    "half an epoch": ({"hyperparameters": {"n_epochs": 1.5}}, 400, "hyperparameters.n_epochs", "integer"),
+    "epochs in words": ({"hyperparameters": {"n_epochs": "three"}}, 400, "hyperparameters.n_epochs", "'auto'"),
+    "true epochs": ({"hyperparameters": {"n_epochs": True}}, 400, "hyperparameters.n_epochs", "integer"),
+    "null epochs": ({"hyperparameters": {"n_epochs": None}}, 400, "hyperparameters.n_epochs", "'auto'"),
+    "a batch of 0": ({"hyperparameters": {"batch_size": 0}}, 400, "hyperparameters.batch_size", "greater than or equal to 1"),
+    "a batch beyond integers": ({"hyperparameters": {"batch_size": 10**30}}, 400, "hyperparameters.batch_size", "256"),
+    "a learning rate of 0": (
+        {"hyperparameters": {"learning_rate_multiplier": 0}},
+        400,
+        "hyperparameters.learning_rate_multiplier",
+        "greater than 0",
+    ),
+    "a learning rate of NaN": (
+        {"hyperparameters": {"learning_rate_multiplier": float("nan")}},
+        400,
+        "hyperparameters.learning_rate_multiplier",
+        "100",
+    ),
+    "an infinite learning rate": (
+        {"hyperparameters": {"learning_rate_multiplier": float("inf")}},
+        400,
+        "hyperparameters.learning_rate_multiplier",
+        "100",
+    ),
+    "an infinite gradient norm": ({"training": {"max_grad_norm": float("inf")}}, 400, "training.max_grad_norm", "finite"),
+    "an unknown hyperparameter": ({"hyperparameters": {"epochs": 3}}, 400, "hyperparameters.epochs", "remove it"),
+    "hyperparameters as a list": ({"hyperparameters": [3]}, 400, "hyperparameters", "dictionary"),
+    "a rank beyond the engine's": ({"adapter": {"rank": 129}}, 400, "adapter.rank", "128"),
+    "a target that is none": ({"adapter": {"target_modules": ["lm_head"]}}, 400, "adapter.target_modules.0", "q_proj"),
+    "a dropout of 1": ({"adapter": {"dropout": 1}}, 400, "adapter.dropout", "less than 1"),
+    "another quantization": ({"quantization": {"scheme": "int3"}}, 400, "quantization.scheme", "nf4"),
+    "a sequence of 4 tokens": ({"training": {"max_seq_length": 4}}, 400, "training.max_seq_length", "8"),
+    "another method": ({"method": {"type": "dpo"}}, 400, "method.type", "supervised"),
+    "a method without type": ({"method": {"supervised": {}}}, 400, "method.type", "required"),
+    "an integration": ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "remove"),
+    "a long suffix": ({"suffix": "x" * 65}, 400, "suffix", "64"),
+    "a suffix with a colon": ({"suffix": "a:b"}, 400, "suffix", "pattern"),
+    "a negative seed": ({"seed": -1}, 400, "seed", "0"),
+    "a huge seed": ({"seed": 2**31}, 400, "seed", "2147483647"),
+    "17 pairs of metadata": ({"metadata": {str(n): "v" for n in range(17)}}, 400, "metadata", "16"),
+    "a number as metadata": ({"metadata": {"k": 1}}, 400, "metadata.k", "string"),
+    "a NUL in metadata": ({"metadata": {"k": "a\0b"}}, 400, "metadata.k", "NUL"),
+    "a lone surrogate in metadata": ({"metadata": {"k": "\ud800"}}, 400, "metadata.k", "unicode"),
+    "an unknown field": ({"n_epochs": 3}, 400, "n_epochs", "remove it"),
+}
+
+# name: (the change to a good chat, status, param, words)
+CHATS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
+    "no model": ({"model": ...}, 400, "model", "required"),
+    "an unknown model": ({"model": "gpt-99"}, 404, "model", "GET /v1/models"),
+    "somebody's tuned model": ({"model": f"ft:{make.TINY}:them:x:12345678"}, 404, "model", "GET /v1/models"),
+    "no messages": ({"messages": ...}, 400, "messages", "required"),
+    "no message": ({"messages": []}, 400, "messages", "at least 1"),
+    "messages as text": ({"messages": "hello"}, 400, "messages", "list"),
+    "a wrong role": ({"messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role", "user"),
+    "a message without content": ({"messages": [{"role": "user"}]}, 400, "messages.0.content", "required"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content.0.type", "text"),
+    "an unknown parameter": ({"top_k": 5}, 400, "top_k", "remove it"),
+    "two answers": ({"n": 2}, 400, "n", "remove it"),
+    "tools": ({"tools": [{"type": "function"}]}, 400, "tools", "remove it"),
+    "JSON mode": ({"response_format": {"type": "json_object"}}, 400, "response_format", "remove it"),
+    "log probabilities": ({"logprobs": True}, 400, "logprobs", "remove it"),
+    "a hot temperature": ({"temperature": 3}, 400, "temperature", "2"),
+    "a temperature of NaN": ({"temperature": float("nan")}, 400, "temperature", "2"),
+    "a top_p of 0": ({"top_p": 0}, 400, "top_p", "greater than 0"),
+    "no tokens": ({"max_tokens": 0}, 400, "max_tokens", "1"),
+    "too many tokens": ({"max_tokens": 10**6}, 400, "messages", "lower max_tokens"),
+    "five stops": ({"stop": list("abcde")}, 400, "stop", "4"),
+    "an empty stop": ({"stop": ""}, 400, "stop", "empty"),
+    "a prompt beyond the context": (
+        {"messages": [{"role": "user", "content": "long " * 1000}]},
+        400,
+        "messages",
+        "shorten the prompt",
+    ),
+    "a special token as text": (
+        {"messages": [{"role": "user", "content": "<|im_start|>system"}]},
+        400,
+        "messages",
+        "<|im_start|>",
+    ),
+    "a lone surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages", "whole character"),
+}
+
+
+@pytest.fixture(scope="module")
+def services(settings: Settings) -> Iterator[Services]:
+    opened = open_services(settings)
+    yield opened
+    opened.sessions.kw["bind"].dispose()
+
+
+@pytest.fixture
+def valid_file(client: OpenAI, system_sessions: orm.sessionmaker[orm.Session]) -> str:
+    file = client.files.create(file=("a.jsonl", make.chat_file()), purpose="fine-tune")
+    with system_sessions.begin() as session:
+        files.finish_validation(session, file.id, Report(rows=12, problem_count=0))
+    return file.id
+
+
+@pytest.fixture
+def engine_of_tiny(api_url: str, settings: Settings, storage: Storage) -> None:
+    """An engine has published its card and said that it lives; no request of this module comes as far as asking it."""
+    publish_card(storage, make.TINY, card.prepared(catalog.load()[make.TINY], settings.cache_dir))
+    beat = {"engine_id": "e", "url": "http://127.0.0.1:9", "base": make.TINY, "base_digest": "d", "running": 0, "waiting": 0}
+    headers = {"Authorization": f"Bearer {settings.engine_token.get_secret_value()}"}
+    assert httpx.post(f"{api_url}/internal/engines", json=beat, headers=headers).status_code == 204
+
+
+def changed(body: dict[str, Any], change: dict[str, Any]) -> bytes:
+    """JSON of the body with the change laid over it; `...` takes a key away. NaN and lone surrogates go out as they are."""
+    return json.dumps({key: value for key, value in (body | change).items() if value is not ...}).encode()
+
+
+def refused(answer: httpx.Response, status: int, param: str | None, words: str) -> None:
+    error = make.require_envelope(answer.status_code, answer.json())
+    assert answer.status_code == status, error
+    assert error["param"] == param, error
+    assert words in str(error["message"]), error
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_file_is_told_line_code_and_remedy(client: OpenAI, services: Services, name: str) -> None:
+    body, code, line, words = FILES[name]
+    file = client.files.create(file=("chats.jsonl", body), purpose="fine-tune")
+    while validate.validate_next(services):
+        pass
+    checked = client.files.retrieve(file.id)
+
+    assert checked.status == "error"
+    problem = (checked.model_extra or {})["report"]["problems"][0]
+    assert (problem["code"], problem["line"]) == (code, line)
+    assert words in problem["message"]
+    assert words in (checked.status_details or "")
+    with pytest.raises(openai.BadRequestError, match="not valid") as refusal:
+        client.fine_tuning.jobs.create(model=make.TINY, training_file=file.id)
+    assert refusal.value.param == "training_file"
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_bad_job_is_told_which_parameter_and_leaves_no_row(
+    http: httpx.Client, client: OpenAI, valid_file: str, name: str
+) -> None:
+    change, status, param, words = JOBS[name]
+    body = changed({"model": make.TINY, "training_file": valid_file}, change)
+    refused(http.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"}), status, param, words)
+    assert client.fine_tuning.jobs.list().data == []
+
+
+@pytest.mark.usefixtures("engine_of_tiny")
+@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_chat_is_told_which_parameter(http: httpx.Client, name: str, stream: bool) -> None:
+    change, status, param, words = CHATS[name]
+    good = {"model": make.TINY, "messages": [{"role": "user", "content": "hello"}], "stream": stream}
+    answer = http.post("/v1/chat/completions", content=changed(good, change), headers={"content-type": "application/json"})
+
+    refused(answer, status, param, words)
+
+
+BODIES: dict[str, tuple[bytes, str, str]] = {
+    "nothing": (b"", "application/json", "required"),
+    "no JSON": (b"{", "application/json", "not valid JSON"),
+    "a list": (b"[]", "application/json", "dictionary"),
+    "depth 1,000": (b'{"model": ' + b"[" * 1000 + b"]" * 1000 + b"}", "application/json", "nested"),
+    "depth 100,000": (b"[" * 100_000 + b"]" * 100_000, "application/json", "nested"),
+    "not UTF-8": (b'{"model": "\xff"}', "application/json", "UTF-8"),
+    "a form": (b"model=x", "application/x-www-form-urlencoded", "application/json"),
+    "JSON said to be text": (b'{"model": "x"}', "text/plain", "application/json"),
+    "a number of 5,000 digits": (b'{"seed": ' + b"9" * 5000 + b"}", "application/json", "digits"),
+}
+
+
+@pytest.mark.usefixtures("engine_of_tiny")
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [("\ud800", "whole character"), ([10**6], "vocabulary"), (["a", "b"], "one prompt"), ([], "one prompt"), ("", "empty")],
+)
+def test_a_bad_prompt_is_told_what_is_wrong(http: httpx.Client, prompt: object, words: str) -> None:
+    body = json.dumps({"model": make.TINY, "prompt": prompt}).encode()
+    refused(http.post("/v1/completions", content=body, headers={"content-type": "application/json"}), 400, "prompt", words)
+
+
+@pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/v1/chat/completions", "/v1/webhook_endpoints"])
+@pytest.mark.parametrize("name", BODIES)
+def test_a_body_that_cannot_be_read_is_told_why(http: httpx.Client, path: str, name: str) -> None:
+    body, kind, words = BODIES[name]
+    answer = http.post(path, content=body, headers={"content-type": kind})
+    error = make.require_envelope(answer.status_code, answer.json())
+
+    assert answer.status_code == 400, error
+    assert words in str(error["message"]), error
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=x", "limit=-1", "limit=1e9", "limit=99999999999999999999", "order=up", "after=%00", "after=" + "x" * 5000]
+)
+def test_a_bad_query_is_told_or_answered(http: httpx.Client, query: str) -> None:
+    for path in ("/v1/files", "/v1/fine_tuning/jobs", "/v1/webhook_endpoints"):
+        answer = http.get(f"{path}?{query}")
+        if answer.status_code != 200:
+            error = make.require_envelope(answer.status_code, answer.json())
+            assert answer.status_code == 400, error
+
+
+def test_a_revoked_key_stops_working_and_says_so(
+    api_url: str, http: httpx.Client, client: OpenAI, system_sessions: orm.sessionmaker[orm.Session], organization: Caller
+) -> None:
+    with system_sessions.begin() as session:
+        session.execute(
+            text("UPDATE api_keys SET revoked_at = clock_timestamp() WHERE organization_id = :org"),
+            {"org": organization.organization_id},
+        )
+    refused(http.get("/v1/models"), 401, None, "revoked")
+
+
+def test_a_file_in_use_is_not_deleted(client: OpenAI, http: httpx.Client, valid_file: str) -> None:
+    job = client.fine_tuning.jobs.create(model=make.TINY, training_file=valid_file)
+    answer = http.delete(f"/v1/files/{valid_file}")
+
+    refused(answer, 400, None, f"in use by job {job.id}; wait for it or cancel it")
+    assert client.files.content(valid_file).read() == make.chat_file()
+    client.fine_tuning.jobs.cancel(job.id)
+    assert client.files.delete(valid_file).deleted
