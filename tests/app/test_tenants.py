@@ -1,71 +1,122 @@
-"""Every route that names a thing, asked for somebody else's thing: it does not exist, and nothing changes."""
+"""Every route, asked for every id of somebody else: it does not exist, and nothing changes."""
+
+import re
 
 import httpx
 import pytest
-from fastapi.routing import APIRoute
 from openai import OpenAI
 from sqlalchemy import orm, select
 
 from app.accounts.caller import Caller
-from app.adapters import routes as adapters
-from app.files import routes as files
-from app.jobs import routes as jobs
-from app.models import Adapter, File, Job, Table, WebhookEndpoint
-from app.webhooks import routes as webhooks
+from app.core.settings import Settings
+from app.main import create_app
+from app.models import Table
 from tests import make
 
-ROUTES = [
-    (method, route.path)
-    for room in (files, jobs, adapters, webhooks)
-    for route in room.router.routes
-    if isinstance(route, APIRoute) and "{" in route.path
-    for method in sorted(route.methods)
+OWNED = [table for table in Table.metadata.sorted_tables if "organization_id" in table.c]
+
+
+def routes() -> list[tuple[str, str]]:
+    """As the API publishes them, so that a new one is asked too."""
+    app = create_app(Settings(key_pepper="any", engine_token="any"))  # type: ignore[arg-type]
+    return [(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods]
+
+
+NAMING = [(method, path) for method, path in routes() if "{" in path]
+# what names a thing in its body: the field, and what else the body must hold
+IN_BODIES = [
+    ("/v1/fine_tuning/jobs", "training_file", {"model": make.TINY}),
+    ("/v1/chat/completions", "model", {"messages": [{"role": "user", "content": "a"}]}),
+    ("/v1/completions", "model", {"prompt": "a"}),
 ]
 
 
 @pytest.fixture
-def theirs(client: OpenAI, system_sessions: orm.sessionmaker[orm.Session], organization: Caller) -> dict[str, str]:
-    """One of each thing, of an organization that does not ask."""
-    endpoint = client.webhooks.create(name="a", url="http://127.0.0.1:9/", event_types=["fine_tuning.job.failed"])
+def theirs(client: OpenAI, system_sessions: orm.sessionmaker[orm.Session], organization: Caller) -> list[str]:
+    """An id of each thing, of an organization that does not ask."""
+    endpoint = client.webhooks.create(name="a", url="http://127.0.0.1:9/", event_types=["fine_tuning.job.succeeded"])
     with system_sessions.begin() as session:
         job = make.queued_job(session, organization)
-        make.complete(session, make.claim(session, job))
-        assert job.fine_tuned_model is not None
-        return {
-            "file_id": job.training_file_id,
-            "job_id": job.id,
-            "model:path": job.fine_tuned_model,
-            "endpoint_id": endpoint.id,
-        }
+        lease = make.claim(session, job)
+        make.checkpoint(session, lease)
+        make.complete(session, lease)
+    (event, *_) = client.fine_tuning.jobs.list_events(job.id).data
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id).data
+    models = [str(job.fine_tuned_model), checkpoint.fine_tuned_model_checkpoint]
+    ids = [job.training_file_id, str(job.result_file_id), job.id, event.id, checkpoint.id, endpoint.id, organization.project_id]
+    return ids + models
 
 
-def snapshot(session: orm.Session, caller: Caller) -> list[object]:
-    tables: list[type[Table]] = [File, Job, Adapter, WebhookEndpoint]
-    rows = []
-    for table in tables:
-        found = session.execute(select(table.__table__).where(table.__table__.c.organization_id == caller.organization_id))
-        rows += sorted(map(str, found))
-    return list(rows)
+def rows_of(session: orm.Session, caller: Caller) -> list[str]:
+    found = [session.execute(select(table).where(table.c.organization_id == caller.organization_id)) for table in OWNED]
+    return sorted(str(row) for rows in found for row in rows)
 
 
-@pytest.mark.parametrize(("method", "path"), ROUTES)
+def ask(api_url: str, key: str, method: str, path: str, body: object) -> httpx.Response:
+    return httpx.request(method, api_url + path, headers={"Authorization": f"Bearer {key}"}, json=body)
+
+
+@pytest.mark.parametrize(("method", "path"), NAMING)
 def test_anothers_id_is_not_found(
     api_url: str,
     stranger: OpenAI,
-    theirs: dict[str, str],
+    theirs: list[str],
     method: str,
     path: str,
     system_sessions: orm.sessionmaker[orm.Session],
     organization: Caller,
 ) -> None:
-    for name, value in theirs.items():
-        path = path.replace(f"{{{name}}}", value)
-    assert "{" not in path
     with system_sessions() as session:
-        before = snapshot(session, organization)
-    body = {"json": {"name": "stolen"}} if method == "POST" else {}
-    answer = httpx.request(method, api_url + path, headers={"Authorization": f"Bearer {stranger.api_key}"}, **body)  # type: ignore[arg-type]
+        before = rows_of(session, organization)
+    for id_ in theirs:
+        body = {"name": "stolen"} if method == "POST" else None
+        answer = ask(api_url, stranger.api_key, method, re.sub(r"\{[^}]+\}", id_, path), body)
+        assert answer.status_code == 404, answer.text
+        make.require_envelope(404, answer.json())
+    with system_sessions() as session:
+        assert rows_of(session, organization) == before
 
-    assert answer.status_code == 404, answer.text
+
+@pytest.mark.parametrize(("path", "field", "rest"), IN_BODIES)
+def test_anothers_id_in_a_body_is_not_found(
+    api_url: str,
+    stranger: OpenAI,
+    theirs: list[str],
+    path: str,
+    field: str,
+    rest: dict[str, object],
+    system_sessions: orm.sessionmaker[orm.Session],
+    organization: Caller,
+) -> None:
     with system_sessions() as session:
-        assert snapshot(session, organization) == before
+        before = rows_of(session, organization)
+    for id_ in theirs:
+        answer = ask(api_url, stranger.api_key, "POST", path, {**rest, field: id_})
+        assert answer.status_code == 404, answer.text
+        assert make.require_envelope(404, answer.json())["param"] == field
+    with system_sessions() as session:
+        assert rows_of(session, organization) == before
+
+
+@pytest.mark.parametrize(
+    "path", [path for method, path in routes() if method == "GET" and path.startswith("/v1/") and "{" not in path]
+)
+def test_anothers_id_as_a_cursor_shows_nothing_of_theirs(api_url: str, stranger: OpenAI, theirs: list[str], path: str) -> None:
+    for id_ in theirs:
+        answer = ask(api_url, stranger.api_key, "GET", f"{path}?after={id_}&order=asc", None)
+        assert answer.status_code == 200, answer.text
+        assert not [theirs_id for theirs_id in theirs if theirs_id in answer.text]
+
+
+def test_there_is_something_to_steal(
+    theirs: list[str], system_sessions: orm.sessionmaker[orm.Session], organization: Caller
+) -> None:
+    """Else the tests above compare nothing with nothing."""
+    with system_sessions() as session:
+        held = {
+            table.name
+            for table in OWNED
+            if session.execute(select(table).where(table.c.organization_id == organization.organization_id)).first()
+        }
+    assert held >= {"files", "jobs", "job_events", "job_checkpoints", "adapters", "webhook_endpoints"}
+    assert len(set(theirs)) == len(theirs)
