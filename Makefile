@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 LOCK   := requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format dev lock clean
+.PHONY: help install demo test check format docs dev gpu-check lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,8 +38,18 @@ format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(STAMP)  ## write docs/configuration.md anew
+	$(BIN)/tunesmith config --markdown > docs/configuration.md
+
 dev: $(STAMP)  ## run the whole stack on port 8000, data in .tunesmith/dev
 	$(BIN)/tunesmith up --data-dir .tunesmith/dev --port 8000
+
+# a base of each chat template that asks for no licence; the others: BASES="llama-3.2-1b-instruct gemma-3-1b-it"
+BASES ?= smollm2-360m-instruct qwen2.5-0.5b-instruct qwen3-4b-instruct-2507 mistral-7b-instruct-v0.3
+
+gpu-check: $(STAMP)  ## on a machine with a GPU, try what only a GPU can show
+	@mkdir -p .tunesmith
+	$(BIN)/python -m worker.gpu_check --templates $(BASES) --json .tunesmith/gpu-check.json
 
 lock:  ## pin every dependency anew (needs pip-tools in the environment)
 	$(BIN)/pip-compile --quiet --strip-extras --no-header --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --unsafe-package tunesmith --unsafe-package pip --unsafe-package setuptools --extra dev --output-file $(LOCK) pyproject.toml

@@ -1,5 +1,6 @@
 """The API process: `uvicorn app.main:create_app --factory`."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -31,8 +32,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = FastAPI(title="Tunesmith", version=version("tunesmith"), lifespan=_lifespan, redirect_slashes=False)
     state = app.state
     state.settings = settings
-    state.sessions = db.open_sessions(settings.database.api_url, pool_size=settings.database.pool_size)
-    state.storage = storage.open_storage(settings.storage)
+    state.sessions = db.open_sessions(
+        settings.database.api_url, pool_size=settings.database.pool_size, statement_seconds=db.REQUEST_TIMEOUT_SECONDS
+    )
+    state.storage = storage.open_storage(settings.storage, for_requests=True)
     state.catalog = catalog.load(settings.catalog_file)
     state.gateway = Gateway(state.sessions, state.catalog, Renderers(state.storage), settings.inference, settings.engine_token)
     for router in (
@@ -56,6 +59,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    watching = asyncio.create_task(health.watch(app))
     yield
+    watching.cancel()
     await app.state.gateway.close()
     app.state.sessions.kw["bind"].dispose()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from openai.types.fine_tuning import FineTuningJob
     from rich.console import Console
 
-DATA = Path(__file__).parent.parent / "examples" / "orders"
+DATA = Path(__file__).parent / "orders"
 BASE = "smollm2-135m-instruct"
 MIN_GAIN_POINTS, MAX_P = 30.0, 0.01
 UP_SECONDS, WEBHOOK_SECONDS = 900.0, 60.0

@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cli import demo, migrate, up, version
+from cli import config, demo, doctor, migrate, models, up, version
 
-COMMANDS = (up, demo, migrate, version)
+COMMANDS = (up, demo, doctor, models, config, migrate, version)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

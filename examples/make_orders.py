@@ -1,6 +1,6 @@
 """Write the demo's data set: one sentence in, one order as JSON out.
 
-    python examples/make_orders.py        # writes examples/orders/train.jsonl and heldout.jsonl
+    python examples/make_orders.py        # writes cli/orders/train.jsonl and heldout.jsonl
 
 Every chat has one right answer, so a held-out reply is scored by equality: parse it and compare it with the expected object.
 No held-out sentence is in the training file, and a third of its customers, items and cities are words that no
@@ -119,7 +119,7 @@ NO_HURRY = ("", "", ", no rush", ", standard delivery", ", any time is fine")
 
 
 def main() -> None:
-    folder = Path(__file__).parent / "orders"
+    folder = Path(__file__).parent.parent / "cli" / "orders"
     folder.mkdir(exist_ok=True)
     seen: set[str] = set()
     write(folder / "train.jsonl", islice(chats(random.Random(SEED), seen, unseen_share=0.0), TRAIN_CHATS))

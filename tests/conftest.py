@@ -3,7 +3,6 @@
 The API is a real server, spoken to by the real SDK.
 """
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from app.core.settings import Settings
 from app.core.storage import Storage, open_storage
 from app.main import create_app
 from migrations.upgrade import upgrade
+from tests import make
 from worker.embedded import Servers
 
 CACHE = Path(__file__).parent.parent / ".tunesmith" / "test-cache"  # quantized bases, kept between runs
@@ -98,9 +98,7 @@ def make_key(sessions: orm.sessionmaker[orm.Session], settings: Settings, caller
 
 @pytest.fixture(scope="session")
 def api_url(settings: Settings) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = make.free_port()
     server = uvicorn.Server(uvicorn.Config(create_app(settings), port=port, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -1,6 +1,7 @@
 """What tests need to exist, as functions."""
 
 import json
+import socket
 from datetime import timedelta
 
 from sqlalchemy import func, orm, select
@@ -21,6 +22,13 @@ from app.models import File, Job
 TINY = "tiny-random-llama"
 LEASES = LeaseSettings()
 CPU = frozenset({"cpu"})
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on just now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def chat_line(question: str, answer: str) -> str:

@@ -8,8 +8,8 @@ from typing import Self
 
 import structlog
 from sqlalchemy import orm
-from sqlalchemy.exc import OperationalError
 
+from app import db
 from app.core import events
 from app.core.settings import LeaseSettings
 from app.jobs import leases
@@ -47,7 +47,7 @@ class Heart:
         self._is_over.set()
         self._thread.join()
         if self._unsaid and self._failure is None:
-            with suppress(LeaseLost, OperationalError):
+            with suppress(LeaseLost, *db.OUTAGE):
                 self.flush()  # what a trainer said before it died is said all the same
 
     def say(self, event: events.Event) -> None:
@@ -63,7 +63,7 @@ class Heart:
             raise self._failure
 
     def flush(self) -> None:
-        """Beat now, so that nothing is left unsaid. Raises LeaseLost, OperationalError."""
+        """Beat now, so that nothing is left unsaid. Raises LeaseLost, or what a database raises that is away."""
         with self._beating:
             self._beat()
 
@@ -76,10 +76,11 @@ class Heart:
     def _try_beat(self, silent_seconds: float) -> None:
         try:
             self.flush()
-        except OperationalError:
-            log.warning("heartbeat_failed", silent_seconds=round(silent_seconds, 1))
-        except Exception as error:  # a heart that stopped in silence would let a worker go on for nobody
-            self._failure = error
+        except Exception as error:
+            if db.is_outage(error):
+                log.warning("heartbeat_failed", silent_seconds=round(silent_seconds, 1))
+            else:  # a heart that stopped in silence would let a worker go on for nobody
+                self._failure = error
 
     def _beat(self) -> None:
         with self._lock:

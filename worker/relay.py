@@ -4,6 +4,7 @@ A plain process, not a Celery task, so that it works with the broker down. Sever
 """
 
 import asyncio
+import math
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -15,7 +16,7 @@ import psycopg
 import structlog
 from sqlalchemy import delete, func, select, text, update
 
-from app import outbox
+from app import db, outbox
 from app.core import logging
 from app.core.engine import AdapterRef
 from app.core.settings import Settings
@@ -32,6 +33,7 @@ from worker.services import Services, open_services
 log = structlog.get_logger()
 
 SWEEP_SECONDS = 5.0
+SAY_AGAIN_SECONDS = 30.0
 BATCH = 100
 IN_HAND, AGAIN = timedelta(seconds=60), timedelta(seconds=5)
 MAX_PREFETCHES = 20  # nobody waits for one: an adapter is fetched at the latest when it is asked for
@@ -45,6 +47,7 @@ class Relay:
         self._to = to
         self._celery = make_celery(to.settings)
         self._last_sweep_at, self._reap_after = time.monotonic(), 0.0
+        self._said_waiting_at = -math.inf
         self._wakers = {name: asyncio.Event() for name in ("outbox", "webhooks", "sweep")}
 
     async def run(self) -> None:
@@ -72,7 +75,10 @@ class Relay:
             try:
                 wait_seconds = await work()
             except Exception as error:
-                log.warning("relay_loop_failed", loop=name, error=f"{type(error).__name__}: {error}"[:300])
+                if db.is_outage(error):
+                    self._say_waiting()
+                else:
+                    log.warning("relay_loop_failed", loop=name, error=f"{type(error).__name__}: {error}"[:300])
                 wait_seconds = SWEEP_SECONDS
             if wait_seconds > 0:
                 with suppress(TimeoutError):
@@ -83,15 +89,25 @@ class Relay:
         url = self._to.settings.database.system_url.get_secret_value().replace("postgresql+psycopg", "postgresql", 1)
         while True:
             try:
-                async with await psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=5) as connection:
+                opening = psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=5, **db.KEEPALIVES)
+                async with await opening as connection:
                     await connection.execute(f"LISTEN {outbox.CHANNEL}")
                     log.info("relay_listening")
+                    self._said_waiting_at = -math.inf
+                    for waker in self._wakers.values():
+                        waker.set()  # for what was committed while nobody listened
                     async for _ in connection.notifies():
                         self._wakers["outbox"].set()
                         self._wakers["webhooks"].set()
-            except psycopg.Error as error:
-                log.warning("relay_lost_database", error=type(error).__name__)
+            except psycopg.Error:
+                self._say_waiting()
                 await asyncio.sleep(1)
+
+    def _say_waiting(self) -> None:
+        """All loops share one line, and an outage is no news every second."""
+        if time.monotonic() - self._said_waiting_at >= SAY_AGAIN_SECONDS:
+            log.warning("relay_waits_for_database")
+            self._said_waiting_at = time.monotonic()
 
     async def _empty_outbox(self, client: httpx.AsyncClient) -> float:
         messages = await asyncio.to_thread(self._take)
@@ -185,7 +201,7 @@ class Relay:
 
     def _may_reap(self) -> bool:
         """Not for one whole lease after we could not reach the database: the workers could not either."""
-        now, gap = time.monotonic(), SWEEP_SECONDS * 3
+        now, gap = time.monotonic(), SWEEP_SECONDS * 2
         if now - self._last_sweep_at > gap:
             self._reap_after = now + self._to.settings.leases.lease_seconds
         return now >= self._reap_after
@@ -197,7 +213,8 @@ class Relay:
 
     def _reap_and_find(self) -> set[str]:
         with self._to.sessions.begin() as session:
-            if self._may_reap() and session.scalar(text("SELECT pg_try_advisory_xact_lock(:id)"), {"id": REAPER_LOCK}):
+            is_reaper = session.scalar(text("SELECT pg_try_advisory_xact_lock(:id)"), {"id": REAPER_LOCK})
+            if self._may_reap() and is_reaper:  # asked once the database has answered: it may have hung until just now
                 leases.reap(session, settings=self._to.settings.leases)
             files.expire(session)
         self._last_sweep_at = time.monotonic()

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import structlog
 from sqlalchemy import orm
-from sqlalchemy.exc import OperationalError
 
+from app import db
 from app.core import events, manifest
 from app.core.errors import AppError, Unavailable
 from app.core.spec import TrainSpec
@@ -24,7 +24,7 @@ from app.jobs import leases, results
 from app.jobs.leases import Lease, LeaseLost
 from app.jobs.preparing import Dataset, Datasets
 from app.models import Desired, Job
-from worker import wire
+from worker import patience, wire
 from worker.heart import Heart
 from worker.services import Services
 from worker.trainers import Bench, Trainer, TrainerDied
@@ -33,7 +33,6 @@ log = structlog.get_logger()
 
 POLL_SECONDS = 0.5  # so soon a cancel, a drain or a lost lease is seen
 STOP_SECONDS = 120.0  # what a trainer gets to end its micro-batch and write a checkpoint
-PATIENCE_SECONDS = 600.0  # with a storage that does not answer, before the attempt is given up
 T = TypeVar("T")
 
 
@@ -75,8 +74,12 @@ class Supervisor:
         """Claim and run jobs of this queue until none is left."""
         settings = self._to.settings.leases
         while not self._is_draining.is_set():
-            with self._to.sessions.begin() as session:
-                lease = leases.claim(session, queue, owner=self._owner, settings=settings)
+            try:
+                with self._to.sessions.begin() as session:
+                    lease = leases.claim(session, queue, owner=self._owner, settings=settings)
+            except db.OUTAGE:
+                log.warning("look_postponed")  # the relay rings again when the database is back
+                return
             if lease is None:
                 return
             with structlog.contextvars.bound_contextvars(job_id=lease.job_id, attempt=lease.attempt):
@@ -96,7 +99,7 @@ class Supervisor:
         except (TrainerDied, StorageDamaged, AppError) as error:
             log.warning("attempt_failed", error=str(error))
             self._release(lease, reason=str(error))
-        except OperationalError:
+        except db.OUTAGE:
             log.warning("database_lost")  # the lease runs out by itself, and the reaper gives the job to another
         finally:
             shutil.rmtree(directory, ignore_errors=True)
@@ -105,7 +108,7 @@ class Supervisor:
         try:
             with self._to.sessions.begin() as session:
                 leases.release(session, lease, reason=f"The attempt broke off: {reason}", settings=self._to.settings.leases)
-        except (LeaseLost, OperationalError) as error:
+        except (LeaseLost, *db.OUTAGE) as error:
             log.warning("release_failed", error=type(error).__name__)
 
 
@@ -210,33 +213,19 @@ class _Attempt:
         return self._patiently(lambda: _upload_directory(self._to.storage, directory, prefix))
 
     def _say(self, words: Callable[[orm.Session], T]) -> T:
-        """In a transaction of its own. If an outage hides how a commit ended, saying it again finds the lease gone."""
-
-        def say() -> T:
-            with self._to.sessions.begin() as session:
-                return words(session)
-
-        return self._patiently(say)
+        """If an outage hides how a commit ended, saying it again finds the lease gone."""
+        return patience.say(self._to.sessions, words, check=self._heart.check)
 
     def _patiently(self, work: Callable[[], T]) -> T:
-        """Sit out an outage of database or storage, for as long as the lease is ours. Raises what `Heart.check` raises."""
-        given_up_at = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                return work()
-            except (Unavailable, OperationalError) as error:
-                log.warning("waiting_out_an_outage", error=type(error).__name__)
-                if time.monotonic() > given_up_at:
-                    raise
-            self._heart.check()
-            time.sleep(POLL_SECONDS)
+        """For as long as the lease is ours. Raises what `Heart.check` raises."""
+        return patience.patiently(work, check=self._heart.check)
 
 
 def _settle(upload: "Future[None]") -> None:
     """A checkpoint that could not be kept costs a resume, not the run. Raises LeaseLost."""
     try:
         upload.result()
-    except (Unavailable, OperationalError, StorageDamaged) as error:
+    except (Unavailable, *db.OUTAGE, StorageDamaged) as error:
         log.warning("checkpoint_not_kept", error=str(error))
 
 

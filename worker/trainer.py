@@ -17,8 +17,9 @@ from typing import BinaryIO
 
 from app.core import catalog
 from app.core.events import Event
+from app.core.settings import GpuSettings
 from app.core.spec import QuantizationSpec
-from worker import wire
+from worker import gpu, wire
 from worker.model import base as bases
 from worker.model.base import LoadedBase
 from worker.training.failures import failed
@@ -33,6 +34,7 @@ def main() -> int:
     said = _claim_stdout()
     jobs, stopping = queue.SimpleQueue[bytes](), threading.Event()
     threading.Thread(target=_listen, args=(jobs, stopping), daemon=True).start()
+    gpu.limit_trainer(asked.gpu)
     warm = _warmed(asked.warm, asked.catalog, asked.cache_dir) if asked.warm else None
     said.write(wire.READY)
     said.flush()
@@ -78,6 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cache-dir", type=Path, required=True)
     parser.add_argument("--catalog", type=Path)
     parser.add_argument("--warm", metavar="BASE")
+    parser.add_argument("--gpu", type=GpuSettings.model_validate_json, default=GpuSettings(), metavar="JSON")
     return parser.parse_args()
 
 

@@ -128,6 +128,7 @@ class Bench:
         """It gets no secret: neither database nor storage nor broker."""
         settings = self._settings
         command = [sys.executable, "-m", "worker.trainer", "--cache-dir", str(settings.cache_dir)]
+        command += ["--gpu", settings.gpu.model_dump_json()]
         if settings.training.warm_base:
             command += ["--warm", settings.training.warm_base]
         if settings.catalog_file:

@@ -14,6 +14,8 @@ from pydantic_settings import (
 )
 from pydantic_settings import PydanticBaseSettingsSource as Source
 
+from app.core.catalog import Tier
+
 MIB = 1024 * 1024
 CONFIG_FILE, SECRETS_DIR = "TUNESMITH_CONFIG_FILE", "TUNESMITH_SECRETS_DIR"
 
@@ -86,10 +88,22 @@ class InferenceSettings(BaseModel):
     heartbeat_timeout_seconds: float = Field(default=15.0, gt=0, description="an engine silent for so long gets no requests")
 
 
-class TrainingSettings(BaseModel):
-    """One train worker."""
+class GpuSettings(BaseModel):
+    """What of a card a plan may count on: app.core.tiers has the arithmetic, docs/gpu.md the numbers."""
 
-    tier: str = "cpu"
+    reserved_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="of each card, kept for CUDA contexts and fragmentation; by default a twentieth of it, at least 1 GiB",
+    )
+    has_engine: bool = Field(default=True, description="whether an engine answers on the same card as the train worker")
+    engine_share: float = Field(default=0.3, gt=0, lt=1, description="part of a shared card that is the engine's")
+
+
+class TrainingSettings(BaseModel):
+    """One train worker. It serves the queue `train.<tier>` of its tier and of every smaller one."""
+
+    tier: Literal["auto"] | Tier = Field(default="auto", description="the largest it holds; `auto`: what its card has room for")
     tiers: frozenset[str] = Field(default=frozenset({"cpu"}), description="tiers some worker serves; others are refused")
     warm_base: str | None = Field(
         default="smollm2-135m-instruct", description="base that waiting trainers hold ready; empty for none"
@@ -113,6 +127,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     inference: InferenceSettings = InferenceSettings()
     training: TrainingSettings = TrainingSettings()
+    gpu: GpuSettings = GpuSettings()
 
     key_pepper: SecretStr = Field(default=SecretStr(""), description="keys are hashed with it; losing it revokes every key")
     engine_token: SecretStr = Field(default=SecretStr(""), description="shared secret between the gateway and the engines")

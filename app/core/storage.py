@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1024 * 1024
 PART_BYTES = 8 * 1024 * 1024  # S3 refuses parts under 5 MiB but for the last
+_FULL = frozenset({"XMinioStorageFull", "QuotaExceeded", "InsufficientStorage"})
+_REQUEST_PATIENCE, _WORK_PATIENCE = (2, 5, 2), (5, 30, 4)  # seconds to connect, seconds to answer, attempts
 
 
 @dataclass(frozen=True)
@@ -188,12 +191,30 @@ class _Translated:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ClientError) and error.response["Error"]["Code"] in ("404", "NoSuchKey"):
             raise NotFound(f"nothing is stored under {self._key}", code="object_missing") from error
-        if isinstance(error, (ClientError, BotoCoreError)):
+        if isinstance(error, ClientError):
+            raise _refusal(error) from error
+        if isinstance(error, BotoCoreError):
             raise Unavailable("object storage does not answer; try again shortly", code="storage_unavailable") from error
 
 
-def open_storage(settings: StorageSettings) -> Storage:
-    """A client of its own for each caller: boto3 clients may be shared by threads, never by forks."""
+def _refusal(error: ClientError) -> Unavailable:
+    """For a server that answers, and says no: some have a word for a full disk, others fail with 500."""
+    said, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
+    if said in _FULL or status == HTTPStatus.INSUFFICIENT_STORAGE:
+        return Unavailable("object storage is full; tell the operator, and try again later", code="insufficient_storage")
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        why = "its disk may be full, or it is starting; try again shortly"
+    else:
+        why = "its keys or its bucket are not set up; tell the operator"
+    return Unavailable(f"object storage refused with {said}: {why}", code="storage_unavailable")
+
+
+def open_storage(settings: StorageSettings, *, for_requests: bool = False) -> Storage:
+    """A client of its own for each caller: boto3 clients may be shared by threads, never by forks.
+
+    `for_requests` gives up while a client of the API still listens; workers sit a slow server out.
+    """
+    connect_seconds, read_seconds, attempts = _REQUEST_PATIENCE if for_requests else _WORK_PATIENCE
     client: S3Client = boto3.client(
         "s3",
         endpoint_url=settings.endpoint_url,
@@ -201,9 +222,9 @@ def open_storage(settings: StorageSettings) -> Storage:
         aws_access_key_id=settings.access_key or None,
         aws_secret_access_key=settings.secret_key.get_secret_value() or None,
         config=Config(
-            connect_timeout=5,
-            read_timeout=30,
-            retries={"max_attempts": 3, "mode": "standard"},
+            connect_timeout=connect_seconds,
+            read_timeout=read_seconds,
+            retries={"total_max_attempts": attempts, "mode": "standard"},
             max_pool_connections=32,
             request_checksum_calculation="when_required",  # S3-compatible servers do not all know the newer trailers
             response_checksum_validation="when_required",

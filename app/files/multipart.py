@@ -15,6 +15,7 @@ from app.core.storage import Storage, Stored, Upload
 log = structlog.get_logger()
 
 MAX_FIELD_BYTES = 4096
+CLEANING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ async def receive(body: AsyncIterator[bytes], content_type: str, storage: Storag
             await run_in_threadpool(form.feed, chunk)
         return await run_in_threadpool(form.finish)
     finally:
-        with anyio.CancelScope(shield=True):  # the client may be gone: what it sent goes too
-            await run_in_threadpool(_throw_away, upload)
+        # the client may be gone: what it sent goes too, and a storage that hangs must not keep the answer back
+        with anyio.move_on_after(CLEANING_SECONDS, shield=True):
+            await anyio.to_thread.run_sync(_throw_away, upload, abandon_on_cancel=True)
 
 
 def _throw_away(upload: Upload) -> None:

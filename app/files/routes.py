@@ -1,15 +1,20 @@
 from typing import Annotated
 
+import structlog
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from app import db, pages
 from app.core import ids
+from app.core.errors import Unavailable
+from app.core.storage import Storage as AppStorage
 from app.deps import Caller, Session, Storage
 from app.files import multipart
 from app.files import service as files
 from app.files.schemas import FileDeleted, FileOut, UploadFields
+
+log = structlog.get_logger()
 
 router = APIRouter(prefix="/v1", tags=["Files"])
 
@@ -39,7 +44,11 @@ async def upload_file(request: Request, caller: Caller, storage: Storage) -> Fil
 
 
 def _add(request: Request, caller: Caller, file_id: str, received: multipart.Received) -> FileOut:
-    """A transaction of its own: none is open while the bytes come in. If it fails, the bytes go too."""
+    """A transaction of its own: none is open while the bytes come in. If it fails, the bytes go too.
+
+    Unless the database was away: then the commit may have been made all the same, and a file must not lose its bytes.
+    """
+    key = files.key_for(caller, file_id)
     try:
         fields = UploadFields.parse(received.fields)
         with db.organization_session(request.app.state.sessions, caller.organization_id) as session:
@@ -53,9 +62,19 @@ def _add(request: Request, caller: Caller, file_id: str, received: multipart.Rec
                 expires_after_seconds=fields.expires_after_seconds,
             )
         return FileOut.of(file)
-    except BaseException:
-        request.app.state.storage.delete(files.key_for(caller, file_id))
+    except BaseException as error:
+        if isinstance(error, Exception) and db.is_outage(error):
+            log.warning("upload_unsettled", key=key)
+        else:
+            _throw_away(request.app.state.storage, key)
         raise
+
+
+def _throw_away(storage: AppStorage, key: str) -> None:
+    try:
+        storage.delete(key)
+    except Unavailable:  # what went wrong first is what the client hears
+        log.warning("upload_not_deleted", key=key)
 
 
 @router.get("/files")

@@ -1,14 +1,17 @@
 """From a request to the text of an engine: model, route, stream, meter."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import anyio
 import httpx
 import structlog
 from pydantic import SecretStr
 from sqlalchemy import orm
+from sqlalchemy.dialects.postgresql import insert
 from starlette.concurrency import run_in_threadpool
 
 from app import db
@@ -26,6 +29,8 @@ from app.models import Engine, UsageRecord
 
 log = structlog.get_logger()
 
+RECORD_PAUSES_SECONDS = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60, 60)  # before further attempts to write usage down
+CLOSE_SECONDS = 5.0
 CONNECT_SECONDS, BETWEEN_CHUNKS_SECONDS = 2.0, 600.0  # the first chunk may wait for a place in the batch
 
 
@@ -68,6 +73,7 @@ class Gateway:
         engine_token: SecretStr,
     ) -> None:
         self._sessions, self._catalog, self._renderers, self._settings = sessions, catalog, renderers, settings
+        self._recording: set[asyncio.Task[None]] = set()
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {engine_token.get_secret_value()}"},
             timeout=httpx.Timeout(BETWEEN_CHUNKS_SECONDS, connect=CONNECT_SECONDS),
@@ -76,6 +82,8 @@ class Gateway:
 
     async def close(self) -> None:
         await self._client.aclose()
+        if self._recording:
+            await asyncio.wait(self._recording, timeout=CLOSE_SECONDS)
 
     async def target(self, caller: Caller, model: str) -> Target:
         """What this name means to this caller. Raises NotFound, or Unavailable when no engine holds its base."""
@@ -116,7 +124,7 @@ class Gateway:
                 yield _chunks(response, meter)
             finally:
                 with anyio.CancelScope(shield=True):  # the client may be gone: what was used is written down all the same
-                    await run_in_threadpool(self._record_usage, caller, target, request.request_id, meter)
+                    await self._write_down(_usage_of(caller, target, request.request_id, meter))
 
     @asynccontextmanager
     async def _accepted(self, target: Target, request: GenerateRequest) -> AsyncIterator[httpx.Response]:
@@ -140,20 +148,46 @@ class Gateway:
                 break
         raise failure
 
-    def _record_usage(self, caller: Caller, target: Target, request_id: str, meter: Meter) -> None:
-        with db.organization_session(self._sessions, caller.organization_id) as session:
-            record = UsageRecord(
-                id=ids.new("usage_"),
-                organization_id=caller.organization_id,
-                project_id=caller.project_id,
-                request_id=request_id,
-                api_key_id=caller.key_id,
-                model=target.model,
-                base=target.base.id,
-                prompt_tokens=meter.prompt_tokens,
-                completion_tokens=meter.completion_tokens,
-            )
-            session.add(record)
+    async def _write_down(self, record: dict[str, Any]) -> None:
+        """Before the answer ends; beside it if the database is away, which is no fault of the answer's."""
+        if not await self._try_insert(record):
+            task = asyncio.create_task(self._insert_later(record))
+            self._recording.add(task)
+            task.add_done_callback(self._recording.discard)
+
+    async def _insert_later(self, record: dict[str, Any]) -> None:
+        for pause_seconds in RECORD_PAUSES_SECONDS:
+            await asyncio.sleep(pause_seconds)
+            if await self._try_insert(record):
+                return
+        log.error("usage_lost", **record)
+
+    async def _try_insert(self, record: dict[str, Any]) -> bool:
+        try:
+            await run_in_threadpool(self._insert_usage, record)
+        except Exception as error:
+            log.warning("usage_not_recorded", usage=record["id"], error=type(error).__name__)
+            return False
+        return True
+
+    def _insert_usage(self, record: dict[str, Any]) -> None:
+        with db.organization_session(self._sessions, record["organization_id"]) as session:
+            # an outage may have hidden that it was written
+            session.execute(insert(UsageRecord).values(record).on_conflict_do_nothing())
+
+
+def _usage_of(caller: Caller, target: Target, request_id: str, meter: Meter) -> dict[str, Any]:
+    return {
+        "id": ids.new("usage_"),
+        "organization_id": caller.organization_id,
+        "project_id": caller.project_id,
+        "request_id": request_id,
+        "api_key_id": caller.key_id,
+        "model": target.model,
+        "base": target.base.id,
+        "prompt_tokens": meter.prompt_tokens,
+        "completion_tokens": meter.completion_tokens,
+    }
 
 
 async def _chunks(response: httpx.Response, meter: Meter) -> AsyncIterator[Chunk]:

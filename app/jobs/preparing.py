@@ -97,14 +97,16 @@ def finish(
     plan: dict[str, Any],
     datasets: Datasets,
     dropped: Sequence[Problem] = (),
+    queue: str | None = None,
 ) -> None:
-    """Let the workers have it. A job that was cancelled meanwhile stays so."""
+    """Let the workers of `queue` have it; None keeps the one it has. A job that was cancelled meanwhile stays so."""
     job = _validating(session, job_id)
     if job is None:
         return
     job.spec = resolved.model_dump(mode="json")
     job.plan = plan
     job.datasets = datasets.model_dump(mode="json")
+    job.queue = queue or job.queue
     job.queued_at = job.not_before = func.clock_timestamp()
     for problem in dropped:
         events.append(session, job, f"Line {problem.line} is left out: {problem.message}", level="warn")

@@ -9,7 +9,7 @@ from sqlalchemy import Select, func, orm, select
 
 from app import outbox, pages
 from app.accounts.caller import Caller
-from app.core import ids
+from app.core import ids, tiers
 from app.core.catalog import Base, Catalog
 from app.core.errors import BadRequest, NotFound
 from app.files import service as files
@@ -122,20 +122,16 @@ def due_queues(session: orm.Session) -> set[str]:
     return queues
 
 
-def _queue_for(base: Base, tiers: frozenset[str]) -> str:
-    """The smallest tier of this installation that holds the base. Raises BadRequest."""
-    big_enough = sorted((tier for tier in tiers if _holds(tier, base)), key=lambda tier: 0 if tier == "cpu" else int(tier))
-    if not big_enough:
-        has = ", ".join("cpu" if tier == "cpu" else f"{tier} GB" for tier in sorted(tiers))
-        message = f"{base.id} needs a GPU worker of {base.tier} GB; this installation has: {has}"
-        raise BadRequest(message, param="model", code="no_worker_for_model")
-    return f"train.{big_enough[0]}"
+def _queue_for(base: Base, among: frozenset[str]) -> str:
+    """The smallest tier of this installation that holds the base; a run that needs more is moved up when it is prepared.
 
-
-def _holds(tier: str, base: Base) -> bool:
-    if tier == "cpu":
-        return base.tier == "cpu"
-    return base.tier == "cpu" or int(tier) >= int(base.tier)
+    Raises BadRequest.
+    """
+    if big_enough := tiers.holding(base, among):
+        return f"train.{big_enough[0]}"
+    has = ", ".join("cpu" if tier == tiers.CPU else f"{tier} GB" for tier in sorted(among))
+    message = f"{base.id} needs a GPU worker of {base.tier} GB; this installation has: {has}"
+    raise BadRequest(message, param="model", code="no_worker_for_model")
 
 
 def _made_just_now(session: orm.Session, job: Job) -> Job | None:

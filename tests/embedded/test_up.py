@@ -156,7 +156,7 @@ def no_database(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_database")
 def test_migrating_without_a_database_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    status = main(["migrate"])
+    status = main(["migrate", "--wait", "0"])
     said = capsys.readouterr().err
     assert status == 1
     assert said.startswith("tunesmith: the database does not answer or refuses: ")

@@ -25,13 +25,21 @@ class Stack:
     """A running `tunesmith up`."""
 
     process: "subprocess.Popen[bytes]"
+    data_dir: Path
     base_url: str
     api_key: str
 
     def children(self, *words: str) -> list[psutil.Process]:
         """Its processes whose command line holds all these words."""
         found = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in found if all(word in " ".join(child.cmdline()) for word in words)]
+        return [child for child in found if all(word in _command(child) for word in words)]
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just died
+        return ""
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +63,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, bases_dir: Path) -> Iterator
         while not credentials.exists():
             assert process.poll() is None and time.monotonic() < deadline, (data_dir / "console").read_text()[-5000:]
             time.sleep(0.1)
-        yield Stack(process, **json.loads(credentials.read_text()))
+        yield Stack(process, data_dir, **json.loads(credentials.read_text()))
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
 

@@ -11,14 +11,14 @@ from tests.flow.conftest import Stack
 SECONDS = 120
 
 
-def begin(client: OpenAI) -> FineTuningJob:
+def begin(client: OpenAI, *, epochs: int = 16) -> FineTuningJob:
     """A job that is busy for some seconds and keeps checkpoints on the way."""
     training = client.files.create(file=("train.jsonl", make.chat_file(64)), purpose="fine-tune")
     return client.fine_tuning.jobs.create(
         model=make.TINY,
         training_file=training.id,
         seed=11,
-        hyperparameters={"n_epochs": 16, "batch_size": 4},
+        hyperparameters={"n_epochs": epochs, "batch_size": 4},
         extra_body={"training": {"checkpoint_every_steps": 16}},
     )
 
@@ -60,7 +60,7 @@ def test_a_job_survives_its_trainer_and_its_worker(stack: Stack, client: OpenAI)
 
     orphaned = begin(client)
     wait_for_checkpoint(client, orphaned)
-    (worker,) = stack.children("worker.celery", "train.cpu")
+    (worker,) = [child for child in stack.children("worker.train") if "worker.train" in child.cmdline()]
     worker.kill()
     orphaned = wait_for_end(client, orphaned)
 

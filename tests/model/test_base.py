@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from app.core import catalog
-from app.core.catalog import Base, PathSource, WheelSource
+from app.core.catalog import Base, HubSource, PathSource, WheelSource
 from app.core.render import Renderer
 from app.core.spec import QuantizationSpec
 from tests import make
 from worker.model import base as bases
-from worker.model import bytewise, card, source
+from worker.model import bytewise, card, hub, source
 from worker.model.base import BaseRefused, LoadedBase
 from worker.model.source import Weights
 
@@ -139,13 +140,13 @@ def test_weights_from_a_hub_are_asked_for_at_the_card_s_commit(tmp_path: Path, m
     snapshot.mkdir(parents=True)
     local = saved_base(snapshot, STOCK)
 
-    def download(repository: str, **options: object) -> str:
-        asked.append((repository, options["revision"], "*.safetensors" in options["allow_patterns"]))
-        return str(snapshot)
+    def fetched(of: HubSource, revision: str, cache_dir: Path, patterns: Sequence[str]) -> Path:
+        asked.append((of.id, revision, "*.safetensors" in patterns))
+        return snapshot
 
-    monkeypatch.setattr(source, "snapshot_download", download)
-    hub = {"kind": "hub", "id": "org/model", "revision": "main"}
-    base = Base.model_validate(local.model_dump() | {"source": hub})
+    monkeypatch.setattr(hub, "snapshot", fetched)
+    on_hub = {"kind": "hub", "id": "org/model", "revision": "main"}
+    base = Base.model_validate(local.model_dump() | {"source": on_hub})
 
     loaded = bases.load(base, tmp_path / "cache", device="cpu", for_training=True)
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import IO
 
 from worker.embedded.errors import AlreadyRunning, StackError
 
+MIB = 1024 * 1024
+LEAST_FREE_BYTES = 256 * MIB  # Postgres alone begins with some 60, and stops when it cannot write its log
 PRIVATE_FOLDER, PRIVATE_FILE, PASSABLE_FOLDER = 0o700, 0o600, 0o711
 
 
@@ -56,14 +59,26 @@ class Paths:
 
     def make_root(self) -> None:
         """Raises StackError rather than take over what somebody else keeps under one of our names."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise StackError(f"{self.root} is or goes through a file; choose another --data-dir") from None
+        except OSError as error:
+            raise StackError(f"{self.root} cannot be made ({error.strerror}); choose another --data-dir") from None
         present = {path.name for path in self.root.iterdir()}
         foreign = sorted(present & {path.name for path in (self.state, *self._rooms)})
         if foreign and self.lock.name not in present:
             raise StackError(f"{self.root} holds {', '.join(foreign)}, and not from a stack; choose another --data-dir")
         if not present:
-            # as root Postgres drops to another user, who passes through here without being able to look around
-            self.root.chmod(PASSABLE_FOLDER if os.geteuid() == 0 else PRIVATE_FOLDER)
+            self._close_root()
+
+    def _close_root(self) -> None:
+        # as root Postgres drops to another user, who passes through here without being able to look around
+        mode = PASSABLE_FOLDER if os.geteuid() == 0 else PRIVATE_FOLDER
+        try:
+            self.root.chmod(mode)
+        except OSError as error:
+            raise StackError(f"{self.root} cannot be written to ({error.strerror}); choose another --data-dir") from None
 
     def make_rooms(self) -> None:
         """Make the folders, and make them private if they were there already."""
@@ -76,9 +91,20 @@ class Paths:
         return self.logs, self.postgres, self.valkey, self.s3, self.cache, self.work
 
 
+def require_room(root: Path) -> None:
+    """Raises StackError when the disk is so full that Postgres would stop soon after its start."""
+    free_bytes = shutil.disk_usage(root).free
+    if free_bytes < LEAST_FREE_BYTES:
+        message = f"the disk of {root} is full: {free_bytes // MIB} MiB are free and {LEAST_FREE_BYTES // MIB} are needed"
+        raise StackError(f"{message}; free some, or choose another --data-dir")
+
+
 def hold(lock: Path) -> IO[str]:
-    """Own the data directory for as long as the returned file is open. Raises AlreadyRunning."""
-    file = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, PRIVATE_FILE), "r+")
+    """Own the data directory for as long as the returned file is open. Raises AlreadyRunning, or StackError."""
+    try:
+        file = os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT, PRIVATE_FILE), "r+")
+    except OSError as error:
+        raise StackError(f"{lock.parent} cannot be written to ({error.strerror}); choose another --data-dir") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

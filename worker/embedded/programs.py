@@ -8,6 +8,7 @@ from pathlib import Path
 from app.core.settings import Settings
 from worker.embedded import environment
 from worker.embedded.processes import Program
+from worker.train import celery_arguments
 
 WORKER_GRACE_SECONDS = 20.0
 # where our packages lie: run from there, `-m worker.relay` is ours whatever the user's folder holds
@@ -27,17 +28,16 @@ class Process:
 Processes = Callable[[Settings, str, int], tuple[Process, ...]]
 
 
-def service(settings: Settings, host: str, port: int) -> tuple[Process, ...]:
+def service(_settings: Settings, host: str, port: int) -> tuple[Process, ...]:
     """What makes up Tunesmith, with its API on `host` and `port`."""
-    tier = settings.training.tier
     work = ("DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL")
     serve = ("DATABASE__API_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN")
     uvicorn = ("-m", "uvicorn", "app.main:create_app", "--factory", "--no-access-log")
     return (
         Process("api", (*uvicorn, "--host", host, "--port", str(port)), serve, grace_seconds=10),
         Process("relay", ("-m", "worker.relay"), (*work, "ENGINE_TOKEN")),
-        Process("cpu", _celery("cpu", "cpu"), work),
-        Process("train", _celery("train", f"train.{tier}"), work),
+        Process("cpu", ("-m", "celery", "-A", "worker.celery", *celery_arguments("cpu", "cpu")), work),
+        Process("train", ("-m", "worker.train"), work),
         Process("engine", ("-m", "worker.inference.server"), ("STORAGE", "ENGINE_TOKEN")),
     )
 
@@ -50,10 +50,3 @@ def as_program(process: Process, settings: Settings) -> Program:
         cwd=CODE,
         grace_seconds=process.grace_seconds,
     )
-
-
-def _celery(name: str, queue: str) -> tuple[str, ...]:
-    # threads: worker_shutting_down fires in the main process only. Nobody else is there to gossip with
-    quiet = ("--without-gossip", "--without-mingle", "--without-heartbeat")
-    work = ("-Q", queue, "--pool", "threads", "-c", "1", "-n", f"{name}@%h")
-    return ("-m", "celery", "--quiet", "-A", "worker.celery", "worker", *work, *quiet)

@@ -20,7 +20,7 @@ from app.core.settings import Settings
 from worker.embedded import environment, postgres, roles
 from worker.embedded.errors import StackError
 from worker.embedded.output import Output
-from worker.embedded.paths import Paths, hold, write_private
+from worker.embedded.paths import Paths, hold, require_room, write_private
 from worker.embedded.processes import Program, Supervisor
 from worker.embedded.state import Ports, State, usable_ports
 
@@ -56,11 +56,12 @@ class Servers:
         if self._lock is None:
             self.paths.make_root()
             self._lock = hold(self.paths.lock)
+            require_room(self.paths.root)
 
     def start(self, *, avoid_port: int | None = None) -> Self:
         """Start all three and make database, roles and bucket. No internal port will be `avoid_port`."""
-        self.claim()
         try:
+            self.claim()
             self._start(() if avoid_port is None else (avoid_port,))
         except BaseException:
             self.stop()

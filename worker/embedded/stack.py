@@ -27,8 +27,8 @@ def up(data_dir: Path, *, host: str, port: int, console: TextIO | None, processe
     Raises StackError for what can be expected to go wrong, with nothing left running.
     """
     servers = Servers(data_dir, console=console)
-    servers.claim()
     try:
+        servers.claim()
         require_free(host, port)
         servers.paths.credentials.unlink(missing_ok=True)
         with suppress(KeyboardInterrupt), signals(_interrupt):

@@ -14,6 +14,7 @@ import uvicorn
 from app.core import catalog, logging
 from app.core.settings import Settings
 from app.core.storage import open_storage
+from worker import gpu
 from worker.inference import native
 from worker.inference.announce import advertised_url, announce
 from worker.inference.driver import EngineDriver
@@ -87,6 +88,11 @@ def _listen(host: str, port: int) -> socket.socket:
 def main() -> None:
     settings = Settings()
     logging.configure("engine", format=settings.log_format, level=settings.log_level)
+    try:
+        gpu.pin(os.environ)
+    except gpu.CardRefused as error:
+        raise SystemExit(str(error)) from error
+    gpu.limit_engine(settings.gpu)
     wanted = catalog.load(settings.catalog_file).resolve(settings.inference.base)
     if torch.get_num_threads() > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(

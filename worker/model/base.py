@@ -14,20 +14,18 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from app.core import render
 from app.core.catalog import Base
 from app.core.manifest import BaseEntry
 from app.core.render import Renderer
 from app.core.spec import QuantizationSpec
-from worker.model import card, source
+from worker.model import card, pointer, source
 from worker.model.directory import locked, written_whole
 from worker.model.source import BaseRefused
 
-__all__ = ["BaseRefused", "LoadedBase", "keep_weights_unpacked", "load", "quantized"]
+__all__ = ["BaseRefused", "LoadedBase", "keep_weights_unpacked", "load", "prepare", "quantized"]
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package of kernels that nobody needs
 
-_FORMAT = 1  # of what lies under bases/; another number prepares everything anew
 _BLOCK = 64
 _WEIGHTS, _ENTRY = "weights.safetensors", "entry.json"
 
@@ -64,13 +62,23 @@ def load(
     `dtype` is that of everything but the 4-bit weights, and of computation; float32 serves comparisons. `for_training` leaves
     the model in train mode, otherwise it is in eval mode; it is frozen either way.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or _device()
     written_card = card.prepared(base, cache_dir)
-    revision = json.loads((written_card / render.CARD).read_text())["revision"]
+    revision = card.revision_of(written_card)
     directory, digest = _prepared(base, revision, cache_dir, quantization, device)
     model = _assemble(directory, device, dtype).train(for_training)
     keep_weights_unpacked(model)
     return LoadedBase(model, Renderer.open(written_card), BaseEntry(id=base.id, revision=revision, digest=digest))
+
+
+def prepare(base: Base, cache_dir: Path, *, quantization: QuantizationSpec = QuantizationSpec()) -> Path:
+    """What `load` does at first use, without loading: the folder of the quantized weights. Raises BaseRefused."""
+    revision = card.revision_of(card.prepared(base, cache_dir))
+    return _prepared(base, revision, cache_dir, quantization, _device())[0]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def keep_weights_unpacked(model: nn.Module) -> None:
@@ -90,20 +98,19 @@ def _prepared(base: Base, revision: str, cache_dir: Path, quantization: Quantiza
     The digest covers the source's weights and the settings, not the 4-bit bytes: GPU and CPU may round a scale differently.
     """
     bases = cache_dir / "bases"
-    asked = f"{_FORMAT} {source.fingerprint(base)} {revision} {quantization.model_dump_json()}"
-    pointer = bases / f"{base.id}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.digest"
-    with locked(pointer.with_suffix(".lock")):
-        if pointer.exists():
-            digest = pointer.read_text()
+    pointed = pointer.path(base, revision, cache_dir, quantization)
+    with locked(pointed.with_suffix(".lock")):
+        if pointed.exists():
+            digest = pointed.read_text()
             return bases / digest, digest
         with source.weights(base, revision, cache_dir) as weights:
-            settings = {"format": _FORMAT, "block": _BLOCK, "weights_sha256": weights.sha256, **quantization.model_dump()}
+            settings = {"format": pointer.FORMAT, "block": _BLOCK, "weights_sha256": weights.sha256, **quantization.model_dump()}
             digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
             if not (bases / digest).exists():
                 _write(quantized(weights.folder, quantization, device), base, settings, bases / digest)
-        partial = pointer.with_suffix(".partial")
+        partial = pointed.with_suffix(".partial")
         partial.write_text(digest)
-        partial.rename(pointer)
+        partial.rename(pointed)
     return bases / digest, digest
 
 

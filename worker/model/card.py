@@ -20,12 +20,27 @@ def prepared(base: Base, cache_dir: Path) -> Path:
     Raises BaseRefused when the family's marked template and the base's own one write a conversation differently.
     """
     template = render.marked_template(base.family)
-    key = hashlib.sha256(f"{_FORMAT} {source.fingerprint(base)} {template}".encode()).hexdigest()
-    directory = cache_dir / "cards" / f"{base.id}-{key[:16]}"
+    directory = _directory(base, template, cache_dir)
     with locked(cache_dir / "cards" / f".{directory.name}.lock"):
         if not directory.exists():
             _write_card(base, template, source.vocabulary(base, cache_dir), directory)
     return directory
+
+
+def find(base: Base, cache_dir: Path) -> Path | None:
+    """The folder that `prepared` would give, if it is there already. Raises BaseRefused."""
+    directory = _directory(base, render.marked_template(base.family), cache_dir)
+    return directory if directory.exists() else None
+
+
+def revision_of(directory: Path) -> str:
+    """What the base's revision resolved to when the card was made."""
+    return str(json.loads((directory / render.CARD).read_text())["revision"])
+
+
+def _directory(base: Base, template: str, cache_dir: Path) -> Path:
+    key = hashlib.sha256(f"{_FORMAT} {source.fingerprint(base)} {template}".encode()).hexdigest()
+    return cache_dir / "cards" / f"{base.id}-{key[:16]}"
 
 
 def _write_card(base: Base, template: str, vocabulary: source.Vocabulary, directory: Path) -> None:

@@ -4,26 +4,24 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 
 from app.core import render
 from app.core.catalog import Base, HubSource, PathSource, RandomSource, WheelSource
-from worker.model import bytewise
+from worker.model import bytewise, hub
+from worker.model.refused import BaseRefused, HubUnavailable
+
+__all__ = ["BaseRefused", "HubUnavailable", "Vocabulary", "Weights", "fetch", "fingerprint", "vocabulary", "weights"]
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.jinja", "config.json", "generation_config.json")
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-
-
-class BaseRefused(Exception):
-    """This base cannot be used as the catalog describes it. The message is for the operator."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,16 @@ def fingerprint(base: Base) -> str:
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
+def fetch(base: Base, cache_dir: Path, *, progress: type[Any], say: Callable[[str], None]) -> None:
+    """Bring onto this machine what is not yet here: afterwards neither the vocabulary nor the weights download anything.
+
+    `progress` is a tqdm class, `say` hears each stage. Raises BaseRefused.
+    """
+    if isinstance(base.source, HubSource):
+        patterns = _TOKENIZER_FILES + _WEIGHT_FILES
+        hub.snapshot(base.source, base.source.revision, cache_dir, patterns, progress=progress, say=say)
+
+
 def vocabulary(base: Base, cache_dir: Path) -> Vocabulary:
     """The tokenizer with its template, without touching the weights where the source allows it."""
     match base.source:
@@ -64,7 +72,7 @@ def vocabulary(base: Base, cache_dir: Path) -> Vocabulary:
         case PathSource(path=path):
             return _vocabulary(path, base.source.revision)
         case HubSource(revision=revision):
-            folder = _snapshot(base.source, revision, cache_dir, _TOKENIZER_FILES)
+            folder = hub.snapshot(base.source, revision, cache_dir, _TOKENIZER_FILES)
             return _vocabulary(folder, revision=folder.name)  # a snapshot's folder is named by its commit
 
 
@@ -85,7 +93,7 @@ def weights(base: Base, revision: str, cache_dir: Path) -> Iterator[Weights]:
         case PathSource(path=path):
             yield Weights(path, _sha256_of(sorted(path.glob("*.safetensors"))))
         case HubSource():
-            folder = _snapshot(base.source, revision, cache_dir, _WEIGHT_FILES)
+            folder = hub.snapshot(base.source, revision, cache_dir, _WEIGHT_FILES)
             yield Weights(folder, _sha256_of(sorted(folder.glob("*.safetensors"))))
 
 
@@ -104,10 +112,6 @@ def _package_folder(source: WheelSource) -> Path:
     if spec is None or spec.origin is None:
         raise BaseRefused(f"the package {source.package} is not installed; it carries {source.file}")
     return Path(spec.origin).parent
-
-
-def _snapshot(source: HubSource, revision: str, cache_dir: Path, patterns: tuple[str, ...]) -> Path:
-    return Path(snapshot_download(source.id, revision=revision, cache_dir=cache_dir / "hub", allow_patterns=list(patterns)))
 
 
 def _vocabulary(folder: Path, revision: str, **options: Any) -> Vocabulary:

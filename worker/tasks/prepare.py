@@ -6,11 +6,15 @@ from pathlib import Path
 
 import structlog
 
-from app.core import chat, memory, spec
+from app.core import chat, memory, spec, tiers
+from app.core.catalog import Base
 from app.core.errors import Unavailable
 from app.core.render import Renderer
+from app.core.settings import Settings
+from app.core.spec import TrainSpec
 from app.jobs import preparing
 from app.jobs.preparing import Dataset, Datasets, ToPrepare
+from worker import patience
 from worker.model import card
 from worker.model.source import BaseRefused
 from worker.services import Services
@@ -63,18 +67,19 @@ def prepare_next(to: Services) -> bool:
     try:
         _prepare(to, job)
     except Unusable as error:
-        with to.sessions.begin() as session:
-            preparing.reject(session, job.id, code="invalid_file", message=str(error), param=error.param)
+        message, param = str(error), error.param
+        patience.say(
+            to.sessions, lambda session: preparing.reject(session, job.id, code="invalid_file", message=message, param=param)
+        )
     except Unavailable:
         log.warning("preparation_postponed", job_id=job.id)
-        with to.sessions.begin() as session:
-            preparing.postpone(session, job.id)
+        patience.say(to.sessions, lambda session: preparing.postpone(session, job.id))
         return False
     except Exception as error:  # a base that cannot be had, a full disk: another try may do, but not for ever
         log.exception("preparation_failed", job_id=job.id)
         reason = str(error) if isinstance(error, BaseRefused) else type(error).__name__
-        with to.sessions.begin() as session:
-            preparing.failed(session, job.id, reason=reason, settings=to.settings.leases)
+        leases = to.settings.leases
+        patience.say(to.sessions, lambda session: preparing.failed(session, job.id, reason=reason, settings=leases))
     return True
 
 
@@ -95,16 +100,38 @@ def _prepare(to: Services, job: ToPrepare) -> None:
         tokens=training.tokens,
         trained_tokens=training.labelled_tokens,
     )
-    _require_room(job, plan["predicted_peak_bytes"])
-    with to.sessions.begin() as session:
-        preparing.finish(session, job.id, resolved=resolved, plan=plan, datasets=datasets, dropped=training.dropped)
-    log.info("job_prepared", job_id=job.id, examples=training.examples, tokens=training.tokens)
+    queue = _queue_with_room(base, resolved, to.settings, predicted_bytes=plan["predicted_peak_bytes"], longest=longest)
+    dropped = training.dropped
+    patience.say(
+        to.sessions,
+        lambda session: preparing.finish(
+            session, job.id, resolved=resolved, plan=plan, datasets=datasets, dropped=dropped, queue=queue
+        ),
+    )
+    log.info("job_prepared", job_id=job.id, queue=queue, examples=training.examples, tokens=training.tokens)
 
 
-def _require_room(job: ToPrepare, predicted_bytes: int) -> None:
-    """Refuse here what a GPU would refuse after an hour in its queue. Raises Unusable."""
-    tier = job.queue.removeprefix("train.")
-    if tier != "cpu" and predicted_bytes > int(tier) * memory.GIB:
-        gigabytes = predicted_bytes / memory.GIB
-        message = f"this run needs about {gigabytes:.0f} GB and the largest worker has {tier}; lower training.max_seq_length"
-        raise Unusable("training.max_seq_length", message)
+def _queue_with_room(base: Base, resolved: TrainSpec, settings: Settings, *, predicted_bytes: int, longest: int) -> str:
+    """That of the smallest tier with room. Refuses here what a GPU would refuse after an hour in its queue. Raises Unusable."""
+    among = settings.training.tiers
+    if tier := tiers.smallest_with_room(base, among, settings.gpu, predicted_bytes=predicted_bytes):
+        return f"train.{tier}"
+    held = tiers.holding(base, among)
+    if not held:  # the operator has taken it away since the job was created
+        raise Unusable("model", f"{base.id} needs a GPU worker of {base.tier} GB, which this installation no longer has")
+    usable = (tiers.usable_bytes(held[-1], settings.gpu) or 0) / memory.GIB
+    param, advice = _what_to_lower(resolved, longest)
+    message = (
+        f"this run needs about {predicted_bytes / memory.GIB:.1f} GiB and the largest worker, of {held[-1]} GB, "
+        f"has {usable:.1f} GiB for it; {advice}"
+    )
+    raise Unusable(param, message)
+
+
+def _what_to_lower(resolved: TrainSpec, longest: int) -> tuple[str, str]:
+    """A parameter and what to do about it, the most effective first."""
+    if resolved.micro_batch_tokens == longest:  # shorter rows share a micro-batch, whose size they do not decide
+        return "training.max_seq_length", "lower training.max_seq_length, which leaves longer rows out"
+    if resolved.lora.dropout:
+        return "adapter.dropout", "set adapter.dropout to 0"
+    return "model", "choose a smaller base model"

@@ -10,6 +10,7 @@ from app.core.errors import NotFound, Unavailable
 from app.core.storage import Storage
 from app.files import service as files
 from app.files.service import ToValidate
+from worker import patience
 from worker.services import Services
 
 log = structlog.get_logger()
@@ -25,14 +26,12 @@ def validate_next(to: Services) -> bool:
         report = examine(to.storage, file)
     except Unavailable:
         log.warning("validation_postponed", file_id=file.id)
-        with to.sessions.begin() as session:
-            files.postpone(session, file.id)
+        patience.say(to.sessions, lambda session: files.postpone(session, file.id))
         return False
     except Exception:
         log.exception("validation_failed", file_id=file.id)
         report = _damaged("the file could not be read; upload it again, and tell the operator if that does not help")
-    with to.sessions.begin() as session:
-        files.finish_validation(session, file.id, report)
+    patience.say(to.sessions, lambda session: files.finish_validation(session, file.id, report))
     log.info("file_validated", file_id=file.id, rows=report.rows, problems=report.problem_count)
     return True
 

@@ -1,0 +1,132 @@
+"""The configuration described: every variable, as the documentation and `tunesmith config` show it."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, SecretStr
+
+from app.core.settings import CONFIG_FILE, SECRETS_DIR, Settings
+
+PREFIX = "TUNESMITH_"
+HIDDEN = "(hidden)"
+PASSWORD = re.compile(r"(://[^:/@]*:)[^@]*@")  # of a URL
+
+_HEAD = f"""\
+# Configuration
+
+*Written by `make docs`; a test compares it with the code.*
+
+Every process reads the same settings once, when it starts. A value is taken from the first of these that has it:
+
+1. an environment variable, as named below;
+2. a file in the folder that `{SECRETS_DIR}` names: one called `storage__secret_key` sets `TUNESMITH_STORAGE__SECRET_KEY`
+   (Docker and Kubernetes mount secrets like this);
+3. the TOML file that `{CONFIG_FILE}` names: `bucket` in its table `[storage]` sets `TUNESMITH_STORAGE__BUCKET`;
+4. the default.
+
+Lists are written as JSON: `'["16", "24"]'`. `tunesmith config` shows what holds now, and names variables that set nothing.
+`tunesmith up` makes addresses and secrets of its servers itself, whatever is set here; everything else counts there too.
+"""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One setting. `path` leads to its value: `("storage", "bucket")`."""
+
+    path: tuple[str, ...]
+    kind: str
+    default: str
+    description: str
+    is_secret: bool
+
+    @property
+    def name(self) -> str:
+        return PREFIX + "__".join(self.path).upper()
+
+    def shown(self, settings: Settings) -> str:
+        """Its value for people; a secret only as whether it is set."""
+        value: Any = settings
+        for part in self.path:
+            value = getattr(value, part)
+        if self.is_secret:
+            return HIDDEN if value.get_secret_value() else "(empty)"
+        return PASSWORD.sub(r"\1…@", _written(value.expanduser() if isinstance(value, Path) else value))
+
+
+def variables() -> Iterator[Variable]:
+    """In the order they are declared, sections first."""
+    return _of(Settings, ())
+
+
+def unknown_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str | None]:
+    """Variables that look like ours and set nothing, each with the one that was probably meant."""
+    known = {variable.name for variable in variables()} | {CONFIG_FILE, SECRETS_DIR}
+    odd = sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
+    return {name: next(iter(difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)), None) for name in odd}
+
+
+def markdown() -> str:
+    """The whole of docs/configuration.md."""
+    parts, section = [_HEAD], None
+    for variable in sorted(variables(), key=lambda variable: len(variable.path)):
+        if variable.path[:-1] != section:
+            section = variable.path[:-1]
+            title, about = _about(section)
+            parts.append(f"\n## {title}\n\n{about}\n\n| variable | type | default | what it decides |\n|---|---|---|---|\n")
+        kind, default = (text.replace("|", "\\|") for text in (variable.kind, variable.default))
+        parts.append(f"| `{variable.name}` | {kind} | {default} | {variable.description} |\n")
+    return "".join(parts)
+
+
+def _of(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[Variable]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _of(kind, (*path, name))
+            continue
+        is_secret = kind is SecretStr
+        default = "*secret*" if is_secret else f"`{written}`" if (written := _written(field.default)) else "*none*"
+        yield Variable((*path, name), _kind(kind), default, field.description or "", is_secret)
+
+
+def _about(section: tuple[str, ...]) -> tuple[str, str]:
+    if not section:
+        return "General", "What all processes share."
+    model = Settings.model_fields[section[0]].annotation
+    assert isinstance(model, type)
+    return section[0].capitalize(), " ".join((model.__doc__ or "").split())
+
+
+def _kind(annotation: Any) -> str:
+    """The type in words that an operator knows."""
+    match get_origin(annotation):
+        case None:
+            words = {"str": "text", "SecretStr": "text", "int": "integer", "float": "number", "bool": "true or false"}
+            name: str = annotation.__name__
+            return words.get(name, name.lower())
+        case origin if origin is frozenset:
+            return f"list of {_kind(get_args(annotation)[0])}"
+        case origin if origin is Literal:
+            return " or ".join(f"`{value}`" for value in get_args(annotation))
+        case _:
+            return " or ".join(_kind(part) for part in get_args(annotation) if part is not NoneType)
+
+
+def _written(value: Any) -> str:
+    match value:
+        case None | "":
+            return ""
+        case bool():
+            return str(value).lower()
+        case frozenset() | tuple():
+            return "[" + ", ".join(f'"{item}"' for item in sorted(value)) + "]"
+        case float():
+            return f"{value:g}"
+        case _:
+            return str(value)

@@ -1,0 +1,103 @@
+"""The settings: whether they can be read, and whether they say what was meant."""
+
+import os
+import tomllib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from cli.doctor.finding import Finding, failed, ok, warning
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from app.core.settings import Settings
+
+PREFIX = "TUNESMITH_"
+
+
+def read() -> "tuple[Settings | None, Finding]":
+    """The settings, or None and which of them are wrong. Values are never told: they may be secrets."""
+    try:
+        from pydantic import ValidationError
+        from pydantic_settings import SettingsError
+
+        from app.core.settings import Settings
+    except ImportError as error:
+        return None, failed("settings", str(error), "pip install tunesmith")
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        wrong = "; ".join(f"{_variable(problem['loc'])}: {problem['msg']}" for problem in error.errors(include_input=False))
+        return None, failed("settings", wrong, f"correct or unset {', '.join(_variable(p['loc']) for p in error.errors())}")
+    except (SettingsError, OSError, tomllib.TOMLDecodeError) as error:
+        return None, failed("settings", str(error), 'correct what it names; a list is written as JSON: \'["cpu", "24"]\'')
+    ours = sum(name.upper().startswith(PREFIX) for name in os.environ)
+    return settings, ok("settings", f"valid, {ours} {PREFIX} variables set")
+
+
+def unknown_variables() -> Finding:
+    """A misspelt variable is ignored by every process, and never heard of."""
+    from app.core import reference
+
+    if unknown := reference.unknown_variables():
+        named = ", ".join(f"{name} (is {meant} meant?)" if meant else name for name, meant in unknown.items())
+        return warning("variables", f"no setting has the name of {named}", f"unset {' '.join(unknown)}, or correct it")
+    return ok("variables", f"every {PREFIX} variable names a setting")
+
+
+def catalog(settings: "Settings") -> Finding:
+    from app.core import catalog
+
+    try:
+        bases = catalog.load(settings.catalog_file)
+    except (OSError, ValueError) as error:
+        return failed("catalog", f"{settings.catalog_file}: {error}", "correct the file, or unset TUNESMITH_CATALOG_FILE")
+    served = {"TUNESMITH_INFERENCE__BASE": settings.inference.base, "TUNESMITH_TRAINING__WARM_BASE": settings.training.warm_base}
+    for variable, name in served.items():
+        if name and bases.find(name) is None:
+            return failed(
+                "catalog", f"{variable} names {name}, which it lacks", f"{variable}={next(iter(bases))}, or add the base"
+            )
+    return ok("catalog", f"{len(bases)} base models, {settings.inference.base} is served")
+
+
+def secrets(settings: "Settings") -> Finding:
+    values = {"TUNESMITH_KEY_PEPPER": settings.key_pepper, "TUNESMITH_ENGINE_TOKEN": settings.engine_token}
+    missing = [name for name, value in values.items() if not value.get_secret_value()]
+    if missing:
+        values_to_set = " ".join(f"{name}=$(openssl rand -base64 32)" for name in missing)
+        remedy = f"export {values_to_set}, the same for every process, and kept for good"
+        return warning("secrets", f"{' and '.join(missing)} empty", remedy)
+    return ok("secrets", "key pepper and engine token are set")
+
+
+def secret_values(settings: "Settings") -> list[str]:
+    """Whatever must not be printed, the longest first: a URL before the password in it."""
+    values = [value.get_secret_value() for value in _secrets(settings)]
+    urls = [settings.broker_url, *(value for value in values if "://" in value)]
+    passwords = [password for url in urls if (password := _password(url))]
+    written = [*values, *passwords, *map(unquote, passwords)]
+    shown = {"tunesmith"}  # the password of the default URLs is a word that the findings need
+    return sorted({value for value in written if len(value) > 3} - shown, key=len, reverse=True)
+
+
+def _password(url: str) -> str | None:
+    try:
+        return urlsplit(url).password
+    except ValueError:
+        return None
+
+
+def _secrets(model: "BaseModel") -> "Iterator[Any]":
+    from pydantic import BaseModel, SecretStr
+
+    for value in dict(model).values():
+        if isinstance(value, SecretStr):
+            yield value
+        elif isinstance(value, BaseModel):
+            yield from _secrets(value)
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    return PREFIX + "__".join(part.upper() for part in location if isinstance(part, str))

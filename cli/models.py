@@ -1,0 +1,129 @@
+"""`tunesmith models`: which base models there are, and bringing one onto this machine."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.failure import failed
+
+if TYPE_CHECKING:
+    from app.core.catalog import Base, Catalog
+    from app.core.settings import Settings
+
+PULL = """\
+Fetch a base model, check it against its hub's digests, quantize it and keep it in TUNESMITH_CACHE_DIR, so that workers
+and engines that share the folder load it in seconds. Safe to repeat: what is there already is not fetched again.
+
+A gated model needs HF_TOKEN, of an account that has accepted its licence. HF_ENDPOINT names another hub or a mirror."""
+
+
+def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser("models", help="list the base models, or fetch one ahead of its first use")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="the catalog, and what of it is prepared on this machine")
+    listing.set_defaults(run=run_list)
+    pull = actions.add_parser(
+        "pull", help="fetch and quantize a base model", description=PULL, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    pull.add_argument("name", metavar="NAME", help="a base model's id or alias: see `tunesmith models list`")
+    pull.set_defaults(run=run_pull)
+
+
+def run_list(_: argparse.Namespace) -> int:
+    try:
+        settings, catalog = _configured()
+    except (OSError, ValueError) as error:
+        return failed(error)
+    rows = [("ID", "TIER", "LICENCE", "SOURCE", "GATED", "PREPARED")]
+    for base in catalog.values():
+        prepared = "yes" if _is_prepared(base, settings.cache_dir) else "no"
+        rows.append((base.id, base.tier, base.licence, base.source.kind, "yes" if base.gated else "no", prepared))
+    for line in _columns(rows):
+        print(line)
+    return 0
+
+
+def run_pull(options: argparse.Namespace) -> int:
+    from app.core.errors import NotFound
+    from worker.model import pointer
+    from worker.model.refused import BaseRefused
+
+    try:
+        settings, catalog = _configured()
+    except (OSError, ValueError) as error:
+        return failed(error)
+    try:
+        base = catalog.resolve(options.name)
+        if folder := pointer.find(base, settings.cache_dir):
+            print(f"{base.id} is here already: {_described(folder)}")
+        else:
+            print(f"{base.id} is ready: {_described(_pulled(base, settings.cache_dir))}")
+    except (NotFound, BaseRefused, OSError) as error:
+        return failed(error)
+    return 0
+
+
+def _configured() -> "tuple[Settings, Catalog]":
+    from app.core import catalog
+    from app.core.settings import Settings
+
+    settings = Settings()
+    return settings, catalog.load(settings.catalog_file)
+
+
+def _is_prepared(base: "Base", cache_dir: Path) -> bool:
+    from worker.model import pointer
+    from worker.model.refused import BaseRefused
+
+    try:
+        return pointer.find(base, cache_dir) is not None
+    except (BaseRefused, OSError):  # a package or a folder that is not on this machine
+        return False
+
+
+def _pulled(base: "Base", cache_dir: Path) -> Path:
+    from worker.model import source
+
+    bars = list[Any]()
+
+    def close_bars() -> None:
+        for bar in bars:
+            bar.close()
+
+    def say(stage: str) -> None:
+        close_bars()  # else the stage would be written into the bar's line
+        print(f"{base.id}: {stage}", flush=True)
+
+    try:
+        source.fetch(base, cache_dir, progress=_bar_class(bars), say=say)
+    finally:
+        close_bars()
+    say("quantizing")
+    from worker.model import base as bases  # imports torch, for which a download that fails need not wait
+
+    return bases.prepare(base, cache_dir)
+
+
+def _bar_class(shown: list[Any]) -> type[Any]:
+    """tqdm with one bar for all files: huggingface_hub opens three that tell the same, and closes none."""
+    from tqdm import tqdm  # type: ignore[import-untyped]  # it has no types
+
+    class Received(tqdm):  # type: ignore[misc]  # the same
+        def __init__(self, *args: Any, **options: Any) -> None:
+            is_received_bytes = str(options.get("desc")).startswith("Downloading")
+            super().__init__(*args, **options | {"disable": not is_received_bytes, "bar_format": None})
+            shown.append(self)
+
+    return Received
+
+
+def _described(folder: Path) -> str:
+    size_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    return f"{folder}, {size_bytes} bytes"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -1,0 +1,158 @@
+"""A run waits in the queue of the smallest tier that it fits, and is refused only where it fits none."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+from sqlalchemy import orm
+
+from app.accounts.caller import Caller
+from app.core import catalog, tiers
+from app.core.catalog import Base, Catalog
+from app.core.settings import GpuSettings, Settings, TrainingSettings
+from app.core.storage import Storage
+from app.jobs import service as jobs
+from app.jobs.schemas import JobCreate
+from app.models import Job, JobState
+from tests import make
+from worker.services import Services
+from worker.tasks import prepare
+
+MIB = 2**20
+# a small card and a large one, at what NVML reports of them
+CARDS = {
+    "T4": 15_360,
+    "A10": 23_028,
+    "RTX 4090": 24_564,
+    "A100 40GB": 40_536,
+    "L40S": 46_068,
+    "RTX A6000": 49_140,
+    "H100": 81_559,
+}
+
+
+@pytest.mark.parametrize(
+    ("card", "alone", "beside_an_engine"),
+    [
+        ("T4", ("16",), ()),
+        ("A10", ("24", "16"), ("16",)),
+        ("RTX 4090", ("24", "16"), ("16",)),
+        ("A100 40GB", ("40", "24", "16"), ("24", "16")),
+        ("L40S", ("48", "40", "24", "16"), ("24", "16")),
+        ("RTX A6000", ("48", "40", "24", "16"), ("24", "16")),
+        ("H100", ("80", "48", "40", "24", "16"), ("48", "40", "24", "16")),
+    ],
+)
+def test_a_card_holds_the_tiers_whose_promise_it_keeps(
+    card: str, alone: tuple[str, ...], beside_an_engine: tuple[str, ...]
+) -> None:
+    total_bytes = CARDS[card] * MIB
+
+    assert tiers.of_card(total_bytes, GpuSettings(has_engine=False)) == alone
+    assert tiers.of_card(total_bytes, GpuSettings(has_engine=True)) == beside_an_engine
+
+
+@pytest.mark.parametrize("gpu", [GpuSettings(), GpuSettings(has_engine=False), GpuSettings(reserved_bytes=3 * 1024 * MIB)])
+def test_what_a_tier_promises_every_card_of_it_has(gpu: GpuSettings) -> None:
+    for mib in CARDS.values():
+        for tier in tiers.of_card(mib * MIB, gpu):
+            usable = tiers.usable_bytes(tier, gpu)
+            assert usable is not None and 0 < usable <= tiers.trainer_bytes(mib * MIB, gpu)
+
+
+def test_the_parts_of_a_shared_card_leave_the_reserve() -> None:
+    gpu, total_bytes = GpuSettings(reserved_bytes=1024 * MIB), 24_564 * MIB
+    parts = tiers.trainer_bytes(total_bytes, gpu) + tiers.engine_bytes(total_bytes, gpu)
+
+    assert total_bytes - parts == 1024 * MIB
+
+
+@pytest.fixture
+def base() -> Base:
+    """As large as an 8B to the planner, and as cheap as the tiny one: preparing needs no weights."""
+    tiny, large = catalog.load()[make.TINY], catalog.load()["llama-3.1-8b-instruct"].architecture
+    architecture = large.model_copy(update={"vocab": tiny.architecture.vocab})
+    return tiny.model_copy(
+        update={"id": "large-random-llama", "tier": "16", "context_length": 32_768, "architecture": architecture}
+    )
+
+
+@dataclass
+class Installation:
+    """Its tiers may change between a job's creation and its preparation."""
+
+    services: Services
+    caller: Caller
+
+    def with_tiers(self, *tiers: str) -> "Installation":
+        training = TrainingSettings(tiers=frozenset(tiers))
+        settings = self.services.settings.model_copy(update={"training": training})
+        return replace(self, services=replace(self.services, settings=settings))
+
+    def create(self, base: Base, *, answer_length: int, **asked: object) -> str:
+        """A job on one row of about so many tokens: of this base, a character is one."""
+        to = self.services
+        with to.sessions.begin() as session:
+            file = make.valid_file(session, self.caller)
+            to.storage.put(file.storage_key, make.chat_line("?", "a" * answer_length).encode())
+            request = JobCreate.model_validate({"model": base.id, "training_file": file.id, **asked})
+            return jobs.create(session, self.caller, to.catalog, request=request, tiers=to.settings.training.tiers).id
+
+    def prepared(self, job_id: str) -> Job:
+        assert prepare.prepare_next(self.services)
+        with self.services.sessions() as session:
+            job = session.get_one(Job, job_id)
+            session.expunge_all()
+        return job
+
+
+@pytest.fixture
+def installation(
+    settings: Settings, system_sessions: orm.sessionmaker[orm.Session], storage: Storage, organization: Caller, base: Base
+) -> Installation:
+    with system_sessions.begin() as session:  # what other tests left to prepare is not ours
+        session.query(Job).filter(Job.state == JobState.VALIDATING_FILES).update({"state": JobState.CANCELLED})
+    return Installation(Services(settings, system_sessions, storage, Catalog((base,), {})), organization)
+
+
+@pytest.mark.parametrize(("answer_length", "tier"), [(100, "24"), (3_000, "48"), (4_000, "48")])
+def test_a_run_moves_to_the_smallest_tier_with_room(
+    installation: Installation, base: Base, answer_length: int, tier: str
+) -> None:
+    here = installation.with_tiers("16", "24", "48", "80")
+    job = here.prepared(here.create(base, answer_length=answer_length))
+
+    assert (job.state, job.queue) == (JobState.QUEUED, f"train.{tier}")
+    usable = tiers.usable_bytes(tier, here.services.settings.gpu)
+    assert job.plan is not None and usable is not None and job.plan["predicted_peak_bytes"] <= usable
+
+
+def test_a_run_that_fits_no_tier_is_refused_with_the_largest_and_what_to_lower(installation: Installation, base: Base) -> None:
+    here = installation.with_tiers("16", "24")
+    job = here.prepared(here.create(base, answer_length=4_000))
+
+    assert job.state == JobState.FAILED and job.error is not None
+    assert job.error["param"] == "training.max_seq_length"
+    assert "the largest worker, of 24 GB, has 21.1 GiB for it; lower training.max_seq_length" in job.error["message"]
+
+
+def test_where_rows_are_short_their_length_is_not_to_blame(installation: Installation, base: Base) -> None:
+    here = installation.with_tiers("16")
+    plain = here.prepared(here.create(base, answer_length=100))
+    dropping = here.prepared(here.create(base, answer_length=100, adapter={"dropout": 0.1}))
+
+    assert plain.error is not None and plain.error["param"] == "model"
+    assert dropping.error is not None and dropping.error["param"] == "adapter.dropout"
+
+
+def test_a_tier_that_was_taken_away_meanwhile_is_not_waited_for(installation: Installation, base: Base) -> None:
+    job_id = installation.with_tiers("24").create(base, answer_length=100)
+    job = installation.with_tiers("cpu").prepared(job_id)
+
+    assert job.error is not None and "which this installation no longer has" in job.error["message"]
+
+
+def test_the_cpu_tier_plans_no_memory(installation: Installation, base: Base) -> None:
+    small = base.model_copy(update={"tier": "cpu"})
+    here = replace(installation, services=replace(installation.services, catalog=Catalog((small,), {}))).with_tiers("cpu", "16")
+
+    assert here.prepared(here.create(small, answer_length=4_000)).queue == "train.cpu"
