@@ -1,12 +1,9 @@
 """What is in the wheel is all there is: installed elsewhere, without the checkout, the stack comes up and answers."""
 
-import json
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
-import time
 import venv
 from pathlib import Path
 
@@ -14,9 +11,9 @@ import pytest
 from openai import OpenAI
 
 from tests import make
+from tests.stack import running_stack
 
 ROOT = Path(__file__).parents[2]
-UP_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +42,10 @@ def test_the_wheel_brings_code_templates_migrations_and_data(command: Path, base
     found = subprocess.run([command.parent / "python", "-c", where], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stdout.count(str(command.parents[1])) == 4, found.stdout
 
-    port, data_dir = make.free_port(), tmp_path / "data"
-    settings = {
-        "TUNESMITH_INFERENCE__BASE": make.TINY,
-        "TUNESMITH_TRAINING__WARM_BASE": make.TINY,
-        "PATH": "/usr/bin:/bin:/usr/sbin",
-    }
-    settings |= {"TUNESMITH_CACHE_DIR": str(bases_dir), "HOME": str(tmp_path)}
-    arguments = ["up", "--data-dir", str(data_dir), "--port", str(port)]
-    with (tmp_path / "console").open("w") as console:
-        stack = subprocess.Popen([command, *arguments], env=settings, cwd=tmp_path, stdout=console, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + UP_SECONDS
-        while not (data_dir / "credentials.json").exists():
-            assert stack.poll() is None and time.monotonic() < deadline, (tmp_path / "console").read_text()[-3000:]
-            time.sleep(0.2)
-        with OpenAI(**json.loads((data_dir / "credentials.json").read_text())) as client:
-            reply = client.chat.completions.create(model=make.TINY, messages=[{"role": "user", "content": "Hi"}], max_tokens=3)
-            assert reply.usage is not None and reply.usage.completion_tokens > 0
-    finally:
-        stack.send_signal(signal.SIGINT)
-        assert stack.wait(timeout=60) == 0
+    environment = {"PATH": "/usr/bin:/bin:/usr/sbin", "HOME": str(tmp_path)}
+    with (
+        running_stack(tmp_path / "data", bases_dir, command=[command], environment=environment, cwd=tmp_path) as stack,
+        OpenAI(base_url=stack.base_url, api_key=stack.api_key) as client,
+    ):
+        reply = client.chat.completions.create(model=make.TINY, messages=[{"role": "user", "content": "Hi"}], max_tokens=3)
+    assert reply.usage is not None and reply.usage.completion_tokens > 0

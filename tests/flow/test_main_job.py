@@ -11,7 +11,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from tests import make
-from tests.flow.conftest import Stack
+from tests.stack import Stack
 from tests.webhooks.receiver import Receiver, running
 
 

@@ -6,7 +6,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from tests import make
-from tests.flow.conftest import Stack
+from tests.stack import Stack
 
 SECONDS = 120
 
