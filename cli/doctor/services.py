@@ -126,7 +126,8 @@ def hub(*, is_online: bool) -> Finding:
     import httpx
 
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    token = "HF_TOKEN is set" if os.environ.get("HF_TOKEN") else "no HF_TOKEN: gated bases are refused"
+    has_token = os.environ.get("HF_TOKEN") or os.environ.get("HF_TOKEN_PATH")
+    token = "a token is set" if has_token else "no HF_TOKEN: gated bases are refused"
     if not is_online:
         return skipped("hub", f"not asked; {token}", "tunesmith doctor --online")
     started = time.perf_counter()
