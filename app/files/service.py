@@ -17,8 +17,9 @@ from app.models import File, FileStatus, Job
 from app.models.jobs import UNFINISHED
 
 CPU_QUEUE = "cpu"
-VALIDATION_LEASE = timedelta(minutes=10)
 POSTPONED = timedelta(seconds=5)
+LEAST_TO_READ = timedelta(seconds=30)
+SLOWEST_BYTES_PER_SECOND = 256 * 1024  # tokenising on a busy core, the slowest thing done with a file
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,13 @@ def claim_to_validate(session: orm.Session) -> ToValidate | None:
     )
     if file is None:
         return None
-    file.not_before = func.clock_timestamp() + VALIDATION_LEASE
+    file.not_before = func.clock_timestamp() + time_to_read(file)
     return ToValidate(file.id, file.storage_key, file.sha256)
+
+
+def time_to_read(*files: File | None) -> timedelta:
+    """After so long nobody reads them any more: whoever did has died. Reading twice costs time and no more."""
+    return LEAST_TO_READ + timedelta(seconds=sum(file.size_bytes for file in files if file) / SLOWEST_BYTES_PER_SECOND)
 
 
 def finish_validation(session: orm.Session, file_id: str, report: Report) -> None:

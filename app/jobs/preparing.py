@@ -13,10 +13,10 @@ from app.core import memory, spec
 from app.core.catalog import Base
 from app.core.chat import Problem
 from app.core.settings import LeaseSettings
+from app.files import service as files
 from app.jobs import events, states
 from app.models import File, FileStatus, Job, JobState
 
-PREPARE_LEASE = timedelta(minutes=10)
 POSTPONED = timedelta(seconds=5)
 
 
@@ -72,7 +72,7 @@ def claim(session: orm.Session) -> ToPrepare | None:
     if row is None:
         return None
     job, training_file, validation_file = row
-    job.not_before = func.clock_timestamp() + PREPARE_LEASE
+    job.not_before = func.clock_timestamp() + files.time_to_read(training_file, validation_file)
     for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
         if file is not None and file.status == FileStatus.ERROR:
             _reject(session, job, code="invalid_file", message=f"{file.id} is not valid: {file.status_details}", param=param)
