@@ -25,9 +25,8 @@ def run(options: argparse.Namespace) -> int:
         return failed(f"{finding.found}; {finding.remedy}")
     defaults = Settings.model_construct()
     for variable in reference.variables():
-        value = variable.shown(settings)
-        mark = " " if value == variable.shown(defaults) else "*"
-        print(f"{mark} {variable.name} = {value}")
+        mark = " " if variable.value(settings) == variable.value(defaults) else "*"
+        print(f"{mark} {variable.name} = {variable.shown(settings)}")
     unknown = reference.unknown_variables()
     for name, meant in unknown.items():
         failed(f"{name} sets nothing; " + (f"did you mean {meant}?" if meant else "docs/configuration.md lists what does"))

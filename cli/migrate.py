@@ -2,8 +2,12 @@
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from cli.failure import failed
+
+if TYPE_CHECKING:
+    from app.core.settings import Settings
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,11 +27,15 @@ def run(options: argparse.Namespace) -> int:
     from sqlalchemy.exc import OperationalError
 
     from app.core.errors import Unavailable
+    from cli.doctor import configuration
 
+    settings, finding = configuration.read()
+    if settings is None:
+        return failed(f"{finding.found}; {finding.remedy}")
     give_up_at, has_said = time.monotonic() + options.wait, False
     while True:
         try:
-            return _migrate(is_first_key_wanted=options.first_key)
+            return _migrate(settings, is_first_key_wanted=options.first_key)
         except (OperationalError, Unavailable) as error:
             why = f"the database does not answer or refuses: {error.orig}" if isinstance(error, OperationalError) else str(error)
         if time.monotonic() >= give_up_at:
@@ -38,14 +46,11 @@ def run(options: argparse.Namespace) -> int:
         time.sleep(1)
 
 
-def _migrate(*, is_first_key_wanted: bool) -> int:
-
+def _migrate(settings: "Settings", *, is_first_key_wanted: bool) -> int:
     from app.accounts import bootstrap
-    from app.core.settings import Settings
     from app.core.storage import open_storage
     from migrations.upgrade import upgrade
 
-    settings = Settings()
     upgrade(settings.database.owner_url.get_secret_value())
     open_storage(settings.storage).ensure_bucket()
     if is_first_key_wanted and (key := bootstrap.ensure_first_key(settings)):

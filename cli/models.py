@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from app.core.catalog import Base, Catalog
     from app.core.settings import Settings
 
+NO_WORKER = "base models are a worker's, which is not installed here; pip install 'tunesmith[worker]'"
 PULL = """\
 Fetch a base model, check it against its hub's digests, quantize it and keep it in TUNESMITH_CACHE_DIR, so that workers
 and engines that share the folder load it in seconds. Safe to repeat: what is there already is not fetched again.
@@ -31,6 +33,8 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 
 def run_list(_: argparse.Namespace) -> int:
+    if find_spec("worker") is None:
+        return failed(NO_WORKER)
     try:
         settings, catalog = _configured()
     except (OSError, ValueError) as error:
@@ -45,6 +49,8 @@ def run_list(_: argparse.Namespace) -> int:
 
 
 def run_pull(options: argparse.Namespace) -> int:
+    if find_spec("worker") is None:
+        return failed(NO_WORKER)
     from app.core.errors import NotFound
     from worker.model import pointer
     from worker.model.refused import BaseRefused

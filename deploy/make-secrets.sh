@@ -10,12 +10,13 @@ folder=${1:-"$(dirname "$0")/secrets"}
 mkdir -p "$folder"
 chmod 0700 "$folder"
 
-random() { openssl rand -hex 24; }
+random() { head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n'; }
 
 # keep NAME VALUE: write the file unless it is there. It appears whole or not at all.
 keep() {
   local file=$folder/$1
   if [[ ! -e $file ]]; then
+    [[ -n $2 || $1 == hf_token ]] || { echo "make-secrets: no value for $1" >&2; exit 1; }
     printf '%s' "$2" > "$file.new"
     chmod 0444 "$file.new"
     mv "$file.new" "$file"

@@ -145,8 +145,11 @@ def _card(nvml: Nvml, handle: Any) -> Card:
     uuid = nvml.nvmlDeviceGetUUID(handle)
     if not uuid.startswith("MIG-") and _is_split(nvml, handle):
         raise CardRefused(f"{uuid} is split into MIG instances; name the one to use: {VISIBLE}=MIG-<uuid>")
-    total_bytes = nvml.nvmlDeviceGetMemoryInfo(handle).total
-    return Card(nvml.nvmlDeviceGetName(handle), uuid, int(total_bytes), nvml.nvmlSystemGetDriverVersion())
+    try:
+        total_bytes = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except nvml.NVMLError:  # it shares the machine's memory: only TUNESMITH_TRAINING__TIER can say how much is its own
+        total_bytes = 0
+    return Card(nvml.nvmlDeviceGetName(handle), uuid, total_bytes, nvml.nvmlSystemGetDriverVersion())
 
 
 def _is_split(nvml: Nvml, handle: Any) -> bool:

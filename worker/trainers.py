@@ -17,7 +17,7 @@ from worker import wire
 
 log = structlog.get_logger()
 
-READY_SECONDS = 600.0  # a first start may quantize the base
+READY_SECONDS = 3600.0  # a first start may fetch the base and quantize it
 
 
 class TrainerDied(RuntimeError):
@@ -133,5 +133,5 @@ class Bench:
             command += ["--warm", settings.training.warm_base]
         if settings.catalog_file:
             command += ["--catalog", str(settings.catalog_file)]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+        environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("TUNESMITH_")}
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)

@@ -15,7 +15,7 @@ from app.core.settings import CONFIG_FILE, SECRETS_DIR, Settings
 
 PREFIX = "TUNESMITH_"
 HIDDEN = "(hidden)"
-PASSWORD = re.compile(r"(://[^:/@]*:)[^@]*@")  # of a URL
+PASSWORD = re.compile(r"(://[^:/@]*:).*@")  # of a URL
 
 _HEAD = f"""\
 # Configuration
@@ -49,14 +49,18 @@ class Variable:
     def name(self) -> str:
         return PREFIX + "__".join(self.path).upper()
 
-    def shown(self, settings: Settings) -> str:
-        """Its value for people; a secret only as whether it is set."""
+    def value(self, settings: Settings) -> Any:
         value: Any = settings
         for part in self.path:
             value = getattr(value, part)
+        return value.expanduser() if isinstance(value, Path) else value
+
+    def shown(self, settings: Settings) -> str:
+        """Its value for people; a secret only as whether it is set."""
+        value = self.value(settings)
         if self.is_secret:
             return HIDDEN if value.get_secret_value() else "(empty)"
-        return PASSWORD.sub(r"\1…@", _written(value.expanduser() if isinstance(value, Path) else value))
+        return PASSWORD.sub(r"\1…@", _written(value))
 
 
 def variables() -> Iterator[Variable]:
@@ -66,7 +70,8 @@ def variables() -> Iterator[Variable]:
 
 def unknown_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str | None]:
     """Variables that look like ours and set nothing, each with the one that was probably meant."""
-    known = {variable.name for variable in variables()} | {CONFIG_FILE, SECRETS_DIR}
+    sections = {PREFIX + name.upper() for name in Settings.model_fields}  # a whole one may be set as JSON
+    known = {variable.name for variable in variables()} | sections | {CONFIG_FILE, SECRETS_DIR}
     odd = sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
     return {name: next(iter(difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)), None) for name in odd}
 

@@ -104,7 +104,7 @@ class TrainingSettings(BaseModel):
     """One train worker. It serves the queue `train.<tier>` of its tier and of every smaller one."""
 
     tier: Literal["auto"] | Tier = Field(default="auto", description="the largest it holds; `auto`: what its card has room for")
-    tiers: frozenset[str] = Field(default=frozenset({"cpu"}), description="tiers some worker serves; others are refused")
+    tiers: frozenset[Tier] = Field(default=frozenset[Tier]({"cpu"}), description="tiers some worker serves; others are refused")
     warm_base: str | None = Field(
         default="smollm2-135m-instruct", description="base that waiting trainers hold ready; empty for none"
     )
@@ -117,7 +117,9 @@ class Settings(BaseSettings):
     TOML file `TUNESMITH_CONFIG_FILE`.
     """
 
-    model_config = SettingsConfigDict(env_prefix="TUNESMITH_", env_nested_delimiter="__", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="TUNESMITH_", env_nested_delimiter="__", extra="ignore", hide_input_in_errors=True
+    )
 
     database: DatabaseSettings = DatabaseSettings()
     broker_url: str = Field(default="redis://127.0.0.1:6379/0", description="Valkey or Redis, the doorbell of the workers")

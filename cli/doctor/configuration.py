@@ -1,7 +1,6 @@
 """The settings: whether they can be read, and whether they say what was meant."""
 
 import os
-import tomllib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -30,7 +29,7 @@ def read() -> "tuple[Settings | None, Finding]":
     except ValidationError as error:
         wrong = "; ".join(f"{_variable(problem['loc'])}: {problem['msg']}" for problem in error.errors(include_input=False))
         return None, failed("settings", wrong, f"correct or unset {', '.join(_variable(p['loc']) for p in error.errors())}")
-    except (SettingsError, OSError, tomllib.TOMLDecodeError) as error:
+    except (SettingsError, OSError, ValueError, RuntimeError) as error:
         return None, failed("settings", str(error), 'correct what it names; a list is written as JSON: \'["cpu", "24"]\'')
     ours = sum(name.upper().startswith(PREFIX) for name in os.environ)
     return settings, ok("settings", f"valid, {ours} {PREFIX} variables set")

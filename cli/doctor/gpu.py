@@ -57,6 +57,9 @@ def judge(driver: Driver | None, report: Report, *, visible: str | None) -> Find
         found += f"; CUDA_VISIBLE_DEVICES={visible!r}"
     if report.torch is None:
         return warning("gpu", f"{found}; no torch to use it", training.INSTALL)
+    if report.torch["is_available"] and report.torch["devices"] > 1:
+        message = f"{found}; torch sees {report.torch['devices']}, and a worker takes one"
+        return failed("gpu", message, "export CUDA_VISIBLE_DEVICES=<uuid>; nvidia-smi -L lists them")
     if report.torch["is_available"]:
         return ok("gpu", f"{found}; torch sees {report.torch['devices']}")
     if not report.torch["cuda"]:

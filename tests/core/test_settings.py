@@ -55,9 +55,9 @@ def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_variable_that_sets_nothing_is_named_with_the_one_that_was_meant() -> None:
-    environment = {"TUNESMITH_STORAGE__BUKET": "b", "TUNESMITH_STORAGE__BUCKET": "b", "TUNESMITH_X": "", "PATH": ""}
+    environment = {"TUNESMITH_STORAGE__BUKET": "b", "TUNESMITH_STORAGE__BUCKET": "b", "TUNESMITH_ELSEWHERE": "", "PATH": ""}
 
     assert reference.unknown_variables(environment) == {
         "TUNESMITH_STORAGE__BUKET": "TUNESMITH_STORAGE__BUCKET",
-        "TUNESMITH_X": None,
+        "TUNESMITH_ELSEWHERE": None,
     }

@@ -35,12 +35,21 @@ def test_a_worker_serves_its_tier_and_the_smaller_ones() -> None:
     assert queues_of(card(24_564), settings()) == queues("24", "16")
     assert queues_of(card(46_068), settings()) == queues("48", "40", "24", "16")
     assert queues_of(card(24_564), settings(has_engine=True)) == queues("16")
-    assert queues_of(None, settings()) == queues("cpu")
+    assert queues_of(None, settings(tiers=["cpu"])) == queues("cpu")
 
 
 def test_a_card_also_takes_what_needs_none_where_the_installation_does_such_work() -> None:
     assert queues_of(card(16_376), settings(tiers=["cpu", "16"])) == queues("16", "cpu")
     assert queues_of(card(12_288), settings(tiers=["cpu"])) == queues("cpu")
+
+
+def test_a_worker_that_nobody_would_ring_is_refused() -> None:
+    with pytest.raises(CardRefused, match="no GPU can be used here"):
+        queues_of(None, settings())
+
+
+def test_a_stated_tier_does_not_take_the_small_jobs_away() -> None:
+    assert queues_of(card(24_564), settings(tier="24", tiers=["cpu", "24"])) == queues("24", "16", "cpu")
 
 
 def test_a_card_without_room_is_refused() -> None:
@@ -58,13 +67,15 @@ def start(tmp_path: Path) -> Iterator[object]:
     """Starts train workers on a machine with these boards."""
     started = list[subprocess.Popen[str]]()
 
-    def begin(*boards: str, **environment: str) -> subprocess.Popen[str]:
+    def begin(*boards: str, with_cuda: bool = True, **environment: str) -> subprocess.Popen[str]:
         module = f"""
 import sys
 from tests.worker.make import *
 sys.modules[__name__] = Machine({", ".join(boards)})
 """
         (tmp_path / "pynvml.py").write_text(module)
+        if with_cuda:  # else torch is what is installed: a build for CPUs
+            (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: True)\n")
         path = os.pathsep.join((str(tmp_path), str(ROOT)))
         given = os.environ | NO_BROKER | {"PYTHONPATH": path} | environment
         command = [sys.executable, "-m", "worker.train"]
@@ -94,4 +105,17 @@ def test_a_worker_says_what_it_serves(start) -> None:
     assert said["event"] == "train_worker_starting"
     assert (said["card"], said["uuid"]) == ("NVIDIA L40S", "GPU-aaaa-0001")
     assert said["queues"] == ["train.48", "train.40", "train.24", "train.16"]
-    assert any("127.0.0.1:1/0" in line for line in lines)  # Celery runs, and looks for its broker
+
+
+def test_a_card_that_torch_cannot_use_is_no_card(start) -> None:
+    worker = start(L40S, with_cuda=False, CUDA_VISIBLE_DEVICES="0", TUNESMITH_TRAINING__TIERS='["48"]')
+    unusable, refused = map(json.loads, worker.communicate(timeout=60)[1].splitlines())
+
+    assert worker.returncode == 1
+    assert (unusable["event"], unusable["card"]) == ("gpu_unusable", "NVIDIA L40S")
+    assert "no GPU can be used here" in refused["reason"]
+
+
+def test_a_worker_without_a_card_looks_for_its_broker(start) -> None:
+    worker = start(with_cuda=False)
+    assert any("127.0.0.1:1/0" in line for line in worker.stderr)

@@ -100,8 +100,7 @@ def _prepared(base: Base, revision: str, cache_dir: Path, quantization: Quantiza
     bases = cache_dir / "bases"
     pointed = pointer.path(base, revision, cache_dir, quantization)
     with locked(pointed.with_suffix(".lock")):
-        if pointed.exists():
-            digest = pointed.read_text()
+        if pointed.exists() and (bases / (digest := pointed.read_text())).exists():
             return bases / digest, digest
         with source.weights(base, revision, cache_dir) as weights:
             settings = {"format": pointer.FORMAT, "block": _BLOCK, "weights_sha256": weights.sha256, **quantization.model_dump()}

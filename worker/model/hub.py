@@ -83,7 +83,7 @@ def snapshot(
     here of a branch is taken. `progress` is a tqdm class. Raises BaseRefused, and HubUnavailable where another try may do.
     """
     repository = _Repository(source, revision, cache_dir / "hub")
-    with _refusing(repository), locked(repository.folder.with_suffix(".lock")):
+    with _refusing(repository), locked(repository.folder.with_name(f"{repository.folder.name}.lock")):
         if _COMMIT.fullmatch(revision) and (folder := repository.find_verified(patterns)):
             return folder
         try:
