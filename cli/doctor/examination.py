@@ -41,20 +41,26 @@ def _examined(asked: Asked, settings: "Settings | None", told: Finding) -> Itera
     if settings is not None:
         yield from _guarded("catalog", partial(configuration.catalog, settings))
     is_service = asked.is_service or (settings is not None and services.are_named(settings))
-    for room in folders.rooms(asked.data_dir, settings, is_service=is_service):
+    for room in folders.rooms(None if asked.is_service else asked.data_dir, settings, is_service=is_service):
         yield from _guarded(room.name, partial(folders.examine, room))
     yield from _guarded("shared memory", folders.shared_memory)
-    yield from _guarded("stack", partial(place.stack, asked.data_dir))
-    yield from _guarded("port", partial(place.port, asked.host, asked.port, asked.data_dir))
-    yield from _guarded("postgres", servers.postgres)
-    yield from _guarded("valkey", servers.valkey)
-    yield from _guarded("s3", servers.s3)
+    if not asked.is_service:
+        yield from _embedded(asked)
     yield from _guarded("base model", partial(servers.base_model, settings))
     yield from _trained()
     if settings is not None and is_service:
         yield from _guarded("secrets", partial(configuration.secrets, settings))
         yield from services.examine(settings, all_of_them=asked.is_service)
     yield from _guarded("hub", partial(services.hub, is_online=asked.is_online))
+
+
+def _embedded(asked: Asked) -> Iterator[Finding]:
+    """What only `tunesmith up` needs."""
+    yield from _guarded("stack", partial(place.stack, asked.data_dir))
+    yield from _guarded("port", partial(place.port, asked.host, asked.port, asked.data_dir))
+    yield from _guarded("postgres", servers.postgres)
+    yield from _guarded("valkey", servers.valkey)
+    yield from _guarded("s3", servers.s3)
 
 
 def _trained() -> Iterator[Finding]:

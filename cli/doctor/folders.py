@@ -29,12 +29,14 @@ class Room:
     choose: str
 
 
-def rooms(data_dir: Path, settings: "Settings | None", *, is_service: bool) -> Iterator[Room]:
+def rooms(data_dir: Path | None, settings: "Settings | None", *, is_service: bool) -> Iterator[Room]:
     """What is written to: by `tunesmith up` below the data directory unless told otherwise, by a service where settings say."""
-    # Postgres keeps up to 1 GiB of its log; files, checkpoints and adapters (20 MB each) come on top
-    yield Room("data dir", data_dir, 1 * GIB, 5 * GIB, "--data-dir DIR")
+    if data_dir is not None:
+        # Postgres keeps up to 1 GiB of its log; files, checkpoints and adapters (20 MB each) come on top
+        yield Room("data dir", data_dir, 1 * GIB, 5 * GIB, "--data-dir DIR")
     chosen = settings.model_fields_set if settings is not None else frozenset()
-    cache, work = data_dir / "cache", data_dir / "work"
+    below = data_dir or Path()
+    cache, work = below / "cache", below / "work"
     if settings is not None and (is_service or "cache_dir" in chosen):
         cache = settings.cache_dir
     if settings is not None and is_service:
