@@ -34,7 +34,7 @@ IN_BODIES = [
 @pytest.fixture
 def theirs(client: OpenAI, system_sessions: orm.sessionmaker[orm.Session], organization: Caller) -> list[str]:
     """An id of each thing, of an organization that does not ask."""
-    endpoint = client.webhooks.create(name="a", url="http://127.0.0.1:9/", event_types=["fine_tuning.job.succeeded"])
+    endpoint = client.webhooks.create(name="a", url="http://127.0.0.1:9/", event_types=["fine_tuning.job.failed"])
     with system_sessions.begin() as session:
         job = make.queued_job(session, organization)
         lease = make.claim(session, job)

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TextIO
 
@@ -84,12 +85,13 @@ class _Log:
         self._file = self._open()
 
     def write(self, line: bytes) -> None:
-        if self._file.tell() > LARGEST_LOG_BYTES:
-            self._file.close()
-            self._path.replace(self._path.with_suffix(".log.1"))
-            self._file = self._open()
-        self._file.write(line)
         self.last_line = line
+        with suppress(OSError):  # a full disk costs lines; a child whose lines nobody took would stand still
+            if self._file.tell() > LARGEST_LOG_BYTES:
+                self._file.close()
+                self._path.replace(self._path.with_suffix(".log.1"))
+                self._file = self._open()
+            self._file.write(line)
 
     def close(self) -> None:
         self._file.close()
