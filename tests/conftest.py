@@ -19,8 +19,10 @@ from app.accounts import keys
 from app.accounts.bootstrap import create_organization
 from app.accounts.caller import Caller
 from app.core import ids
+from app.core.chat import Report
 from app.core.settings import Settings
 from app.core.storage import Storage, open_storage
+from app.files import service as files
 from app.main import create_app
 from migrations.upgrade import upgrade
 from tests import make
@@ -116,6 +118,15 @@ def client(
     """The SDK with a key of a fresh organization."""
     with OpenAI(base_url=f"{api_url}/v1", api_key=make_key(system_sessions, settings, organization), max_retries=0) as made:
         yield made
+
+
+@pytest.fixture
+def file_id(client: OpenAI, system_sessions: orm.sessionmaker[orm.Session]) -> str:
+    """A valid file of the client."""
+    file = client.files.create(file=("a.jsonl", make.chat_file()), purpose="fine-tune")
+    with system_sessions.begin() as session:
+        files.finish_validation(session, file.id, Report(rows=12, problem_count=0))
+    return file.id
 
 
 @pytest.fixture

@@ -5,20 +5,9 @@ from openai import OpenAI
 from sqlalchemy import orm
 
 from app.core import events
-from app.core.chat import Report
-from app.files import service as files
 from app.jobs import leases
 from app.models import Job
 from tests import make
-
-
-@pytest.fixture
-def file_id(client: OpenAI, system_sessions: orm.sessionmaker[orm.Session]) -> str:
-    """A valid file of the client."""
-    file = client.files.create(file=("a.jsonl", make.chat_file()), purpose="fine-tune")
-    with system_sessions.begin() as session:
-        files.finish_validation(session, file.id, Report(rows=12, problem_count=0))
-    return file.id
 
 
 def test_a_new_job_has_all_that_the_sdk_expects(client: OpenAI, file_id: str) -> None:

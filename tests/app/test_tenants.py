@@ -1,6 +1,7 @@
 """Every route, asked for every id of somebody else: it does not exist, and nothing changes."""
 
 import re
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -52,31 +53,31 @@ def rows_of(session: orm.Session, caller: Caller) -> list[str]:
     return sorted(str(row) for rows in found for row in rows)
 
 
+@pytest.fixture
+def unchanged(theirs: list[str], system_sessions: orm.sessionmaker[orm.Session], organization: Caller) -> Iterator[None]:
+    """After the test their rows are what they were."""
+    with system_sessions() as session:
+        before = rows_of(session, organization)
+    yield
+    with system_sessions() as session:
+        assert rows_of(session, organization) == before
+
+
 def ask(api_url: str, key: str, method: str, path: str, body: object) -> httpx.Response:
     return httpx.request(method, api_url + path, headers={"Authorization": f"Bearer {key}"}, json=body)
 
 
+@pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize(("method", "path"), NAMING)
-def test_anothers_id_is_not_found(
-    api_url: str,
-    stranger: OpenAI,
-    theirs: list[str],
-    method: str,
-    path: str,
-    system_sessions: orm.sessionmaker[orm.Session],
-    organization: Caller,
-) -> None:
-    with system_sessions() as session:
-        before = rows_of(session, organization)
+def test_anothers_id_is_not_found(api_url: str, stranger: OpenAI, theirs: list[str], method: str, path: str) -> None:
     for id_ in theirs:
         body = {"name": "stolen"} if method == "POST" else None
         answer = ask(api_url, stranger.api_key, method, re.sub(r"\{[^}]+\}", id_, path), body)
         assert answer.status_code == 404, answer.text
         make.require_envelope(404, answer.json())
-    with system_sessions() as session:
-        assert rows_of(session, organization) == before
 
 
+@pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize(("path", "field", "rest"), IN_BODIES)
 def test_anothers_id_in_a_body_is_not_found(
     api_url: str,
@@ -85,17 +86,11 @@ def test_anothers_id_in_a_body_is_not_found(
     path: str,
     field: str,
     rest: dict[str, object],
-    system_sessions: orm.sessionmaker[orm.Session],
-    organization: Caller,
 ) -> None:
-    with system_sessions() as session:
-        before = rows_of(session, organization)
     for id_ in theirs:
         answer = ask(api_url, stranger.api_key, "POST", path, {**rest, field: id_})
         assert answer.status_code == 404, answer.text
         assert make.require_envelope(404, answer.json())["param"] == field
-    with system_sessions() as session:
-        assert rows_of(session, organization) == before
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,8 @@ from sqlalchemy import orm, text
 
 from app.accounts.caller import Caller
 from app.core import catalog
-from app.core.chat import Report
 from app.core.settings import Settings
 from app.core.storage import Storage
-from app.files import service as files
 from tests import make
 from worker.inference.announce import publish_card
 from worker.model import card
@@ -166,14 +164,6 @@ def services(settings: Settings) -> Iterator[Services]:
 
 
 @pytest.fixture
-def valid_file(client: OpenAI, system_sessions: orm.sessionmaker[orm.Session]) -> str:
-    file = client.files.create(file=("a.jsonl", make.chat_file()), purpose="fine-tune")
-    with system_sessions.begin() as session:
-        files.finish_validation(session, file.id, Report(rows=12, problem_count=0))
-    return file.id
-
-
-@pytest.fixture
 def engine_of_tiny(api_url: str, settings: Settings, storage: Storage) -> None:
     """An engine has published its card and said that it lives; no request of this module comes as far as asking it."""
     publish_card(storage, make.TINY, card.prepared(catalog.load()[make.TINY], settings.cache_dir))
@@ -213,11 +203,9 @@ def test_a_bad_file_is_told_line_code_and_remedy(client: OpenAI, services: Servi
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_bad_job_is_told_which_parameter_and_leaves_no_row(
-    http: httpx.Client, client: OpenAI, valid_file: str, name: str
-) -> None:
+def test_a_bad_job_is_told_which_parameter_and_leaves_no_row(http: httpx.Client, client: OpenAI, file_id: str, name: str) -> None:
     change, status, param, words = JOBS[name]
-    body = changed({"model": make.TINY, "training_file": valid_file}, change)
+    body = changed({"model": make.TINY, "training_file": file_id}, change)
     refused(http.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"}), status, param, words)
     assert client.fine_tuning.jobs.list().data == []
 
@@ -289,11 +277,11 @@ def test_a_revoked_key_stops_working_and_says_so(
     refused(http.get("/v1/models"), 401, None, "revoked")
 
 
-def test_a_file_in_use_is_not_deleted(client: OpenAI, http: httpx.Client, valid_file: str) -> None:
-    job = client.fine_tuning.jobs.create(model=make.TINY, training_file=valid_file)
-    answer = http.delete(f"/v1/files/{valid_file}")
+def test_a_file_in_use_is_not_deleted(client: OpenAI, http: httpx.Client, file_id: str) -> None:
+    job = client.fine_tuning.jobs.create(model=make.TINY, training_file=file_id)
+    answer = http.delete(f"/v1/files/{file_id}")
 
     refused(answer, 400, None, f"in use by job {job.id}; wait for it or cancel it")
-    assert client.files.content(valid_file).read() == make.chat_file()
+    assert client.files.content(file_id).read() == make.chat_file()
     client.fine_tuning.jobs.cancel(job.id)
-    assert client.files.delete(valid_file).deleted
+    assert client.files.delete(file_id).deleted
