@@ -107,7 +107,8 @@ def _first_problem(error: RequestValidationError) -> AppError:
 def _nearest(problems: Sequence[dict[str, Any]]) -> str:
     """The parameter to name: of the first one's union, the branch that came furthest is what was meant."""
     first = _parameter(problems[0])
-    return max((where for where in map(_parameter, problems) if where.startswith(first)), key=lambda where: where.count("."))
+    branches = (where for where in map(_parameter, problems) if where == first or where.startswith(f"{first}."))
+    return max(branches, key=lambda where: where.count("."))
 
 
 def _parameter(problem: dict[str, Any]) -> str:

@@ -20,9 +20,9 @@ def run(options: argparse.Namespace) -> int:
     if options.markdown:
         print(reference.markdown(), end="")
         return 0
-    settings, finding = configuration.read()
+    settings = configuration.read_or_say()
     if settings is None:
-        return failed(f"{finding.found}; {finding.remedy}")
+        return 1
     defaults = Settings.model_construct()
     for variable in reference.variables():
         mark = " " if variable.value(settings) == variable.value(defaults) else "*"

@@ -29,9 +29,9 @@ def run(options: argparse.Namespace) -> int:
     from app.core.errors import Unavailable
     from cli.doctor import configuration
 
-    settings, finding = configuration.read()
+    settings = configuration.read_or_say()
     if settings is None:
-        return failed(f"{finding.found}; {finding.remedy}")
+        return 1
     give_up_at, has_said = time.monotonic() + options.wait, False
     while True:
         try:

@@ -24,21 +24,30 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser = subparsers.add_parser("models", help="list the base models, or fetch one ahead of its first use")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="the catalog, and what of it is prepared on this machine")
-    listing.set_defaults(run=run_list)
+    listing.set_defaults(run=run, action=_list)
     pull = actions.add_parser(
         "pull", help="fetch and quantize a base model", description=PULL, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     pull.add_argument("name", metavar="NAME", help="a base model's id or alias: see `tunesmith models list`")
-    pull.set_defaults(run=run_pull)
+    pull.set_defaults(run=run, action=_pull)
 
 
-def run_list(_: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     if find_spec("worker") is None:
         return failed(NO_WORKER)
+    from app.core import catalog
+    from app.core.settings import Settings
+
     try:
-        settings, catalog = _configured()
+        settings = Settings()
+        known = catalog.load(settings.catalog_file)
     except (OSError, ValueError) as error:
         return failed(error)
+    status: int = options.action(options, settings, known)
+    return status
+
+
+def _list(_: argparse.Namespace, settings: "Settings", catalog: "Catalog") -> int:
     rows = [("ID", "TIER", "LICENCE", "SOURCE", "GATED", "PREPARED")]
     for base in catalog.values():
         prepared = "yes" if _is_prepared(base, settings.cache_dir) else "no"
@@ -48,17 +57,11 @@ def run_list(_: argparse.Namespace) -> int:
     return 0
 
 
-def run_pull(options: argparse.Namespace) -> int:
-    if find_spec("worker") is None:
-        return failed(NO_WORKER)
+def _pull(options: argparse.Namespace, settings: "Settings", catalog: "Catalog") -> int:
     from app.core.errors import NotFound
     from worker.model import pointer
     from worker.model.refused import BaseRefused
 
-    try:
-        settings, catalog = _configured()
-    except (OSError, ValueError) as error:
-        return failed(error)
     try:
         base = catalog.resolve(options.name)
         if folder := pointer.find(base, settings.cache_dir):
@@ -68,14 +71,6 @@ def run_pull(options: argparse.Namespace) -> int:
     except (NotFound, BaseRefused, OSError) as error:
         return failed(error)
     return 0
-
-
-def _configured() -> "tuple[Settings, Catalog]":
-    from app.core import catalog
-    from app.core.settings import Settings
-
-    settings = Settings()
-    return settings, catalog.load(settings.catalog_file)
 
 
 def _is_prepared(base: "Base", cache_dir: Path) -> bool:

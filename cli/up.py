@@ -13,6 +13,9 @@ When all is ready DATA_DIR/credentials.json holds {"base_url": ..., "api_key": .
 Ctrl-C stops everything in order, a second Ctrl-C at once. What was made stays in DATA_DIR for the next start."""
 
 
+DATA_DIR, PORT, HOST = Path(".tunesmith"), 8000, "127.0.0.1"  # unless told otherwise
+
+
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "up",
@@ -20,11 +23,9 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--data-dir", type=Path, default=Path(".tunesmith"), metavar="DIR", help="where all data lies (%(default)s)"
-    )
-    parser.add_argument("--port", type=_port, default=8000, help="the API's port (%(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="the address the API listens on (%(default)s)")
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="where all data lies (%(default)s)")
+    parser.add_argument("--port", type=_port, default=PORT, help="the API's port (%(default)s)")
+    parser.add_argument("--host", default=HOST, help="the address the API listens on (%(default)s)")
     parser.set_defaults(run=run)
 
 

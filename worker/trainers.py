@@ -12,7 +12,7 @@ import structlog
 from pydantic import ValidationError
 
 from app.core import events
-from app.core.settings import Settings
+from app.core.settings import PREFIX, Settings
 from worker import wire
 
 log = structlog.get_logger()
@@ -133,5 +133,5 @@ class Bench:
             command += ["--warm", settings.training.warm_base]
         if settings.catalog_file:
             command += ["--catalog", str(settings.catalog_file)]
-        environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("TUNESMITH_")}
+        environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)

@@ -11,9 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr
 
-from app.core.settings import CONFIG_FILE, SECRETS_DIR, Settings
+from app.core.settings import CONFIG_FILE, PREFIX, SECRETS_DIR, Settings
 
-PREFIX = "TUNESMITH_"
 HIDDEN = "(hidden)"
 PASSWORD = re.compile(r"(://[^:/@]*:).*@")  # of a URL
 

@@ -17,7 +17,8 @@ from pydantic_settings import PydanticBaseSettingsSource as Source
 from app.core.catalog import Tier
 
 MIB = 1024 * 1024
-CONFIG_FILE, SECRETS_DIR = "TUNESMITH_CONFIG_FILE", "TUNESMITH_SECRETS_DIR"
+PREFIX = "TUNESMITH_"
+CONFIG_FILE, SECRETS_DIR = f"{PREFIX}CONFIG_FILE", f"{PREFIX}SECRETS_DIR"
 
 
 class DatabaseSettings(BaseModel):
@@ -117,9 +118,7 @@ class Settings(BaseSettings):
     TOML file `TUNESMITH_CONFIG_FILE`.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="TUNESMITH_", env_nested_delimiter="__", extra="ignore", hide_input_in_errors=True
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", extra="ignore", hide_input_in_errors=True)
 
     database: DatabaseSettings = DatabaseSettings()
     broker_url: str = Field(default="redis://127.0.0.1:6379/0", description="Valkey or Redis, the doorbell of the workers")

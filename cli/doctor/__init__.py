@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from cli import up
+
 if TYPE_CHECKING:
     from cli.doctor.finding import Finding
 
@@ -29,11 +31,9 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--data-dir", type=Path, default=Path(".tunesmith"), metavar="DIR", help="as for `tunesmith up` (%(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="as for `tunesmith up` (%(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="as for `tunesmith up` (%(default)s)")
+    parser.add_argument("--data-dir", type=Path, default=up.DATA_DIR, metavar="DIR", help="as for `tunesmith up` (%(default)s)")
+    parser.add_argument("--port", type=int, default=up.PORT, help="as for `tunesmith up` (%(default)s)")
+    parser.add_argument("--host", default=up.HOST, help="as for `tunesmith up` (%(default)s)")
     parser.add_argument(
         "--service",
         action="store_true",

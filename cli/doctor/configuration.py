@@ -1,15 +1,13 @@
 """The settings: whether they can be read, and whether they say what was meant."""
 
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from cli import failure
 from cli.doctor.finding import Finding, failed, ok, warning
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from app.core.settings import Settings
 
 PREFIX = "TUNESMITH_"
@@ -33,6 +31,14 @@ def read() -> "tuple[Settings | None, Finding]":
         return None, failed("settings", str(error), 'correct what it names; a list is written as JSON: \'["cpu", "24"]\'')
     ours = sum(name.upper().startswith(PREFIX) for name in os.environ)
     return settings, ok("settings", f"valid, {ours} {PREFIX} variables set")
+
+
+def read_or_say() -> "Settings | None":
+    """For a command that cannot go on without them; what is wrong has been said."""
+    settings, finding = read()
+    if settings is None:
+        failure.failed(f"{finding.found}; {finding.remedy}")
+    return settings
 
 
 def unknown_variables() -> Finding:
@@ -73,7 +79,9 @@ def secrets(settings: "Settings") -> Finding:
 
 def secret_values(settings: "Settings") -> list[str]:
     """Whatever must not be printed, the longest first: a URL before the password in it."""
-    values = [value.get_secret_value() for value in _secrets(settings)]
+    from app.core import reference
+
+    values = [variable.value(settings).get_secret_value() for variable in reference.variables() if variable.is_secret]
     urls = [settings.broker_url, *(value for value in values if "://" in value)]
     passwords = [password for url in urls if (password := _password(url))]
     written = [*values, *passwords, *map(unquote, passwords)]
@@ -86,16 +94,6 @@ def _password(url: str) -> str | None:
         return urlsplit(url).password
     except ValueError:
         return None
-
-
-def _secrets(model: "BaseModel") -> "Iterator[Any]":
-    from pydantic import BaseModel, SecretStr
-
-    for value in dict(model).values():
-        if isinstance(value, SecretStr):
-            yield value
-        elif isinstance(value, BaseModel):
-            yield from _secrets(value)
 
 
 def _variable(location: tuple[int | str, ...]) -> str:

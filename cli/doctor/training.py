@@ -103,5 +103,5 @@ def _required(package: str) -> str:
 
 def cuda_install() -> str:
     """The registry's own wheels hold CUDA; those without come from an index that somebody named."""
-    index = " --index-url https://pypi.org/simple" if os.environ.get("PIP_INDEX_URL") else ""
-    return f"pip install --force-reinstall{index} {_required('torch')}"
+    elsewhere = "unset PIP_INDEX_URL; " if os.environ.get("PIP_INDEX_URL") else ""
+    return f"{elsewhere}pip install --force-reinstall {_required('torch')}"

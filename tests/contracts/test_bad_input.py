@@ -138,6 +138,12 @@ CHATS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "a top_p of 0": ({"top_p": 0}, 400, "top_p", "greater than 0"),
     "no tokens": ({"max_tokens": 0}, 400, "max_tokens", "1"),
     "too many tokens": ({"max_tokens": 10**6}, 400, "messages", "lower max_tokens"),
+    "two wrongs, whose names begin alike": (
+        {"stream": "x", "stream_options": {"include_usage": "y"}},
+        400,
+        "stream",
+        "boolean",
+    ),
     "five stops": ({"stop": list("abcde")}, 400, "stop", "4"),
     "an empty stop": ({"stop": ""}, 400, "stop", "empty"),
     "a prompt beyond the context": (

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from pydantic import SecretStr
 
-from app.core.settings import Settings
+from app.core.settings import PREFIX, Settings
 
-PREFIX = "TUNESMITH_"
 # what begins like this is a secret or leads to one
 PRIVATE = ("DATABASE", "STORAGE", "BROKER_URL", "KEY_PEPPER", "ENGINE_TOKEN", "SECRETS_DIR", "CONFIG_FILE")
 

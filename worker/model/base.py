@@ -100,8 +100,8 @@ def _prepared(base: Base, revision: str, cache_dir: Path, quantization: Quantiza
     bases = cache_dir / "bases"
     pointed = pointer.path(base, revision, cache_dir, quantization)
     with locked(pointed.with_suffix(".lock")):
-        if pointed.exists() and (bases / (digest := pointed.read_text())).exists():
-            return bases / digest, digest
+        if folder := pointer.weights(pointed):
+            return folder, folder.name
         with source.weights(base, revision, cache_dir) as weights:
             settings = {"format": pointer.FORMAT, "block": _BLOCK, "weights_sha256": weights.sha256, **quantization.model_dump()}
             digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

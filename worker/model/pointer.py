@@ -21,8 +21,12 @@ def find(base: Base, cache_dir: Path, quantization: QuantizationSpec = Quantizat
     directory = card.find(base, cache_dir)
     if directory is None:
         return None
-    pointer = path(base, card.revision_of(directory), cache_dir, quantization)
+    return weights(path(base, card.revision_of(directory), cache_dir, quantization))
+
+
+def weights(pointer: Path) -> Path | None:
+    """The folder that it names, if both are there: somebody may have made room on the disk."""
     if not pointer.exists():
         return None
-    weights = pointer.parent / pointer.read_text()
-    return weights if weights.exists() else None
+    folder = pointer.parent / pointer.read_text()
+    return folder if folder.exists() else None
