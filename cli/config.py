@@ -6,7 +6,7 @@ from cli.failure import failed
 
 
 def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "Show the settings a process started here would have, secrets hidden, and variables that mean nothing."
+    text = "Show the settings a process started here would have, secrets hidden, and what is set in vain."
     parser = subparsers.add_parser("config", help="show the configuration", description=text)
     parser.add_argument("--markdown", action="store_true", help="write the reference instead: docs/configuration.md")
     parser.set_defaults(run=run)
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     for variable in reference.variables():
         mark = " " if variable.value(settings) == variable.value(defaults) else "*"
         print(f"{mark} {variable.name} = {variable.shown(settings)}")
-    unknown = reference.unknown_variables()
+    unknown = reference.unknown()
     for name, meant in unknown.items():
         failed(f"{name} sets nothing; " + (f"did you mean {meant}?" if meant else "docs/configuration.md lists what does"))
     return 1 if unknown else 0

@@ -35,14 +35,14 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 def run(options: argparse.Namespace) -> int:
     if find_spec("worker") is None:
         return failed(NO_WORKER)
-    from app.core import catalog
-    from app.core.settings import Settings
+    from cli.doctor import configuration
 
-    try:
-        settings = Settings()
-        known = catalog.load(settings.catalog_file)
-    except (OSError, ValueError) as error:
-        return failed(error)
+    settings = configuration.read_or_say()
+    if settings is None:
+        return 1
+    known, finding = configuration.read_catalog(settings)
+    if not configuration.is_fit(finding) or known is None:
+        return 1
     status: int = options.action(options, settings, known)
     return status
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
 def _list(_: argparse.Namespace, settings: "Settings", catalog: "Catalog") -> int:
     rows = [("ID", "TIER", "LICENCE", "SOURCE", "GATED", "PREPARED")]
     for base in catalog.values():
-        prepared = "yes" if _is_prepared(base, settings.cache_dir) else "no"
+        prepared = "yes" if is_prepared(base, settings.cache_dir) else "no"
         rows.append((base.id, base.tier, base.licence, base.source.kind, "yes" if base.gated else "no", prepared))
     for line in _columns(rows):
         print(line)
@@ -73,7 +73,8 @@ def _pull(options: argparse.Namespace, settings: "Settings", catalog: "Catalog")
     return 0
 
 
-def _is_prepared(base: "Base", cache_dir: Path) -> bool:
+def is_prepared(base: "Base", cache_dir: Path) -> bool:
+    """Whether a worker here would load it without preparing it first. Needs the `worker` package."""
     from worker.model import pointer
     from worker.model.refused import BaseRefused
 

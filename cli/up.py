@@ -30,18 +30,19 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
 
 
 def run(options: argparse.Namespace) -> int:
-    try:
-        from pydantic import ValidationError
+    from cli.doctor import configuration
 
+    try:
         from worker.embedded import StackError, stack
     except ImportError as error:
         return failed(f"{error}; `tunesmith up` needs: pip install 'tunesmith[embedded]'")
+    settings = configuration.read_or_say()
+    if settings is None or not configuration.is_fit(configuration.catalog(settings)):
+        return 1
     try:
-        stack.up(options.data_dir, host=options.host, port=options.port, console=sys.stdout)
+        stack.up(options.data_dir, settings, host=options.host, port=options.port, console=sys.stdout)
     except (StackError, OSError) as error:
         return failed(error)
-    except ValidationError as error:
-        return failed(f"a TUNESMITH_ variable is wrong: {error}")
     return 0
 
 

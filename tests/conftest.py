@@ -31,11 +31,13 @@ from worker.embedded import Servers
 CACHE = Path(__file__).parent.parent / ".tunesmith" / "test-cache"  # quantized bases, kept between runs
 
 
-@pytest.fixture(scope="session")
-def bases_dir() -> Path:
-    """Where prepared base models lie."""
+@pytest.fixture(scope="session", autouse=True)
+def bases_dir() -> Iterator[Path]:
+    """Where prepared base models lie; also those of a stack that a test starts, which else takes the home of who runs it."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    return CACHE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_CACHE_DIR", str(CACHE))
+        yield CACHE
 
 
 @pytest.fixture(scope="session")

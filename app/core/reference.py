@@ -3,7 +3,8 @@
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -29,8 +30,12 @@ Every process reads the same settings once, when it starts. A value is taken fro
 3. the TOML file that `{CONFIG_FILE}` names: `bucket` in its table `[storage]` sets `TUNESMITH_STORAGE__BUCKET`;
 4. the default.
 
-Lists are written as JSON: `'["16", "24"]'`. `tunesmith config` shows what holds now, and names variables that set nothing.
-`tunesmith up` makes addresses and secrets of its servers itself, whatever is set here; everything else counts there too.
+Lists are written as JSON: `'["16", "24"]'`. `tunesmith config` shows what holds now, and names what sets nothing: a variable, a
+file or a key that is misspelt.
+
+`tunesmith up` makes the addresses and secrets of what it runs itself, whatever is set here: all of Storage, the URLs of Database,
+broker and gateway, key pepper and engine token. Everything else counts there too, with two defaults of its own:
+`TUNESMITH_WORK_DIR` is `work` in its data directory, and `TUNESMITH_WEBHOOKS__ALLOW_LOOPBACK` is `true`.
 """
 
 
@@ -67,12 +72,59 @@ def variables() -> Iterator[Variable]:
     return _of(Settings, ())
 
 
-def unknown_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str | None]:
-    """Variables that look like ours and set nothing, each with the one that was probably meant."""
-    sections = {PREFIX + name.upper() for name in Settings.model_fields}  # a whole one may be set as JSON
-    known = {variable.name for variable in variables()} | sections | {CONFIG_FILE, SECRETS_DIR}
-    odd = sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
-    return {name: next(iter(difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)), None) for name in odd}
+def unknown(environment: Mapping[str, str] = os.environ) -> dict[str, str | None]:
+    """What looks like a setting and sets nothing, as it is written and where, each with the variable that was probably meant."""
+    sections = set(Settings.model_fields)  # a whole one may be set as JSON
+    known = {"__".join(variable.path) for variable in variables()} | sections
+    found = {**_variables_in(environment), **_files_in(environment), **_keys_in(environment)}
+    odd = {written: name for written, name in sorted(found.items()) if name not in known}
+    return {written: _meant(name, known) for written, name in odd.items()}
+
+
+def _meant(name: str, known: Iterable[str]) -> str | None:
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.8)
+    return PREFIX + close[0].upper() if close else None
+
+
+def _variables_in(environment: Mapping[str, str]) -> dict[str, str]:
+    """By variable: the setting's name, in the letters that settings have."""
+    ours = (name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in {CONFIG_FILE, SECRETS_DIR})
+    return {name: name[len(PREFIX) :].lower() for name in ours}
+
+
+def _files_in(environment: Mapping[str, str]) -> dict[str, str]:
+    """Of the secrets' folder. Others keep their files there too: one that is nearly ours counts, and no stranger."""
+    folder = environment.get(SECRETS_DIR)
+    if not folder or not Path(folder).is_dir():
+        return {}
+    settings = ["__".join(variable.path) for variable in variables()]
+    sections = tuple(f"{variable.path[0]}__" for variable in variables() if len(variable.path) > 1)
+    names = {path.name: path.name.lower() for path in Path(folder).iterdir() if path.is_file()}
+    return {
+        f"{written} in {folder}": name
+        for written, name in names.items()
+        if name.startswith(sections) or _meant(name, settings) is not None
+    }
+
+
+def _keys_in(environment: Mapping[str, str]) -> dict[str, str]:
+    """Of the TOML file; none if it cannot be read, which reading the settings has told."""
+    file = environment.get(CONFIG_FILE)
+    try:
+        document = tomllib.loads(Path(file).read_text()) if file else {}
+    except (OSError, ValueError):
+        return {}
+    return {f"{written} in {file}": name for written, name in _keys_of(document)}
+
+
+def _keys_of(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in document.items():
+        if not isinstance(value, dict):
+            yield key, key
+        elif key in Settings.model_fields:
+            yield from ((f"[{key}] {inner}", f"{key}__{inner}") for inner in value)
+        else:
+            yield f"[{key}]", key
 
 
 def markdown() -> str:

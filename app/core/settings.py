@@ -1,13 +1,18 @@
 """Every value an operator can set, read once at the edge of each process. Below the edge there are only values."""
 
+import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, SecretStr, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, SecretStr, field_validator
 from pydantic_settings import (
     BaseSettings,
     NestedSecretsSettingsSource,
+    NoDecode,
     SettingsConfigDict,
     SettingsError,
     TomlConfigSettingsSource,
@@ -19,6 +24,36 @@ from app.core.catalog import Tier
 MIB = 1024 * 1024
 PREFIX = "TUNESMITH_"
 CONFIG_FILE, SECRETS_DIR = f"{PREFIX}CONFIG_FILE", f"{PREFIX}SECRETS_DIR"
+
+
+class SourceRefused(SettingsError):
+    """A file or folder of settings cannot be read; `variable` is the one that names it."""
+
+    def __init__(self, variable: str, named: str, why: object) -> None:
+        super().__init__(f"{variable} names {named}, which cannot be read: {why}")
+        self.variable = variable
+
+
+def _listed(value: Any) -> Any:
+    """Variables and secret files hold text; TOML has lists of its own."""
+    try:
+        items = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        items = None
+    if not isinstance(items, (list, tuple, set, frozenset)):
+        raise ValueError('must be a list, in a variable written as JSON: \'["cpu", "24"]\'')
+    return items
+
+
+Item = TypeVar("Item")
+# read here and not by pydantic-settings, which knows the section of what it cannot read, and not the variable
+Listed = Annotated[frozenset[Item], NoDecode, BeforeValidator(_listed)]
+
+
+def _require_http(url: str) -> str:
+    if not re.match(r"https?://.", url):
+        raise ValueError("must be a URL that begins with http:// or https://")
+    return url
 
 
 class DatabaseSettings(BaseModel):
@@ -38,6 +73,13 @@ class DatabaseSettings(BaseModel):
     )
     pool_size: int = Field(default=10, ge=1, description="connections the API keeps; as many again when it is busy")
 
+    @field_validator("api_url", "system_url", "owner_url")
+    @classmethod
+    def _of_postgres(cls, url: SecretStr) -> SecretStr:
+        if not re.match(r"postgresql(\+psycopg)?://", url.get_secret_value()):
+            raise ValueError("must be a URL such as postgresql+psycopg://ROLE:PASSWORD@HOST:5432/DATABASE")
+        return url
+
 
 class StorageSettings(BaseModel):
     """An S3 bucket."""
@@ -47,6 +89,11 @@ class StorageSettings(BaseModel):
     bucket: str = Field(default="tunesmith", description="name of the bucket; `tunesmith migrate` makes it")
     access_key: str = Field(default="", description="access key id; empty takes AWS's own chain of credentials")
     secret_key: SecretStr = Field(default=SecretStr(""), description="secret access key")
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _http(cls, url: str | None) -> str | None:
+        return url and _require_http(url)
 
 
 class LeaseSettings(BaseModel):
@@ -61,7 +108,7 @@ class WebhookSettings(BaseModel):
     """Where deliveries may go. Everything that is not public is refused unless it is named here."""
 
     allow_loopback: bool = Field(default=False, description="let webhooks go to this machine")
-    allowed_hosts: frozenset[str] = Field(default=frozenset(), description="hosts in private networks that webhooks may go to")
+    allowed_hosts: Listed[str] = Field(default=frozenset(), description="hosts in private networks that webhooks may go to")
     timeout_seconds: float = Field(default=15.0, gt=0, description="how long a receiver may take to answer")
 
 
@@ -88,6 +135,11 @@ class InferenceSettings(BaseModel):
     heartbeat_seconds: float = Field(default=3.0, gt=0, description="how often an engine says that it lives")
     heartbeat_timeout_seconds: float = Field(default=15.0, gt=0, description="an engine silent for so long gets no requests")
 
+    @field_validator("gateway_url")
+    @classmethod
+    def _http(cls, url: str) -> str:
+        return _require_http(url)
+
 
 class GpuSettings(BaseModel):
     """What of a card a plan may count on: app.core.tiers has the arithmetic, docs/gpu.md the numbers."""
@@ -105,7 +157,7 @@ class TrainingSettings(BaseModel):
     """One train worker. It serves the queue `train.<tier>` of its tier and of every smaller one."""
 
     tier: Literal["auto"] | Tier = Field(default="auto", description="the largest it holds; `auto`: what its card has room for")
-    tiers: frozenset[Tier] = Field(default=frozenset[Tier]({"cpu"}), description="tiers some worker serves; others are refused")
+    tiers: Listed[Tier] = Field(default=frozenset[Tier]({"cpu"}), description="tiers some worker serves; others are refused")
     warm_base: str | None = Field(
         default="smollm2-135m-instruct", description="base that waiting trainers hold ready; empty for none"
     )
@@ -136,12 +188,26 @@ class Settings(BaseSettings):
     work_dir: Path = Field(default=Path("~/.cache/tunesmith/work"), description="running jobs' scratch space")
     catalog_file: Path | None = Field(default=None, description="TOML with more base models and aliases")
     log_format: Literal["json", "console"] = Field(default="json", description="one JSON object a line, or words for people")
-    log_level: str = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
+        default="INFO", description="what is less severe is not logged"
+    )
 
     @field_validator("cache_dir", "work_dir", "catalog_file")
     @classmethod
     def _at_home(cls, path: Path | None) -> Path | None:
         return path and path.expanduser()
+
+    @field_validator("broker_url")
+    @classmethod
+    def _has_scheme(cls, url: str) -> str:
+        if "://" not in url:
+            raise ValueError("must be a URL such as redis://:PASSWORD@HOST:6379/0")
+        return url
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _in_capitals(cls, level: Any) -> Any:
+        return level.upper() if isinstance(level, str) else level
 
     @classmethod
     def settings_customise_sources(
@@ -155,9 +221,19 @@ class Settings(BaseSettings):
         sources = [init_settings, env_settings]
         if folder := os.environ.get(SECRETS_DIR):
             options = {"secrets_dir": folder, "secrets_dir_missing": "error", "secrets_prefix": ""}
-            sources.append(NestedSecretsSettingsSource(file_secret_settings, **options))  # type: ignore[arg-type]
+            with _naming(SECRETS_DIR, folder):
+                sources.append(NestedSecretsSettingsSource(file_secret_settings, **options))  # type: ignore[arg-type]
         if file := os.environ.get(CONFIG_FILE):
-            if not Path(file).is_file():
-                raise SettingsError(f"{CONFIG_FILE} names {file}, which is not a file")
-            sources.append(TomlConfigSettingsSource(settings_cls, file))
+            with _naming(CONFIG_FILE, file):
+                if not Path(file).is_file():
+                    raise FileNotFoundError("it is not a file")
+                sources.append(TomlConfigSettingsSource(settings_cls, file))
         return tuple(sources)
+
+
+@contextmanager
+def _naming(variable: str, named: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # wrong TOML, wrong UTF-8 and SettingsError are ValueErrors
+        raise SourceRefused(variable, named, error) from error

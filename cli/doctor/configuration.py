@@ -1,6 +1,7 @@
 """The settings: whether they can be read, and whether they say what was meant."""
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
@@ -8,6 +9,9 @@ from cli import failure
 from cli.doctor.finding import Finding, failed, ok, warning
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from app.core.catalog import Catalog
     from app.core.settings import Settings
 
 PREFIX = "TUNESMITH_"
@@ -19,16 +23,21 @@ def read() -> "tuple[Settings | None, Finding]":
         from pydantic import ValidationError
         from pydantic_settings import SettingsError
 
-        from app.core.settings import Settings
+        from app.core.settings import Settings, SourceRefused
     except ImportError as error:
         return None, failed("settings", str(error), "pip install tunesmith")
     try:
         settings = Settings()
     except ValidationError as error:
-        wrong = "; ".join(f"{_variable(problem['loc'])}: {problem['msg']}" for problem in error.errors(include_input=False))
-        return None, failed("settings", wrong, f"correct or unset {', '.join(_variable(p['loc']) for p in error.errors())}")
-    except (SettingsError, OSError, ValueError, RuntimeError) as error:
-        return None, failed("settings", str(error), 'correct what it names; a list is written as JSON: \'["cpu", "24"]\'')
+        named = {_variable(problem["loc"]): None for problem in error.errors()}
+        return None, failed("settings", _told(error, _variable), f"correct or unset {', '.join(named)}")
+    except SourceRefused as error:
+        return None, failed("settings", str(error), f"correct or unset {error.variable}")
+    except SettingsError as error:
+        remedy = "correct or unset the section's variable, which holds all of it as a JSON object"
+        return None, failed("settings", str(error), remedy)
+    except (OSError, ValueError, RuntimeError) as error:
+        return None, failed("settings", str(error), "correct what it names")
     ours = sum(name.upper().startswith(PREFIX) for name in os.environ)
     return settings, ok("settings", f"valid, {ours} {PREFIX} variables set")
 
@@ -36,44 +45,62 @@ def read() -> "tuple[Settings | None, Finding]":
 def read_or_say() -> "Settings | None":
     """For a command that cannot go on without them; what is wrong has been said."""
     settings, finding = read()
-    if settings is None:
+    return settings if is_fit(finding) else None
+
+
+def is_fit(finding: Finding) -> bool:
+    """Whether a command may go on; why not has been said."""
+    if finding.state == "failed":
         failure.failed(f"{finding.found}; {finding.remedy}")
-    return settings
+    return finding.state != "failed"
 
 
-def unknown_variables() -> Finding:
-    """A misspelt variable is ignored by every process, and never heard of."""
+def unknown() -> Finding:
+    """What is misspelt is ignored by every process, and never heard of."""
     from app.core import reference
 
-    if unknown := reference.unknown_variables():
+    if unknown := reference.unknown():
         named = ", ".join(f"{name} (is {meant} meant?)" if meant else name for name, meant in unknown.items())
-        return warning("variables", f"no setting has the name of {named}", f"unset {' '.join(unknown)}, or correct it")
+        return warning("variables", f"no setting has the name of {named}", f"remove or correct {', '.join(unknown)}")
     return ok("variables", f"every {PREFIX} variable names a setting")
 
 
-def catalog(settings: "Settings") -> Finding:
+def read_catalog(settings: "Settings") -> "tuple[Catalog | None, Finding]":
+    """The base models, or None and what is wrong with the operator's file."""
+    from pydantic import ValidationError
+
     from app.core import catalog
 
     try:
         bases = catalog.load(settings.catalog_file)
     except (OSError, ValueError) as error:
-        return failed("catalog", f"{settings.catalog_file}: {error}", "correct the file, or unset TUNESMITH_CATALOG_FILE")
+        why = _told(error, _key) if isinstance(error, ValidationError) else error
+        remedy = "correct the file, or unset TUNESMITH_CATALOG_FILE"
+        return None, failed("catalog", f"TUNESMITH_CATALOG_FILE names {settings.catalog_file}: {why}", remedy)
+    return bases, ok("catalog", f"{len(bases)} base models, {settings.inference.base} is served")
+
+
+def catalog(settings: "Settings") -> Finding:
+    bases, finding = read_catalog(settings)
+    if bases is None:
+        return finding
     served = {"TUNESMITH_INFERENCE__BASE": settings.inference.base, "TUNESMITH_TRAINING__WARM_BASE": settings.training.warm_base}
     for variable, name in served.items():
         if name and bases.find(name) is None:
             return failed(
                 "catalog", f"{variable} names {name}, which it lacks", f"{variable}={next(iter(bases))}, or add the base"
             )
-    return ok("catalog", f"{len(bases)} base models, {settings.inference.base} is served")
+    return finding
 
 
-def secrets(settings: "Settings") -> Finding:
+def secrets(settings: "Settings", *, are_needed: bool) -> Finding:
+    """The API refuses to start without them, and is not the only process of a service."""
     values = {"TUNESMITH_KEY_PEPPER": settings.key_pepper, "TUNESMITH_ENGINE_TOKEN": settings.engine_token}
     missing = [name for name, value in values.items() if not value.get_secret_value()]
     if missing:
         values_to_set = " ".join(f"{name}=$(openssl rand -base64 32)" for name in missing)
         remedy = f"export {values_to_set}, the same for every process, and kept for good"
-        return warning("secrets", f"{' and '.join(missing)} empty", remedy)
+        return (failed if are_needed else warning)("secrets", f"{' and '.join(missing)} empty", remedy)
     return ok("secrets", "key pepper and engine token are set")
 
 
@@ -96,5 +123,15 @@ def _password(url: str) -> str | None:
         return None
 
 
+def _told(error: "ValidationError", name: Callable[[tuple[int | str, ...]], str]) -> str:
+    """Without the values, which may be secrets."""
+    problems = error.errors(include_input=False, include_url=False)
+    return "; ".join(f"{name(problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}" for problem in problems)
+
+
 def _variable(location: tuple[int | str, ...]) -> str:
     return PREFIX + "__".join(part.upper() for part in location if isinstance(part, str))
+
+
+def _key(location: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, location))

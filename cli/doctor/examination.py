@@ -37,7 +37,7 @@ def _examined(asked: Asked, settings: "Settings | None", told: Finding) -> Itera
     yield from _guarded("cpu", machine.cores)
     yield from _guarded("user", machine.user)
     yield told
-    yield from _guarded("variables", configuration.unknown_variables)
+    yield from _guarded("variables", configuration.unknown)
     if settings is not None:
         yield from _guarded("catalog", partial(configuration.catalog, settings))
     is_service = asked.is_service or (settings is not None and services.are_named(settings))
@@ -49,7 +49,7 @@ def _examined(asked: Asked, settings: "Settings | None", told: Finding) -> Itera
     yield from _guarded("base model", partial(servers.base_model, settings))
     yield from _trained()
     if settings is not None and is_service:
-        yield from _guarded("secrets", partial(configuration.secrets, settings))
+        yield from _guarded("secrets", partial(configuration.secrets, settings, are_needed=False))
         yield from services.examine(settings, all_of_them=asked.is_service)
     yield from _guarded("hub", partial(services.hub, is_online=asked.is_online))
 

@@ -8,7 +8,7 @@ from worker.embedded import environment
 from worker.embedded.programs import service
 
 SETTINGS = Settings(
-    database=DatabaseSettings(api_url=SecretStr("a://api"), system_url=SecretStr("a://system")),
+    database=DatabaseSettings(api_url=SecretStr("postgresql://api"), system_url=SecretStr("postgresql://system")),
     webhooks=WebhookSettings(allow_loopback=True, allowed_hosts=frozenset({"hooks.example"})),
     key_pepper=SecretStr("pepper"),
     engine_token=SecretStr("token"),

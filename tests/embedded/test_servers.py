@@ -128,6 +128,34 @@ def test_a_directory_in_use_is_refused(running: Servers) -> None:
         Servers(running.paths.root).start()
 
 
+def test_what_the_operator_has_set_holds_here_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_WORK_DIR", str(tmp_path / "scratch"))
+    monkeypatch.setenv("TUNESMITH_CACHE_DIR", str(tmp_path / "bases"))
+    monkeypatch.setenv("TUNESMITH_WEBHOOKS__ALLOW_LOOPBACK", "false")
+    with servers(tmp_path / "stack", durable=False) as running:
+        assert (running.settings.work_dir, running.settings.cache_dir) == (tmp_path / "scratch", tmp_path / "bases")
+        assert not running.settings.webhooks.allow_loopback
+
+
+def test_bases_lie_where_every_other_command_looks_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TUNESMITH_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with servers(tmp_path / "stack", durable=False) as running:
+        assert running.settings.cache_dir == Settings().cache_dir == tmp_path / ".cache" / "tunesmith"
+        assert running.settings.work_dir == tmp_path / "stack" / "work"  # a job's data are as private as the rest
+        assert running.settings.webhooks.allow_loopback
+
+
+@pytest.mark.parametrize("variable", ["TUNESMITH_CACHE_DIR", "TUNESMITH_WORK_DIR"])
+def test_a_folder_that_cannot_be_had_is_said_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "/proc/nobody/may")
+    with pytest.raises(StackError, match=f"/proc/nobody/may cannot be made .*; choose another with {variable}"):
+        Servers(tmp_path / "stack").start()
+    assert not (tmp_path / "stack" / "postgres" / "data").exists()
+
+
 def test_a_folder_of_someone_elses_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir(mode=0o755)
     tmp_path.chmod(0o755)

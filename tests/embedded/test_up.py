@@ -136,6 +136,30 @@ def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path, capsys: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("TRAINING__TIERS", "cpu"),
+        ("TRAINING__TIERS", "16"),
+        ("LIMITS__FILE_BYTES", "abc"),
+        ("SECRETS_DIR", "/nope"),
+        ("CONFIG_FILE", __file__),
+        ("CATALOG_FILE", "/nope"),
+        ("INFERENCE__BASE", "nope"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str
+) -> None:
+    monkeypatch.setenv(f"TUNESMITH_{variable}", value)
+    status = main(["up", "--data-dir", str(tmp_path / "data"), "--port", "1024"])
+
+    said = capsys.readouterr().err
+    assert (status, said.count("\n")) == (1, 1)
+    assert said.startswith("tunesmith: ") and f"TUNESMITH_{variable}" in said
+    assert not (tmp_path / "data").exists()
+
+
 def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])

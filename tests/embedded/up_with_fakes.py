@@ -14,4 +14,5 @@ def processes(_: Settings, host: str, port: int) -> tuple[Process, ...]:
 
 
 if __name__ == "__main__":
-    stack.up(Path(sys.argv[1]), host="127.0.0.1", port=int(sys.argv[2]), console=sys.stdout, processes=processes)
+    data_dir, port = Path(sys.argv[1]), int(sys.argv[2])
+    stack.up(data_dir, Settings(), host="127.0.0.1", port=port, console=sys.stdout, processes=processes)

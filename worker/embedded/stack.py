@@ -11,6 +11,7 @@ from typing import TextIO
 import httpx
 
 from app.accounts import bootstrap
+from app.core.settings import Settings
 from migrations.upgrade import upgrade
 from worker.embedded.paths import write_private
 from worker.embedded.processes import signals
@@ -21,12 +22,12 @@ from worker.embedded.state import require_free
 READY_SECONDS = 900.0  # the first engine fetches and quantizes its base model
 
 
-def up(data_dir: Path, *, host: str, port: int, console: TextIO | None, processes: Processes = service) -> None:
+def up(data_dir: Path, chosen: Settings, *, host: str, port: int, console: TextIO | None, processes: Processes = service) -> None:
     """Run everything until Ctrl-C or SIGTERM, then stop it in order; a second one kills. Main thread only.
 
     Raises StackError for what can be expected to go wrong, with nothing left running.
     """
-    servers = Servers(data_dir, console=console)
+    servers = Servers(data_dir, chosen, console=console)
     try:
         servers.claim()
         require_free(host, port)
