@@ -1,6 +1,7 @@
 """The `tunesmith` command. Each subcommand is a module here with `add` and `run`; `run` imports what is heavy."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,12 +12,21 @@ COMMANDS = (up, demo, doctor, models, config, migrate, version)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status. An expected failure is one line on stderr and status 1."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
     try:
-        status: int = options.run(options)
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # here it is heard that the reader has left, and not when the interpreter ends
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # of `tunesmith models list | head -2`: who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        return 141
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
+    status: int = options.run(options)
     return status
 
 

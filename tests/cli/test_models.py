@@ -192,3 +192,23 @@ def test_a_catalog_that_cannot_be_read_is_told(models: Command) -> None:
     for action in (("list",), ("pull", ID)):
         refused = models(*action)
         assert (refused.status, refused.err.count("\n")) == (1, 1)
+        assert f"TUNESMITH_CATALOG_FILE names {models.folder}/catalog.toml: base.0.id: " in refused.err
+
+
+def test_a_wrong_setting_is_named(models: Command) -> None:
+    refused = models("list", TUNESMITH_TRAINING__TIERS="cpu")
+
+    assert (refused.status, refused.err.count("\n")) == (1, 1)
+    assert refused.err.startswith("tunesmith: TUNESMITH_TRAINING__TIERS: must be a list")
+
+
+@pytest.mark.parametrize("arguments", [("models", "list"), ("config",)])
+def test_a_reader_that_leaves_early_is_no_failure_to_tell_of(arguments: tuple[str, ...]) -> None:
+    """As in `tunesmith models list | head -2`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        command = [sys.executable, "-m", "cli.main", *arguments]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+
+    assert (done.returncode, done.stderr) == (141, "")
