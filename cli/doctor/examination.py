@@ -10,6 +10,7 @@ from cli.doctor import configuration, folders, gpu, machine, place, servers, ser
 from cli.doctor.finding import Finding, failed
 
 if TYPE_CHECKING:
+    from app.core.catalog import Base
     from app.core.settings import Settings
 
 
@@ -46,12 +47,13 @@ def _examined(asked: Asked, settings: "Settings | None", told: Finding) -> Itera
     yield from _guarded("shared memory", folders.shared_memory)
     if not asked.is_service:
         yield from _embedded(asked)
-    yield from _guarded("base model", partial(servers.base_model, settings))
+    base = servers.served(settings)
+    yield from _guarded("base model", partial(servers.base_model, base, settings))
     yield from _trained()
     if settings is not None and is_service:
-        yield from _guarded("secrets", partial(configuration.secrets, settings, are_needed=False))
+        yield from _guarded("secrets", partial(configuration.secrets, settings, are_needed=asked.is_service))
         yield from services.examine(settings, all_of_them=asked.is_service)
-    yield from _guarded("hub", partial(services.hub, is_online=asked.is_online))
+    yield from _guarded("hub", partial(_hub, asked, base, settings))
 
 
 def _embedded(asked: Asked) -> Iterator[Finding]:
@@ -61,6 +63,11 @@ def _embedded(asked: Asked) -> Iterator[Finding]:
     yield from _guarded("postgres", servers.postgres)
     yield from _guarded("valkey", servers.valkey)
     yield from _guarded("s3", servers.s3)
+
+
+def _hub(asked: Asked, base: "Base | None", settings: "Settings | None") -> Finding:
+    is_needed = settings is not None and base is not None and not asked.is_service and servers.to_be_fetched(base, settings)
+    return services.hub(base if is_needed else None, is_online=asked.is_online)
 
 
 def _trained() -> Iterator[Finding]:

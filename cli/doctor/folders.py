@@ -1,5 +1,8 @@
 """Folders: whether they can be written, and have room."""
 
+import errno
+import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,22 +33,16 @@ class Room:
 
 
 def rooms(data_dir: Path | None, settings: "Settings | None", *, is_service: bool) -> Iterator[Room]:
-    """What is written to: by `tunesmith up` below the data directory unless told otherwise, by a service where settings say."""
+    """What is written to. The scratch space of `tunesmith up` is a part of its data directory unless a setting says otherwise."""
     if data_dir is not None:
         # Postgres keeps up to 1 GiB of its log; files, checkpoints and adapters (20 MB each) come on top
         yield Room("data dir", data_dir, 1 * GIB, 5 * GIB, "--data-dir DIR")
-    chosen = settings.model_fields_set if settings is not None else frozenset()
-    below = data_dir or Path()
-    cache, work = below / "cache", below / "work"
-    if settings is not None and (is_service or "cache_dir" in chosen):
-        cache = settings.cache_dir
-    if settings is not None and is_service:
-        work = settings.work_dir
-    # the default base takes 300 MB in NF4 with its tokenizer, one of 8B 6 GB and its download 16 GB
-    yield Room("cache dir", cache.absolute(), 500 * MIB, 2 * GIB, "TUNESMITH_CACHE_DIR=DIR")
-    # each running job: its data and three checkpoints, of 60 MB with the optimizer's state for the default base
-    work_name = "TUNESMITH_WORK_DIR=DIR" if is_service else "--data-dir DIR"
-    yield Room("work dir", work.absolute(), 500 * MIB, 2 * GIB, work_name)
+    if settings is not None:
+        # the default base takes 300 MB in NF4 with its tokenizer, one of 8B 6 GB and its download 16 GB
+        yield Room("cache dir", settings.cache_dir.absolute(), 500 * MIB, 2 * GIB, "TUNESMITH_CACHE_DIR=DIR")
+        if is_service or "work_dir" in settings.model_fields_set:
+            # each running job: its data and three checkpoints, of 60 MB with the optimizer's state for the default base
+            yield Room("work dir", settings.work_dir.absolute(), 500 * MIB, 2 * GIB, "TUNESMITH_WORK_DIR=DIR")
     # the default base passes through it in 16 bit, 270 MB, when it is quantized
     yield Room("temp dir", Path(tempfile.gettempdir()), 500 * MIB, 1 * GIB, "TMPDIR=DIR")
 
@@ -61,17 +58,31 @@ def examine(room: Room) -> Finding:
             file.write(b"x")
             file.flush()
     except OSError as error:
-        make = "" if nearest == room.folder else f"sudo mkdir -p {room.folder} && "
-        remedy = f"choose another with {room.choose}, or: {make}sudo chown $(id -u) {room.folder}"
+        total_bytes = shutil.disk_usage(nearest).total
+        remedy = access_remedy(room, nearest, reason=error.errno, user=os.geteuid(), total_bytes=total_bytes)
         return failed(room.name, f"{where}: not writable ({error.strerror})", remedy)
-    free_bytes = shutil.disk_usage(nearest).free
-    found = f"{where}: writable, {free_bytes / GIB:.1f} GiB free"
-    remedy = f"free {room.wanted_bytes / GIB:.1f} GiB there, or choose another with {room.choose}"
-    if free_bytes < room.least_bytes:
-        return failed(room.name, found, remedy)
-    if free_bytes < room.wanted_bytes:
-        return warning(room.name, found, remedy)
-    return ok(room.name, found)
+    disk = shutil.disk_usage(nearest)
+    found = f"{where}: writable, {disk.free / GIB:.1f} GiB free"
+    if disk.free >= room.wanted_bytes:
+        return ok(room.name, found)
+    wanted = f"{room.wanted_bytes / GIB:.1f} GiB"
+    remedy = f"choose another with {room.choose}"
+    if disk.total < room.wanted_bytes:
+        remedy += f": {wanted} are wanted, and the whole disk has {disk.total / GIB:.1f} GiB"
+    else:
+        remedy = f"free {wanted} there, or {remedy}"
+    return (failed if disk.free < room.least_bytes else warning)(room.name, found, remedy)
+
+
+def access_remedy(room: Room, nearest: Path, *, reason: int | None, user: int, total_bytes: int) -> str:
+    """Giving the folder away helps where rights are wanting: not on a disk mounted read-only, not where the kernel shows itself
+    as files (/sys: a disk of no bytes), and not root, who has every right."""
+    choose = f"choose another with {room.choose}"
+    if reason not in {errno.EACCES, errno.EPERM} or user == 0 or total_bytes == 0:
+        return choose
+    folder = shlex.quote(str(room.folder))
+    make = "" if nearest == room.folder else f"sudo mkdir -p {folder} && "
+    return f"{choose}, or: {make}sudo chown $(id -u) {folder}"
 
 
 def _is_there(path: Path) -> bool:

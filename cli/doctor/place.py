@@ -1,16 +1,18 @@
 """Where `tunesmith up` would run: whether its data directory and its port are free."""
 
 import errno
+import shlex
 import socket
 from pathlib import Path
 from typing import Any
 
-from cli.doctor.finding import Finding, failed, ok, warning
+from cli import up
+from cli.doctor.finding import Finding, failed, ok
 
 
 def stack(data_dir: Path) -> Finding:
     if (pid := _holder(data_dir)) is not None:
-        return warning(
+        return failed(
             "stack", f"one runs on {data_dir}, process {pid}", f"stop it with: kill {pid}, or choose another --data-dir"
         )
     return ok("stack", f"none runs on {data_dir}")
@@ -31,7 +33,7 @@ def port(host: str, port: int, data_dir: Path) -> Finding:
 
 
 def _taken(host: str, port: int, data_dir: Path) -> Finding:
-    another = f"tunesmith up --port {_free_port(host)}"
+    another = _command(data_dir, host, _free_port(host))
     process = _listener(port)
     if process is None:
         return failed("port", f"{host}:{port} is taken", f"{another}; who has it: sudo ss -ltnp 'sport = :{port}'")
@@ -40,6 +42,16 @@ def _taken(host: str, port: int, data_dir: Path) -> Finding:
     return failed(
         "port", f"{host}:{port} is taken by process {process.pid} ({process.name()})", f"{another}, or: kill {process.pid}"
     )
+
+
+def _command(data_dir: Path, host: str, port: int) -> str:
+    """`tunesmith up` on another port, and as it was meant otherwise."""
+    words = ["tunesmith", "up"]
+    if data_dir != up.DATA_DIR.absolute():
+        words += ["--data-dir", str(data_dir)]
+    if host != up.HOST:
+        words += ["--host", host]
+    return shlex.join((*words, "--port", str(port)))
 
 
 def _holder(data_dir: Path) -> str | None:

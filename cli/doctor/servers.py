@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli import models
+from cli.doctor import configuration, gpu
 from cli.doctor.finding import Finding, failed, ok, skipped, warning
 
 if TYPE_CHECKING:
+    from app.core.catalog import Base
     from app.core.settings import Settings
 
 INSTALL = "pip install 'tunesmith[embedded]'"
@@ -30,14 +33,36 @@ def s3() -> Finding:
     return _answered("s3", f"nanio {importlib.metadata.version('nanio')}", [sys.executable, "-c", "import nanio"])
 
 
-def base_model(settings: "Settings | None") -> Finding:
-    """The base that the engine serves; the package that carries one is found and not imported, as the worker does it."""
-    from app.core import catalog
+def served(settings: "Settings | None") -> "Base | None":
+    """The base that the engine serves, None before settings and catalog are valid."""
+    bases = configuration.read_catalog(settings)[0] if settings is not None else None
+    return bases.find(settings.inference.base) if settings is not None and bases is not None else None
+
+
+def to_be_fetched(base: "Base", settings: "Settings") -> bool:
+    """Whether a hub is needed before the base can be served."""
+    from app.core.catalog import HubSource
+
+    if not isinstance(base.source, HubSource):
+        return False
+    return importlib.util.find_spec("worker") is None or not models.is_prepared(base, settings.cache_dir)
+
+
+def base_model(base: "Base | None", settings: "Settings | None") -> Finding:
+    """Whether it is there, and fits this machine."""
+    if base is None or settings is None:
+        return skipped("base model", "not known before settings and catalog are valid", "correct these first")
+    found = _where(base, settings)
+    if found.state == "ok" and (largest := _largest_tier_below(base, settings)):
+        message = f"{found.found}; it is of tier {base.tier}, and this machine holds {largest}: slow or out of memory here"
+        return warning("base model", message, "TUNESMITH_INFERENCE__BASE=… names a smaller one: `tunesmith models list`")
+    return found
+
+
+def _where(base: "Base", settings: "Settings") -> Finding:
+    """The package that carries a base is found and not imported, as the worker does it."""
     from app.core.catalog import PathSource, WheelSource
 
-    if settings is None:
-        return skipped("base model", "not known before the settings are valid", "correct the settings first")
-    base = catalog.load(settings.catalog_file).resolve(settings.inference.base)
     match base.source:
         case WheelSource(package=package, file=file, revision=revision):
             path = (_folder(package) or Path()) / file
@@ -50,7 +75,26 @@ def base_model(settings: "Settings | None") -> Finding:
             if not (path / "config.json").is_file():
                 return failed("base model", f"{base.id}: there is no {path}/config.json", "correct its path in the catalog file")
             return ok("base model", f"{base.id}: in {path}")
-    return ok("base model", f"{base.id}: from a {base.source.kind} source, fetched when it is first needed")
+    if to_be_fetched(base, settings):
+        return ok("base model", f"{base.id}: from a hub, fetched at first need or by: tunesmith models pull {base.id}")
+    return ok("base model", f"{base.id}: from a {base.source.kind} source")
+
+
+def _largest_tier_below(base: "Base", settings: "Settings") -> str | None:
+    """The largest tier of this machine if it is not enough; None if it is, if nobody can tell, and if no engine can run here."""
+    from app.core import tiers
+
+    if base.tier == tiers.CPU or importlib.util.find_spec("torch") is None:
+        return None
+    try:
+        driver = gpu.read_driver()
+    except gpu.DriverBroken:  # the GPU's own check tells
+        return None
+    sizes = [card.total_bytes for card in driver.gpus] if driver else []
+    held = {tier for size_bytes in sizes for tier in tiers.of_card(size_bytes, settings.gpu)}
+    if 0 in sizes or tiers.holding(base, held):
+        return None
+    return max(held, key=int, default=tiers.CPU)
 
 
 def _program(name: str, package: str, pattern: str) -> Finding:

