@@ -20,6 +20,33 @@ from app.core.errors import AppError, BadRequest, Unavailable
 log = structlog.get_logger()
 
 _UNION_BRANCH = re.compile(r"(literal|list|dict|tuple|function-\w+|nullable)\[|(constrained-)?(int|float|str)$")
+# what pydantic's errors want, behind "must", where its own words are of its making: "String should match pattern …"
+_WANTED = {
+    "value_error": "{error}",
+    "missing": "be given",
+    "extra_forbidden": "be left out: it is no known parameter",
+    "string_type": "be a string",
+    "string_unicode": "be valid unicode",
+    "string_too_short": "be {min_length} or more characters long",
+    "string_too_long": "be at most {max_length} characters long",
+    "string_pattern_mismatch": "match the pattern {pattern}",
+    "int_type": "be an integer",
+    "int_parsing": "be an integer",
+    "int_from_float": "be an integer",
+    "int_parsing_size": "be an integer of fewer digits",
+    "float_type": "be a number",
+    "float_parsing": "be a number",
+    "bool_type": "be true or false",
+    "bool_parsing": "be true or false",
+    "none_required": "be null",
+    "list_type": "be a list",
+    "tuple_type": "be a list",
+    "dict_type": "be an object",
+    "model_type": "be an object",
+    "model_attributes_type": "be an object",
+    "too_short": "have {min_length} or more entries",
+    "too_long": "have at most {max_length} entries",
+}
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -98,10 +125,15 @@ def _first_problem(error: RequestValidationError) -> AppError:
         case "extra_forbidden":
             return BadRequest(f"{where} is not a known parameter; remove it", param=where, code="unknown_parameter")
         case _:
-            # a union reports each of its branches: "should be 'auto' or should be at least 1"
-            told = (problem["msg"] for problem in problems if _parameter(problem) == where)
-            wants = (message.removeprefix("Input ").removeprefix("Value error, ") for message in told)
-            return BadRequest(f"{where or 'the body'} {' or '.join(dict.fromkeys(wants))}"[:500], param=where or None)
+            # a union reports each of its branches: "must be 'auto' or be greater than 0"
+            wants = dict.fromkeys(_wanted(problem) for problem in problems if _parameter(problem) == where)
+            return BadRequest(f"{where or 'the body'} must {' or '.join(wants)}"[:500], param=where or None)
+
+
+def _wanted(problem: dict[str, Any]) -> str:
+    known = _WANTED.get(problem["type"])
+    wanted = known.format_map(problem.get("ctx", {})) if known else problem["msg"]
+    return re.sub(r"^(Input should|must) ", "", wanted)
 
 
 def _nearest(problems: Sequence[dict[str, Any]]) -> str:

@@ -35,6 +35,11 @@ def list_live(session: orm.Session, base: str | None = None, *, timeout_seconds:
     return session.scalars(query if base is None else query.where(Engine.base == base)).all()
 
 
+def is_remembered(session: orm.Session, base: str) -> bool:
+    """Whether an engine served the base lately: one that restarts is silent for a while, and comes back."""
+    return session.scalar(select(Engine.id).where(Engine.base == base).limit(1)) is not None
+
+
 def ranked(engines: Sequence[Engine], adapter: AdapterRef | None) -> list[Engine]:
     """Engines in the order to try them. An adapter prefers the same engine everywhere (rendezvous hashing), so that few
     engines hold it; the base goes to whoever is least busy."""

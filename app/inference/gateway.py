@@ -42,6 +42,13 @@ class EngineFailed(AppError):
         self.status, self.type = status, type  # type: ignore[misc]  # fixed for other errors, the engine's word here
 
 
+class BaseNotServed(AppError):
+    """Engines are there and none of this base: nothing that waiting would change."""
+
+    status, type, code, param = 503, "server_error", "base_not_loaded", "model"
+    is_worth_repeating = False
+
+
 @dataclass(frozen=True)
 class Target:
     """A model name, understood: its base, its adapter if it has one, and the engines that can answer."""
@@ -86,7 +93,7 @@ class Gateway:
             await asyncio.wait(self._recording, timeout=CLOSE_SECONDS)
 
     async def target(self, caller: Caller, model: str) -> Target:
-        """What this name means to this caller. Raises NotFound, or Unavailable when no engine holds its base."""
+        """What this name means to this caller. Raises NotFound, BaseNotServed, or Unavailable when its engines are away."""
         return await run_in_threadpool(self._target, caller, model)
 
     def _target(self, caller: Caller, model: str) -> Target:
@@ -98,22 +105,37 @@ class Gateway:
             if base is None:
                 message = f"the model {model!r} does not exist or is not yours; GET /v1/models lists them"
                 raise NotFound(message, param="model", code="model_not_found")
-            live = engines.list_live(session, base.id, timeout_seconds=self._settings.heartbeat_timeout_seconds)
-        if not live:
-            raise Unavailable(f"no engine serves {base.id} just now; try again shortly", code="base_not_loaded")
+            serving = self._serving(session, base)
         ref = adapters.ref_of(adapter) if adapter else None
-        return Target(model, base, ref, live, self._renderers.get(base.id, live[0].base_digest))
+        return Target(model, base, ref, serving, self._renderers.get(base.id, serving[0].base_digest))
 
-    def room_for(self, target: Target, prompt: Sequence[int], asked_tokens: int | None, *, param: str) -> int:
-        """How many tokens the answer may have. Raises BadRequest when the context cannot hold what was asked."""
+    def _serving(self, session: orm.Session, base: Base) -> Sequence[Engine]:
+        """The engines of this base. Raises Unavailable when they are away, BaseNotServed when it has none."""
+        live = engines.list_live(session, timeout_seconds=self._settings.heartbeat_timeout_seconds)
+        if serving := [engine for engine in live if engine.base == base.id]:
+            return serving
+        if not live or engines.is_remembered(session, base.id):
+            raise Unavailable(f"no engine serves {base.id} just now; try again shortly", code="base_not_loaded")
+        served = ", ".join(sorted({engine.base for engine in live}))
+        raise BaseNotServed(
+            f"no engine serves {base.id}, only {served}: use a model on that, or have an engine started with "
+            f"TUNESMITH_INFERENCE__BASE={base.id}"
+        )
+
+    def room_for(
+        self, target: Target, prompt: Sequence[int], asked_tokens: int | None, *, prompt_param: str, limit_param: str
+    ) -> int:
+        """How many tokens the answer may have. Raises BadRequest, for the one parameter that is to blame, when the context cannot
+        hold what was asked."""
         room = target.base.context_length - len(prompt)
-        if room < 1 or (asked_tokens or 1) > room:
-            message = (
-                f"{target.base.id} holds {target.base.context_length} tokens; the prompt has {len(prompt)} and the answer "
-                f"may have {asked_tokens or 1}: shorten the prompt or lower max_tokens"
-            )
-            raise BadRequest(message, param=param, code="context_length_exceeded")
-        return asked_tokens or min(room, self._settings.default_max_tokens)
+        if room >= (asked_tokens or 1):
+            return asked_tokens or min(room, self._settings.default_max_tokens)
+        remedy = f"shorten the prompt or lower {limit_param}" if asked_tokens else "shorten the prompt"
+        message = (
+            f"{target.base.id} holds {target.base.context_length} tokens; the prompt has {len(prompt)} and the answer "
+            f"may have {asked_tokens or 1}: {remedy}"
+        )
+        raise BadRequest(message, param=prompt_param if room < 1 else limit_param, code="context_length_exceeded")
 
     @asynccontextmanager
     async def open(self, caller: Caller, target: Target, request: GenerateRequest) -> AsyncIterator[AsyncIterator[Chunk]]:

@@ -75,7 +75,7 @@ class _Request(BaseModel):
     @classmethod
     def _no_empty_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
         if stop == "" or (isinstance(stop, list) and "" in stop):
-            raise ValueError("a stop string must not be empty")
+            raise ValueError("must not hold an empty string")
         return stop
 
     @property
@@ -85,6 +85,11 @@ class _Request(BaseModel):
     @property
     def asked_tokens(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def limit_param(self) -> str:
+        """The parameter that says how long the answer may be."""
+        return "max_tokens"
 
     def sampling(self, max_tokens: int) -> Sampling:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -131,9 +136,19 @@ class ChatRequest(_Request):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
+    @model_validator(mode="after")
+    def _one_limit(self) -> "ChatRequest":
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise BadRequest("max_tokens and max_completion_tokens differ; send one of them", param="max_tokens")
+        return self
+
     @property
     def asked_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def limit_param(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
 
 class CompletionRequest(_Request):

@@ -71,7 +71,7 @@ async def prepare(
     prompt = await run_in_threadpool(_tokens_of, target, request)
     if not prompt:
         raise BadRequest("the prompt is empty", param=param)
-    max_tokens = gateway.room_for(target, prompt, request.asked_tokens, param=param)
+    max_tokens = gateway.room_for(target, prompt, request.asked_tokens, prompt_param=param, limit_param=request.limit_param)
     sampling = request.sampling(max_tokens)
     return target, GenerateRequest(request_id=request_id, prompt=tuple(prompt), sampling=sampling, adapter=target.adapter)
 

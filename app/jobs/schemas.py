@@ -70,11 +70,26 @@ class JobCreate(_Request):
             raise BadRequest(message, param="quantization.double_quant", code="unsupported_parameter")
         return self
 
+    @model_validator(mode="after")
+    def _said_once(self) -> "JobCreate":
+        old, of_method = self._hyperparameters()
+        for name in old.keys() & of_method.keys():
+            if old[name] != of_method[name]:
+                message = f"hyperparameters.{name} and method.supervised.hyperparameters.{name} differ; send one of them"
+                raise BadRequest(message, param=f"hyperparameters.{name}")
+        return self
+
+    def _hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Those that the client named, in the older place and in `method`."""
+        places = self.hyperparameters, self.method and self.method.supervised and self.method.supervised.hyperparameters
+        old, of_method = (place.model_dump(exclude_unset=True) if place else {} for place in places)
+        return old, of_method
+
     def requested(self) -> spec.Requested:
         """The settings, wherever the client put them: in `method`, or in the older `hyperparameters`."""
-        of_method = self.method.supervised.hyperparameters if self.method and self.method.supervised else None
+        old, of_method = self._hyperparameters()
         return spec.Requested(
-            hyperparameters=of_method or self.hyperparameters or spec.Hyperparameters(),
+            hyperparameters=spec.Hyperparameters.model_validate(old | of_method),
             adapter=self.adapter,
             quantization=self.quantization,
             training=self.training,

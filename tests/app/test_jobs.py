@@ -28,6 +28,18 @@ def test_a_new_job_has_all_that_the_sdk_expects(client: OpenAI, file_id: str) ->
     assert strict.id == job.id
 
 
+def test_hyperparameters_count_wherever_they_are_sent(client: OpenAI, file_id: str) -> None:
+    job = client.fine_tuning.jobs.create(
+        model=make.TINY,
+        training_file=file_id,
+        hyperparameters={"n_epochs": 3, "batch_size": 4},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 4, "learning_rate_multiplier": 0.5}}},
+    )
+
+    asked = job.hyperparameters
+    assert (asked.n_epochs, asked.batch_size, asked.learning_rate_multiplier) == (3, 4, 0.5)
+
+
 def test_jobs_are_listed_newest_first_and_by_metadata(client: OpenAI, file_id: str) -> None:
     ids = [client.fine_tuning.jobs.create(model=make.TINY, training_file=file_id, metadata={"n": str(n)}).id for n in range(3)]
 

@@ -1,6 +1,7 @@
 """What users get wrong, as a table: each answer says what is wrong, where, and what to do, and nothing is changed by it."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,10 @@ from sqlalchemy import orm, text
 
 from app.accounts.caller import Caller
 from app.core import catalog
+from app.core.engine import Heartbeat
 from app.core.settings import Settings
 from app.core.storage import Storage
+from app.inference import engines
 from tests import make
 from worker.inference.announce import publish_card
 from worker.model import card
@@ -64,7 +67,7 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "no model": ({"model": ...}, 400, "model", "required"),
     "an unknown base": ({"model": "gpt-99"}, 404, "model", "tiny-random-llama"),
     "a model that is a number": ({"model": 7}, 400, "model", "string"),
-    "an empty model": ({"model": ""}, 400, "model", "at least 1"),
+    "an empty model": ({"model": ""}, 400, "model", "model must be 1 or more characters long"),
     "no file": ({"training_file": ...}, 400, "training_file", "required"),
     "a missing file": ({"training_file": "file-none"}, 404, "training_file", "GET /v1/files"),
     "a missing validation file": ({"validation_file": "file-none"}, 404, "validation_file", "GET /v1/files"),
@@ -72,7 +75,12 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "an epoch too few": ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs", "greater than or equal to 1"),
     "an epoch too many": ({"hyperparameters": {"n_epochs": 101}}, 400, "hyperparameters.n_epochs", "less than or equal to 100"),
     "half an epoch": ({"hyperparameters": {"n_epochs": 1.5}}, 400, "hyperparameters.n_epochs", "integer"),
-    "epochs in words": ({"hyperparameters": {"n_epochs": "three"}}, 400, "hyperparameters.n_epochs", "'auto'"),
+    "epochs in words": (
+        {"hyperparameters": {"n_epochs": "three"}},
+        400,
+        "hyperparameters.n_epochs",
+        "must be 'auto' or be an integer",
+    ),
     "true epochs": ({"hyperparameters": {"n_epochs": True}}, 400, "hyperparameters.n_epochs", "integer"),
     "null epochs": ({"hyperparameters": {"n_epochs": None}}, 400, "hyperparameters.n_epochs", "'auto'"),
     "a batch of 0": ({"hyperparameters": {"batch_size": 0}}, 400, "hyperparameters.batch_size", "greater than or equal to 1"),
@@ -97,7 +105,7 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     ),
     "an infinite gradient norm": ({"training": {"max_grad_norm": float("inf")}}, 400, "training.max_grad_norm", "finite"),
     "an unknown hyperparameter": ({"hyperparameters": {"epochs": 3}}, 400, "hyperparameters.epochs", "remove it"),
-    "hyperparameters as a list": ({"hyperparameters": [3]}, 400, "hyperparameters", "dictionary"),
+    "hyperparameters as a list": ({"hyperparameters": [3]}, 400, "hyperparameters", "must be an object"),
     "a rank beyond the engine's": ({"adapter": {"rank": 129}}, 400, "adapter.rank", "128"),
     "a target that is none": ({"adapter": {"target_modules": ["lm_head"]}}, 400, "adapter.target_modules.0", "q_proj"),
     "a dropout of 1": ({"adapter": {"dropout": 1}}, 400, "adapter.dropout", "less than 1"),
@@ -106,14 +114,28 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "another method": ({"method": {"type": "dpo"}}, 400, "method.type", "supervised"),
     "a method without type": ({"method": {"supervised": {}}}, 400, "method.type", "required"),
     "an integration": ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "remove"),
-    "a long suffix": ({"suffix": "x" * 65}, 400, "suffix", "64"),
-    "a suffix with a colon": ({"suffix": "a:b"}, 400, "suffix", "pattern"),
+    "a long suffix": ({"suffix": "x" * 65}, 400, "suffix", "suffix must be at most 64 characters long"),
+    "a suffix with a colon": ({"suffix": "a:b"}, 400, "suffix", "suffix must match the pattern ^[A-Za-z0-9._-]+$"),
     "a negative seed": ({"seed": -1}, 400, "seed", "0"),
     "a huge seed": ({"seed": 2**31}, 400, "seed", "2147483647"),
-    "17 pairs of metadata": ({"metadata": {str(n): "v" for n in range(17)}}, 400, "metadata", "16"),
-    "a number as metadata": ({"metadata": {"k": 1}}, 400, "metadata.k", "string"),
-    "a NUL in metadata": ({"metadata": {"k": "a\0b"}}, 400, "metadata.k", "NUL"),
+    "17 pairs of metadata": (
+        {"metadata": {str(n): "v" for n in range(17)}},
+        400,
+        "metadata",
+        "metadata must have at most 16 entries",
+    ),
+    "a number as metadata": ({"metadata": {"k": 1}}, 400, "metadata.k", "must be a string"),
+    "a NUL in metadata": ({"metadata": {"k": "a\0b"}}, 400, "metadata.k", "must not hold a NUL"),
     "a lone surrogate in metadata": ({"metadata": {"k": "\ud800"}}, 400, "metadata.k", "unicode"),
+    "two numbers of epochs": (
+        {
+            "hyperparameters": {"n_epochs": 3},
+            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        },
+        400,
+        "hyperparameters.n_epochs",
+        "send one of them",
+    ),
     "an unknown field": ({"n_epochs": 3}, 400, "n_epochs", "remove it"),
 }
 
@@ -123,8 +145,8 @@ CHATS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "an unknown model": ({"model": "gpt-99"}, 404, "model", "GET /v1/models"),
     "somebody's tuned model": ({"model": f"ft:{make.TINY}:them:x:12345678"}, 404, "model", "GET /v1/models"),
     "no messages": ({"messages": ...}, 400, "messages", "required"),
-    "no message": ({"messages": []}, 400, "messages", "at least 1"),
-    "messages as text": ({"messages": "hello"}, 400, "messages", "list"),
+    "no message": ({"messages": []}, 400, "messages", "messages must have 1 or more entries"),
+    "messages as text": ({"messages": "hello"}, 400, "messages", "messages must be a list"),
     "a wrong role": ({"messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role", "user"),
     "a message without content": ({"messages": [{"role": "user"}]}, 400, "messages.0.content", "required"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content.0.type", "text"),
@@ -137,15 +159,22 @@ CHATS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "a temperature of NaN": ({"temperature": float("nan")}, 400, "temperature", "2"),
     "a top_p of 0": ({"top_p": 0}, 400, "top_p", "greater than 0"),
     "no tokens": ({"max_tokens": 0}, 400, "max_tokens", "1"),
-    "too many tokens": ({"max_tokens": 10**6}, 400, "messages", "lower max_tokens"),
+    "too many tokens": ({"max_tokens": 10**6}, 400, "max_tokens", "lower max_tokens"),
+    "too many tokens, in newer words": (
+        {"max_completion_tokens": 10**6},
+        400,
+        "max_completion_tokens",
+        "lower max_completion_tokens",
+    ),
+    "two limits": ({"max_tokens": 8, "max_completion_tokens": 5}, 400, "max_tokens", "send one of them"),
     "two wrongs, whose names begin alike": (
         {"stream": "x", "stream_options": {"include_usage": "y"}},
         400,
         "stream",
-        "boolean",
+        "stream must be true or false",
     ),
-    "five stops": ({"stop": list("abcde")}, 400, "stop", "4"),
-    "an empty stop": ({"stop": ""}, 400, "stop", "empty"),
+    "five stops": ({"stop": list("abcde")}, 400, "stop", "stop must be a string or have at most 4 entries"),
+    "an empty stop": ({"stop": ""}, 400, "stop", "stop must not hold an empty string"),
     "a prompt beyond the context": (
         {"messages": [{"role": "user", "content": "long " * 1000}]},
         400,
@@ -188,6 +217,9 @@ def refused(answer: httpx.Response, status: int, param: str | None, words: str) 
     assert answer.status_code == status, error
     assert error["param"] == param, error
     assert words in str(error["message"]), error
+    assert not re.search(r"Input|should|Value error|validation", str(error["message"])), (
+        error
+    )  # pydantic's words to its programmer
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -230,7 +262,7 @@ def test_a_bad_chat_is_told_which_parameter(http: httpx.Client, name: str, strea
 BODIES: dict[str, tuple[bytes, str, str]] = {
     "nothing": (b"", "application/json", "required"),
     "no JSON": (b"{", "application/json", "not valid JSON"),
-    "a list": (b"[]", "application/json", "dictionary"),
+    "a list": (b"[]", "application/json", "must be an object"),
     "depth 1,000": (b'{"model": ' + b"[" * 1000 + b"]" * 1000 + b"}", "application/json", "nested"),
     "depth 100,000": (b"[" * 100_000 + b"]" * 100_000, "application/json", "nested"),
     "not UTF-8": (b'{"model": "\xff"}', "application/json", "UTF-8"),
@@ -291,3 +323,30 @@ def test_a_file_in_use_is_not_deleted(client: OpenAI, http: httpx.Client, file_i
     assert client.files.content(file_id).read() == make.chat_file()
     client.fine_tuning.jobs.cancel(job.id)
     assert client.files.delete(file_id).deleted
+
+
+def chat(http: httpx.Client, base: str) -> httpx.Response:
+    return http.post("/v1/chat/completions", json={"model": base, "messages": [{"role": "user", "content": "hello"}]})
+
+
+@pytest.mark.usefixtures("engine_of_tiny")
+def test_a_base_that_no_engine_serves_is_refused_for_good_with_those_that_are_served(http: httpx.Client) -> None:
+    answer = chat(http, "qwen2.5-7b-instruct")
+
+    refused(answer, 503, "model", make.TINY)
+    assert answer.json()["error"]["code"] == "base_not_loaded"
+    assert (answer.headers["x-should-retry"], answer.headers.get("retry-after")) == ("false", None)
+
+
+@pytest.mark.usefixtures("engine_of_tiny")
+def test_a_base_whose_engine_fell_silent_is_waited_for(
+    http: httpx.Client, system_sessions: orm.sessionmaker[orm.Session]
+) -> None:
+    with system_sessions.begin() as session:
+        beat = Heartbeat(engine_id="late", url="http://x", base="qwen2.5-14b-instruct", base_digest="d", running=0, waiting=0)
+        engines.record(session, beat)
+        session.execute(text("UPDATE engines SET heartbeat_at = heartbeat_at - interval '1 minute' WHERE id = 'late'"))
+    answer = chat(http, "qwen2.5-14b-instruct")
+
+    refused(answer, 503, None, "try again shortly")
+    assert (answer.headers.get("x-should-retry"), answer.headers["retry-after"]) == (None, "2")
