@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from app import db, handlers, health
+from app import db, handlers, health, manual
 from app.accounts.keys import KeyRing
 from app.accounts.middleware import Authenticate
 from app.adapters import routes as adapters
@@ -29,7 +29,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     if not key_pepper or not engine_token:
         raise ValueError("set TUNESMITH_KEY_PEPPER and TUNESMITH_ENGINE_TOKEN: an empty secret is everybody's")
     logging.configure("api", format=settings.log_format, level=settings.log_level)
-    app = FastAPI(title="Tunesmith", version=version("tunesmith"), lifespan=_lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="Tunesmith", version=version("tunesmith"), lifespan=_lifespan, redirect_slashes=False, docs_url=None, redoc_url=None
+    )
     state = app.state
     state.settings = settings
     state.sessions = db.open_sessions(
@@ -48,6 +50,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         health.router,
     ):
         app.include_router(router)
+    manual.register(app)
     handlers.register(app)
     # the last one added is the outermost: an id first, then who asks, then how much they send
     limits = settings.limits

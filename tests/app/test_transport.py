@@ -1,5 +1,6 @@
 """What every answer has, whatever was asked."""
 
+import re
 import socket
 import threading
 
@@ -76,7 +77,11 @@ def test_models_are_listed_and_found_by_alias(client: OpenAI) -> None:
 
 def test_docs_and_health_need_no_key(api_url: str) -> None:
     assert httpx.get(f"{api_url}/healthz").status_code == 200
-    assert httpx.get(f"{api_url}/docs").status_code == 200
+    manual = httpx.get(f"{api_url}/docs")
+    assert manual.status_code == 200
+    for words in ("POST /v1/fine_tuning/jobs", "training_file", "LoraSpec", "target_modules"):
+        assert words in manual.text
+    assert "//" not in re.sub(r"<!doctype.*?>", "", manual.text)  # it takes nothing from elsewhere: it is read offline too
     paths = httpx.get(f"{api_url}/openapi.json").json()["paths"]
     assert "/v1/fine_tuning/jobs" in paths
     assert not any(path.startswith("/internal") for path in paths)
