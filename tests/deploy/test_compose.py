@@ -21,7 +21,7 @@ NEEDED = {
     "migrate": {"database__owner_url", "database__system_url", "key_pepper", "storage__secret_key"},
     "api": {"database__api_url", "key_pepper", "engine_token", "storage__secret_key"},
     "relay": {"database__system_url", "broker_url", "engine_token", "storage__secret_key"},
-    "cpu": {"database__system_url", "broker_url", "storage__secret_key"},
+    "cpu": {"database__system_url", "broker_url", "hf_token", "storage__secret_key"},
     "train": {"database__system_url", "broker_url", "hf_token", "storage__secret_key"},
     "engine": {"engine_token", "hf_token", "storage__secret_key"},
 }
@@ -83,6 +83,12 @@ def test_a_service_waits_for_what_reports_that_it_is_there(project: dict[str, An
 
 def test_a_service_gets_the_secrets_that_it_needs_and_no_others(project: dict[str, Any]) -> None:
     assert {name: set(service["secrets"]) for name, service in project["services"].items()} == NEEDED
+
+
+def test_whoever_is_granted_the_hubs_token_is_told_where_it_lies(project: dict[str, Any]) -> None:
+    for name, service in project["services"].items():
+        path = service.get("environment", {}).get("HF_TOKEN_PATH")
+        assert path == ("/run/secrets/hf_token" if "hf_token" in NEEDED[name] else None), name
 
 
 def test_every_secret_is_a_file_that_the_script_makes(project: dict[str, Any], secrets: Path) -> None:
