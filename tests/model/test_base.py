@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -162,3 +164,10 @@ def test_weights_are_named_by_bytes_not_by_where_they_lie(tmp_path: Path) -> Non
             found.append(weights)
 
     assert found[0].sha256 == found[1].sha256
+
+
+def test_nothing_is_said_as_bitsandbytes_is_loaded() -> None:
+    """On CPUs with AVX512-BF16 it warns of kernels that nobody needs, before anybody can tell it not to."""
+    done = subprocess.run([sys.executable, "-c", "import worker.model.base"], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ from worker.model.directory import locked, written_whole
 from worker.model.source import BaseRefused
 
 __all__ = ["BaseRefused", "LoadedBase", "keep_weights_unpacked", "load", "prepare", "quantized"]
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package of kernels that nobody needs
 
 _BLOCK = 64
 _WEIGHTS, _ENTRY = "weights.safetensors", "entry.json"
