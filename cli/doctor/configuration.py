@@ -1,6 +1,7 @@
 """The settings: whether they can be read, and whether they say what was meant."""
 
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -126,7 +127,8 @@ def _password(url: str) -> str | None:
 def _told(error: "ValidationError", name: Callable[[tuple[int | str, ...]], str]) -> str:
     """Without the values, which may be secrets."""
     problems = error.errors(include_input=False, include_url=False)
-    return "; ".join(f"{name(problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}" for problem in problems)
+    words = (re.sub(r"^(Value error, must|Input should)", "must", problem["msg"]) for problem in problems)
+    return "; ".join(f"{name(problem['loc'])} {wanted}" for problem, wanted in zip(problems, words, strict=True))
 
 
 def _variable(location: tuple[int | str, ...]) -> str:

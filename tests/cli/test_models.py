@@ -192,14 +192,14 @@ def test_a_catalog_that_cannot_be_read_is_told(models: Command) -> None:
     for action in (("list",), ("pull", ID)):
         refused = models(*action)
         assert (refused.status, refused.err.count("\n")) == (1, 1)
-        assert f"TUNESMITH_CATALOG_FILE names {models.folder}/catalog.toml: base.0.id: " in refused.err
+        assert f"TUNESMITH_CATALOG_FILE names {models.folder}/catalog.toml: base.0.id must be a valid string; " in refused.err
 
 
 def test_a_wrong_setting_is_named(models: Command) -> None:
     refused = models("list", TUNESMITH_TRAINING__TIERS="cpu")
 
     assert (refused.status, refused.err.count("\n")) == (1, 1)
-    assert refused.err.startswith("tunesmith: TUNESMITH_TRAINING__TIERS: must be a list")
+    assert refused.err.startswith("tunesmith: TUNESMITH_TRAINING__TIERS must be a list")
 
 
 @pytest.mark.parametrize("arguments", [("models", "list"), ("config",)])
