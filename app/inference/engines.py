@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 from app.core.engine import AdapterRef, Heartbeat
 from app.models import Engine
 
+RESTARTED_WITHIN = timedelta(minutes=5)  # a base that is prepared already loads in seconds, a new image may have to be pulled
 FORGOTTEN_AFTER = timedelta(hours=1)
 
 
@@ -35,9 +36,10 @@ def list_live(session: orm.Session, base: str | None = None, *, timeout_seconds:
     return session.scalars(query if base is None else query.where(Engine.base == base)).all()
 
 
-def is_remembered(session: orm.Session, base: str) -> bool:
-    """Whether an engine served the base lately: one that restarts is silent for a while, and comes back."""
-    return session.scalar(select(Engine.id).where(Engine.base == base).limit(1)) is not None
+def is_expected(session: orm.Session, base: str) -> bool:
+    """Whether an engine that served the base has been silent for no longer than a restart takes."""
+    lately = Engine.heartbeat_at > func.clock_timestamp() - RESTARTED_WITHIN
+    return session.scalar(select(Engine.id).where(Engine.base == base, lately).limit(1)) is not None
 
 
 def ranked(engines: Sequence[Engine], adapter: AdapterRef | None) -> list[Engine]:

@@ -114,7 +114,7 @@ class Gateway:
         live = engines.list_live(session, timeout_seconds=self._settings.heartbeat_timeout_seconds)
         if serving := [engine for engine in live if engine.base == base.id]:
             return serving
-        if not live or engines.is_remembered(session, base.id):
+        if not live or engines.is_expected(session, base.id):
             raise Unavailable(f"no engine serves {base.id} just now; try again shortly", code="base_not_loaded")
         served = ", ".join(sorted({engine.base for engine in live}))
         raise BaseNotServed(

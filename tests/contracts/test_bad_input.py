@@ -350,3 +350,6 @@ def test_a_base_whose_engine_fell_silent_is_waited_for(
 
     refused(answer, 503, None, "try again shortly")
     assert (answer.headers.get("x-should-retry"), answer.headers["retry-after"]) == (None, "2")
+    with system_sessions.begin() as session:
+        session.execute(text("UPDATE engines SET heartbeat_at = heartbeat_at - interval '5 minutes' WHERE id = 'late'"))
+    assert chat(http, "qwen2.5-14b-instruct").headers["x-should-retry"] == "false"  # nothing restarts for so long
