@@ -35,8 +35,9 @@ def read() -> "tuple[Settings | None, Finding]":
     except SourceRefused as error:
         return None, failed("settings", str(error), f"correct or unset {error.variable}")
     except SettingsError as error:
-        remedy = "correct or unset the section's variable, which holds all of it as a JSON object"
-        return None, failed("settings", str(error), remedy)
+        # the one thing that pydantic-settings still reads itself: a whole section in one variable
+        section = re.sub(r'.*field "(\w+)".*', lambda field: PREFIX + field[1].upper(), str(error))
+        return None, failed("settings", f"{section} must be a JSON object", "correct it, or set the variables of the section")
     except (OSError, ValueError, RuntimeError) as error:
         return None, failed("settings", str(error), "correct what it names")
     ours = sum(name.upper().startswith(PREFIX) for name in os.environ)

@@ -142,6 +142,7 @@ def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path, capsys: pyt
         ("TRAINING__TIERS", "cpu"),
         ("TRAINING__TIERS", "16"),
         ("LIMITS__FILE_BYTES", "abc"),
+        ("WEBHOOKS", "x"),
         ("SECRETS_DIR", "/nope"),
         ("CONFIG_FILE", __file__),
         ("CATALOG_FILE", "/nope"),
