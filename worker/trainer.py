@@ -22,8 +22,11 @@ from app.core.spec import QuantizationSpec
 from worker import gpu, wire
 from worker.model import base as bases
 from worker.model.base import LoadedBase
+from worker.training import fused
 from worker.training.failures import failed
 from worker.training.run import Paths, run
+from worker.training.trainee import warm_up
+from worker.training.workspace import keep_pages
 
 _PR_SET_PDEATHSIG = 1
 
@@ -35,6 +38,8 @@ def main() -> int:
     jobs, stopping = queue.SimpleQueue[bytes](), threading.Event()
     threading.Thread(target=_listen, args=(jobs, stopping), daemon=True).start()
     gpu.limit_trainer(asked.gpu)
+    keep_pages()
+    fused.keep_in(asked.cache_dir)
     warm = _warmed(asked.warm, asked.catalog, asked.cache_dir) if asked.warm else None
     said.write(wire.READY)
     said.flush()
@@ -112,7 +117,9 @@ def _warmed(name: str, extra: Path | None, cache_dir: Path) -> _Warm | None:
     """None if it cannot be loaded: the job may want another, and if not, it fails with that reason."""
     try:
         base = catalog.load(extra).resolve(name)
-        return _Warm(base, bases.load(base, cache_dir, for_training=True))
+        loaded = bases.load(base, cache_dir, for_training=True)
+        warm_up(loaded)
+        return _Warm(base, loaded)
     except Exception:
         traceback.print_exc()
         return None

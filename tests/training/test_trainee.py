@@ -1,6 +1,7 @@
 """The forward: packed documents, the CPU's repacking, precision, and a base that is left as it was (traps 1, 2, 3, 6, 9)."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from worker.model.base import LoadedBase
 from worker.training.data import MicroBatch, TrainData, micro_batches
 from worker.training.evaluate import evaluate
 from worker.training.optim import Optimizer
+from worker.training.stock import StockDecoder
 from worker.training.trainee import Trainee, adapted
 
 
@@ -41,9 +43,9 @@ def packed(base: LoadedBase, *, max_tokens: int) -> tuple[MicroBatch, ...]:
 
 
 def hidden_of(trainee: Trainee, batch: MicroBatch) -> Tensor:
-    tokens, positions = torch.from_numpy(batch.tokens_T)[None], torch.from_numpy(batch.positions_T)[None]
-    decoder = trainee.base.model.get_decoder()
-    return decoder(input_ids=tokens, position_ids=positions, use_cache=False, documents=batch.lengths).last_hidden_state[0]
+    tokens_T, positions_T = torch.from_numpy(batch.tokens_T), torch.from_numpy(batch.positions_T)
+    every_T = torch.arange(len(tokens_T))
+    return trainee.decoder.hidden_at(every_T, tokens_T=tokens_T, positions_T=positions_T, lengths=batch.lengths)
 
 
 def gradient_of(trainee: Trainee, batches: tuple[MicroBatch, ...]) -> tuple[float, Tensor]:
@@ -119,7 +121,8 @@ def test_training_survives_an_evaluation(bases_dir: Path, is_cured: bool) -> Non
     for module in base.model.modules():
         if isinstance(module, Linear4bit) and not is_cured:
             module.support_avx512bf16_for_cpu = True
-    with adapted(base, make.spec()) as trainee:
+    with adapted(base, make.spec()) as plain:
+        trainee = replace(plain, decoder=StockDecoder(base.model.get_decoder()))  # ours never enters bitsandbytes' forward
         excite(trainee)
         batches = packed(base, max_tokens=160)
         _, before = gradient_of(trainee, batches)

@@ -195,4 +195,5 @@ def _linear(like: Any, parts: dict[str, Tensor], device: str, dtype: torch.dtype
         made = Linear4bit(like.in_features, like.out_features, bias=like.bias is not None, compute_dtype=dtype)
     data = parts.pop("")
     made.weight = Params4bit.from_prequantized(data, parts, requires_grad=False, device=device, module=made)
+    made.weight.quant_state.dtype = dtype  # what bitsandbytes' own backward computes in
     return made

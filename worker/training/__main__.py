@@ -7,12 +7,16 @@ from app.core import catalog, chat, events
 from app.core.render import Renderer
 from app.core.spec import TrainSpec
 from worker.model import card
+from worker.training import fused
 from worker.training.run import Paths, run
 from worker.training.tokenise import tokenise
+from worker.training.workspace import keep_pages
 
 
 def main() -> None:
     asked = _arguments()
+    keep_pages()
+    fused.keep_in(asked.cache_dir)
     spec = TrainSpec.model_validate_json(asked.spec.read_bytes())
     base = catalog.load(asked.catalog).resolve(spec.base)
     renderer = Renderer.open(card.prepared(base, asked.cache_dir))

@@ -1,72 +1,248 @@
-"""Attention in packed micro-batches: each document alone, so that neighbours can neither be seen nor cost anything.
+"""Causal attention of packed documents, each alone, so that neighbours can neither be seen nor cost anything.
 
-A mask of the whole pack would be T × T; the documents' own squares are much less. Axes: H heads, K key-value heads, T time,
-D head width.
+On a GPU torch's varlen attention does it. On a CPU there is no such thing, and the backward of torch's own attention takes longer
+than a layer's products: here documents of like lengths are laid side by side, the forward is torch's, the backward is products.
+
+Axes: T time, H heads, K key-value heads, G = H/K, W width of a head, B documents of a bucket, S the longest's length.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
-ATTENTION = "tunesmith_packed"
+from worker.training.fused import Fused
+from worker.training.kernels import rotate
+from worker.training.workspace import Kept
 
-
-@contextmanager
-def packed_attention(model: Any) -> Iterator[None]:
-    """Within, forwards of `model` take `documents=`: the lengths of the documents in their one row."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
+_PADDED = 1.2  # documents share a bucket while it holds no more than this times their tokens
+_LENGTHS = 32  # lengths of buckets are multiples of it: each new size costs a CPU's products new machine code
+_QUERIES_AT_ONCE = 256  # in the backward, of each head
 
 
-def attend(
-    _module: nn.Module,
-    query_1HTD: Tensor,
-    key_1KTD: Tensor,
-    value_1KTD: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    documents: tuple[int, ...],
-    scaling: float,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **unused: object,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: gives [1, T, H, D]."""
-    if attention_mask is not None or unused.get("softcap") is not None:
-        raise ValueError("packed attention knows neither masks nor soft caps")
-    groups = query_1HTD.shape[1] // key_1KTD.shape[1]
-    parts = (torch.split(tensor, list(documents), dim=2) for tensor in (query_1HTD, key_1KTD, value_1KTD))
-    out = [
-        functional.scaled_dot_product_attention(
-            query,
-            key.repeat_interleave(groups, dim=1),
-            value.repeat_interleave(groups, dim=1),
-            attn_mask=_window(query.shape[2], sliding_window, query.device),
-            is_causal=sliding_window is None or sliding_window >= query.shape[2],
-            dropout_p=dropout,
-            scale=scaling,
+@dataclass(frozen=True)
+class Bucket:
+    """Neighbouring documents of like lengths, padded to the longest.
+
+    `rows_BS` says which row of the T lies where; `is_row_BS1` where there is one. `slots_t` is the way back, of these documents'
+    rows in order, which are `span` of the T: to b·S + s.
+    """
+
+    span: slice
+    rows_BS: Tensor
+    is_row_BS1: Tensor
+    slots_t: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], first_row: int) -> "Bucket":
+        lengths_B = np.asarray(lengths)
+        at_S = np.arange(_rounded(lengths_B.max(), _LENGTHS))
+        is_row_BS = at_S < lengths_B[:, None]
+        first_B1 = first_row + (np.cumsum(lengths_B) - lengths_B)[:, None]
+        return cls(
+            span=slice(first_row, first_row + sum(lengths)),
+            rows_BS=torch.from_numpy(np.where(is_row_BS, first_B1 + at_S, first_row)),
+            is_row_BS1=torch.from_numpy(is_row_BS[:, :, None]),
+            slots_t=torch.from_numpy(np.flatnonzero(is_row_BS)),
         )
-        for query, key, value in zip(*parts, strict=True)
-    ]
-    return torch.cat(out, dim=2).transpose(1, 2), None
 
 
-def _window(length: int, width: int | None, device: torch.device) -> Tensor | None:
-    """Which of `length` positions see which, where a layer looks back only `width`; None where that is all of them."""
-    if width is None or width >= length:
-        return None
-    at_T = torch.arange(length, device=device)
-    back_TT = at_T[:, None] - at_T[None, :]
-    return (back_TT >= 0) & (back_TT < width)
+@dataclass(frozen=True)
+class Documents:
+    """Where documents lie in a packed row of T tokens, and how far each token turns (rotary tables [T, 1, W/2], fp32)."""
+
+    lengths: tuple[int, ...]
+    cos_T1U: Tensor
+    sin_T1U: Tensor
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        buckets, start, taken = list[Bucket](), 0, 0
+        for count in _bucketed(self.lengths):
+            lengths = self.lengths[taken : taken + count]
+            buckets.append(Bucket.of(lengths, start))
+            start, taken = start + sum(lengths), taken + count
+        return tuple(buckets)
+
+    @cached_property
+    def ends_B1(self) -> Tensor:
+        """0, and where each document ends."""
+        return torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int32, device=self.cos_T1U.device)
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+def _rounded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _bucketed(lengths: Sequence[int]) -> Iterator[int]:
+    """How many of the next documents share a bucket."""
+    count = total = longest = 0
+    for length in lengths:
+        if count and (count + 1) * max(longest, length) > _PADDED * (total + length):
+            yield count
+            count = total = longest = 0
+        count, total, longest = count + 1, total + length, max(longest, length)
+    if count:
+        yield count
+
+
+def attend(q_THW: Tensor, k_TKW: Tensor, v_TKW: Tensor, documents: Documents, kept: Kept) -> Tensor:
+    """Rotary positions, then attention within each document; gives [T, H·W]."""
+    if q_THW.is_cuda:
+        return _varlen(q_THW, k_TKW, v_TKW, documents)
+    out: Tensor = _Bucketed.apply(q_THW, k_TKW, v_TKW, documents, kept)  # type: ignore[no-untyped-call]  # as torch has it
+    return out
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_THW: Tensor, cos_T1U: Tensor, sin_T1U: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_T1U, sin_T1U)
+        return rotate(x_THW, cos_T1U, sin_T1U)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cos_T1U, sin_T1U = ctx.saved_tensors
+        return rotate(gradients[0], cos_T1U, -sin_T1U), None, None
+
+
+def _varlen(q_THW: Tensor, k_TKW: Tensor, v_TKW: Tensor, documents: Documents) -> Tensor:
+    turn, ends_B1, longest = (documents.cos_T1U, documents.sin_T1U), documents.ends_B1, max(documents.lengths)
+    q_THW, k_TKW = (_Rotated.apply(x, *turn) for x in (q_THW, k_TKW))  # type: ignore[no-untyped-call]
+    out = varlen_attn(
+        q_THW, k_TKW, v_TKW, ends_B1, ends_B1, longest, longest, window_size=(-1, 0), enable_gqa=q_THW.shape[1] != k_TKW.shape[1]
+    )
+    assert isinstance(out, Tensor)
+    return out.flatten(1)
+
+
+@Fused
+def _lay_out(
+    q_THW: Tensor,
+    k_TKW: Tensor,
+    v_TKW: Tensor,
+    cos_T1U: Tensor,
+    sin_T1U: Tensor,
+    rows_BS: Tensor,
+    q_BHSW: Tensor,
+    k_BKSW: Tensor,
+    v_BKSW: Tensor,
+) -> None:
+    """Fill a bucket, q and k rotated. Where no row is it holds another's: no row of its document looks so far ahead."""
+    cos, sin = cos_T1U[rows_BS], sin_T1U[rows_BS]
+    for x_THW, x_BHSW in ((q_THW, q_BHSW), (k_TKW, k_BKSW)):
+        first, second = x_THW[rows_BS].float().chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        x_BHSW.copy_(turned.permute(0, 2, 1, 3))
+    v_BKSW.copy_(v_TKW[rows_BS].permute(0, 2, 1, 3))
+
+
+@Fused
+def _take_up(x_BHSW: Tensor, slots_t: Tensor, x_tHW: Tensor) -> None:
+    """Write a bucket's documents one after the other."""
+    length = x_BHSW.shape[2]
+    x_tHW.copy_(x_BHSW.permute(0, 2, 1, 3)[slots_t // length, slots_t % length])
+
+
+@Fused
+def _lay_out_gradient(d_out_THW: Tensor, out_THW: Tensor, rows_BS: Tensor, is_row_BS1: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, H, S, W], zero where no row is; and its products with what came out, [B, H, S, 1] in fp32."""
+    d_out, out = torch.where(is_row_BS1[..., None], d_out_THW[rows_BS], 0), out_THW[rows_BS]
+    delta = (d_out.float() * out.float()).sum(-1, keepdim=True)
+    return d_out.permute(0, 2, 1, 3).contiguous(), delta.permute(0, 2, 1, 3).contiguous()
+
+
+@Fused
+def _take_up_gradients(
+    d_q_BHSW: Tensor,
+    d_k_BKSW: Tensor,
+    d_v_BKSW: Tensor,
+    cos_T1U: Tensor,
+    sin_T1U: Tensor,
+    rows_BS: Tensor,
+    slots_t: Tensor,
+    d_q_tHW: Tensor,
+    d_k_tKW: Tensor,
+    d_v_tKW: Tensor,
+) -> None:
+    """Write a bucket's documents one after the other, q and k turned back."""
+    length, rows_t = rows_BS.shape[1], rows_BS.flatten()[slots_t]
+    which_t, at_t, cos, sin = slots_t // length, slots_t % length, cos_T1U[rows_t], sin_T1U[rows_t]
+    for x_BHSW, x_tHW in ((d_q_BHSW, d_q_tHW), (d_k_BKSW, d_k_tKW)):
+        first, second = x_BHSW.permute(0, 2, 1, 3)[which_t, at_t].float().chunk(2, dim=-1)
+        x_tHW.copy_(torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1))
+    d_v_tKW.copy_(d_v_BKSW.permute(0, 2, 1, 3)[which_t, at_t])
+
+
+@Fused
+def _softmax_backward(
+    scores_BQS: Tensor, d_weights_BQS: Tensor, log_total_BQ1: Tensor, delta_BQ1: Tensor, at_Q1: Tensor, scale: float
+) -> None:
+    """In place: of the unscaled scores their gradient, of the weights' gradient the weights. Q are queries of a group's heads."""
+    seen_QS = torch.arange(scores_BQS.shape[2], device=scores_BQS.device, dtype=torch.float32) <= at_Q1
+    weights_BQS = torch.where(seen_QS, (scores_BQS.float() * scale - log_total_BQ1).exp(), 0)
+    d_scores_BQS = weights_BQS * (d_weights_BQS.float() - delta_BQ1) * scale
+    scores_BQS.copy_(d_scores_BQS)
+    d_weights_BQS.copy_(weights_BQS)
+
+
+class _Bucketed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_THW: Tensor, k_TKW: Tensor, v_TKW: Tensor, documents: Documents, kept: Kept) -> Tensor:
+        kind, turn, saved = q_THW.dtype, (documents.cos_T1U, documents.sin_T1U), list[Tensor]()
+        out_THW = kept.empty(tuple(q_THW.shape), dtype=kind)
+        for bucket in documents.buckets:
+            batch, length = bucket.rows_BS.shape
+            laid = [kept.empty((batch, x.shape[1], length, x.shape[2]), dtype=kind) for x in (q_THW, k_TKW, v_TKW)]
+            _lay_out(q_THW, k_TKW, v_TKW, *turn, bucket.rows_BS, *laid)
+            out_BHSW, log_total_BHS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*laid, is_causal=True)
+            _take_up(out_BHSW, bucket.slots_t, out_THW[bucket.span])
+            saved += [*laid, log_total_BHS]
+        ctx.documents, ctx.kept = documents, kept
+        ctx.save_for_backward(out_THW, *saved)
+        return out_THW.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        documents, (out_THW, *saved), ctx.kept = ctx.documents, ctx.saved_tensors, None
+        d_out_THW, turn = gradients[0].view_as(out_THW), (documents.cos_T1U, documents.sin_T1U)
+        kv_shape = (len(out_THW), *saved[1].shape[1::2])
+        whole = torch.empty_like(out_THW), out_THW.new_empty(kv_shape), out_THW.new_empty(kv_shape)
+        for bucket, q, k, v, log_total in zip(documents.buckets, saved[::4], saved[1::4], saved[2::4], saved[3::4], strict=True):
+            d_out, delta = _lay_out_gradient(d_out_THW, out_THW, bucket.rows_BS, bucket.is_row_BS1)
+            laid = _backward(d_out, delta, q, k, v, log_total)
+            _take_up_gradients(*laid, *turn, bucket.rows_BS, bucket.slots_t, *(x[bucket.span] for x in whole))
+        return *whole, None, None
+
+
+def _backward(
+    d_out_BHSW: Tensor, delta_BHS1: Tensor, q_BHSW: Tensor, k_BKSW: Tensor, v_BKSW: Tensor, log_total_BHS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, over blocks of queries with the keys that they see (FlashAttention-2, arXiv:2307.08691).
+
+    The queries of the heads that share keys stand in one product, so that keys are neither repeated nor their gradients summed.
+    """
+    batch, heads, length, width = q_BHSW.shape
+    kv_heads = k_BKSW.shape[1]
+    k_BSW, v_BSW = k_BKSW.flatten(0, 1), v_BKSW.flatten(0, 1)
+    d_q_BHSW, d_k_BSW, d_v_BSW = torch.empty_like(q_BHSW), torch.zeros_like(k_BSW), torch.zeros_like(v_BSW)
+    for start in range(0, length, _QUERIES_AT_ONCE):
+        end = min(start + _QUERIES_AT_ONCE, length)
+        q, d_out, delta, log_total = (
+            x[:, :, start:end].reshape(batch * kv_heads, -1, x.shape[-1])
+            for x in (q_BHSW, d_out_BHSW, delta_BHS1, log_total_BHS[..., None])
+        )
+        k, v = k_BSW[:, :end], v_BSW[:, :end]
+        at_Q1 = torch.arange(start, end, device=q.device, dtype=torch.float32).repeat(heads // kv_heads)[:, None]
+        d_scores, weights = q @ k.transpose(1, 2), d_out @ v.transpose(1, 2)
+        _softmax_backward(d_scores, weights, log_total, delta, at_Q1, 1 / math.sqrt(width))
+        d_v_BSW[:, :end].baddbmm_(weights.transpose(1, 2), d_out)
+        d_k_BSW[:, :end].baddbmm_(d_scores.transpose(1, 2), q)
+        d_q_BHSW[:, :, start:end] = (d_scores @ k).view(batch, heads, end - start, width)
+    return d_q_BHSW, d_k_BSW.view_as(k_BKSW), d_v_BSW.view_as(v_BKSW)

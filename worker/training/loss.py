@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LOGITS_AT_ONCE = 2**23  # times 4 bytes, and as much again for their gradient
+from worker.training.kernels import cross_entropy
+
+NO_TARGET = -1  # of a row that does not count
+_LOGITS_AT_ONCE = 2**25  # 64 MiB in 16 bits, and as much again for their gradient
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
         gradients = []
         for hidden_nD, targets_n in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True):
-            logits_nV = (hidden_nD @ head_VD.T).float()
-            correct += (logits_nV.argmax(dim=1) == targets_n).sum()
-            log_total_n1 = logits_nV.logsumexp(dim=1, keepdim=True)
-            loss_sum += (log_total_n1 - logits_nV.gather(1, targets_n[:, None])).sum()
+            losses, hits, d_logits_nV = cross_entropy(hidden_nD @ head_VD.T, targets_n)
+            loss_sum, correct = loss_sum + losses, correct + hits
             if ctx.needs_input_grad[0]:
-                gradient_nV = logits_nV.sub_(log_total_n1).exp_()  # softmax, less one where the target is
-                gradient_nV.scatter_add_(1, targets_n[:, None], gradient_nV.new_full((len(targets_n), 1), -1.0))
-                gradients.append(gradient_nV.to(head_VD.dtype) @ head_VD)
+                gradients.append(d_logits_nV @ head_VD)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         ctx.mark_non_differentiable(correct)

@@ -6,17 +6,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from torch import Tensor, nn
 
-from app.core.spec import TrainSpec
+from app.core.spec import OptimizerSpec, TrainSpec
 from worker.model.adapter import targets_of
 from worker.model.base import LoadedBase
-from worker.training.attention import packed_attention
+from worker.training import decoder
 from worker.training.data import MicroBatch
+from worker.training.decoder import Decoder
 from worker.training.failures import BaseUnsupported
-from worker.training.loss import LabelledLoss, labelled_loss
+from worker.training.loss import NO_TARGET, LabelledLoss, labelled_loss
+from worker.training.stock import StockDecoder
+
+_TOKENS, _LABELLED = 128, 64  # what numbers of them are rounded up to
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Trainee:
 
     model: Any
     base: LoadedBase
+    decoder: Decoder | StockDecoder
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -33,20 +39,23 @@ class Trainee:
     def loss(self, batch: MicroBatch) -> LabelledLoss:
         """Summed over the labelled positions of one micro-batch.
 
-        The decoder sees neither cache nor mask: given either, transformers would let packed documents see each other.
-        LoRA is computed in the base's own 16 bits, from fp32 masters.
+        Sizes are rounded up, by one more document and by labels that do not count: a CPU's products are compiled for each size,
+        and the heap fits what it held before.
         """
-        decoder, head_VD = self.base.model.get_decoder(), self.base.model.get_output_embeddings().weight
-        device = head_VD.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=head_VD.dtype == torch.bfloat16):
-            hidden_1TD = decoder(
-                input_ids=torch.from_numpy(batch.tokens_T)[None].to(device),
-                position_ids=torch.from_numpy(batch.positions_T)[None].to(device),
-                use_cache=False,
-                documents=batch.lengths,
-            ).last_hidden_state
-        hidden_ND = hidden_1TD[0, torch.from_numpy(batch.labelled_N).to(device)]
-        return labelled_loss(hidden_ND, head_VD, torch.from_numpy(batch.targets_N).to(device))
+        head_VD = self.base.model.get_output_embeddings().weight
+        padding, unused = -len(batch.tokens_T) % _TOKENS, -len(batch.labelled_N) % _LABELLED
+        tokens_T, positions_T, labelled_N, targets_N = (
+            torch.from_numpy(np.concatenate([array, more])).to(head_VD.device)
+            for array, more in (
+                (batch.tokens_T, np.zeros(padding, np.int64)),
+                (batch.positions_T, np.arange(padding)),
+                (batch.labelled_N, np.zeros(unused, np.int64)),
+                (batch.targets_N, np.full(unused, NO_TARGET)),
+            )
+        )
+        lengths = (*batch.lengths, padding) if padding else batch.lengths
+        hidden_ND = self.decoder.hidden_at(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
+        return labelled_loss(hidden_ND, head_VD, targets_N)
 
     @torch.no_grad()
     def load(self, modules: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -74,8 +83,37 @@ def adapted(base: LoadedBase, spec: TrainSpec) -> Iterator[Trainee]:
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         model = peft.get_peft_model(base.model, config)
     try:
-        with packed_attention(base.model):
-            yield Trainee(model, base)
+        inner = base.model.get_decoder()
+        is_known = spec.lora.dropout == 0 and decoder.knows(inner, longest=spec.max_seq_length)
+        yield Trainee(model, base, Decoder(inner) if is_known else StockDecoder(inner))
     finally:
         model.unload()
         base.model.__dict__.pop("peft_config", None)  # PEFT's mark: left there, it would take the next adapter for a second one
+
+
+def warm_up(base: LoadedBase) -> None:
+    """What is compiled at first use is compiled, or fetched from disk, before there is a job. The base is left as it was."""
+    spec = TrainSpec(
+        base=base.entry.id,
+        n_epochs=1,
+        batch_size=1,
+        seed=0,
+        max_seq_length=_TOKENS,
+        micro_batch_tokens=_TOKENS,
+        checkpoint_every_steps=1,
+        optimizer=OptimizerSpec(learning_rate=1e-4),
+    )
+    with adapted(base, spec) as trainee:
+        for lengths in ((100, 40, 40), (60, 60)):  # one document of a length and several, first in the pack and later
+            torch.autograd.backward(trainee.loss(_meaningless(lengths)).loss_sum)
+
+
+def _meaningless(lengths: tuple[int, ...]) -> MicroBatch:
+    total = sum(lengths)
+    return MicroBatch(
+        tokens_T=np.arange(total),
+        positions_T=np.concatenate([np.arange(length) for length in lengths]),
+        lengths=lengths,
+        labelled_N=np.arange(total - 1),
+        targets_N=np.arange(1, total),
+    )
