@@ -18,6 +18,7 @@ from app.models import Desired
 
 log = structlog.get_logger()
 
+_REMEMBERED = 0.95  # of the pace so far, at each step
 FLUSH_SECONDS = 1.0  # metrics reach their reader within this
 
 
@@ -93,20 +94,20 @@ class Heart:
 
 
 class _Pace:
-    """How long is left, from a running mean of the time between steps."""
+    """How long is left, by tokens: steps differ in length. The last steps count most; evaluations between them count too."""
 
     def __init__(self) -> None:
-        self._seconds_per_step: float | None = None
-        self._steps_left = 0
+        self._seconds = self._tokens = 0.0
+        self._tokens_left = 0
         self._last_at: float | None = None
 
     def note(self, step: events.Stepped) -> None:
         now = time.monotonic()
-        if self._last_at is not None:
-            took, mean = now - self._last_at, self._seconds_per_step
-            self._seconds_per_step = took if mean is None else 0.9 * mean + 0.1 * took
-        self._last_at, self._steps_left = now, step.total_steps - step.step
+        if self._last_at is not None:  # what came before the first step was not all training
+            self._seconds = _REMEMBERED * self._seconds + now - self._last_at
+            self._tokens = _REMEMBERED * self._tokens + step.tokens
+        self._last_at, self._tokens_left = now, step.tokens_left
 
     @property
     def seconds_left(self) -> float | None:
-        return None if self._seconds_per_step is None else self._seconds_per_step * self._steps_left
+        return self._seconds / self._tokens * self._tokens_left if self._tokens else None

@@ -34,6 +34,7 @@ log = structlog.get_logger()
 POLL_SECONDS = 0.5  # so soon a cancel, a drain or a lost lease is seen
 STOP_SECONDS = 120.0  # what a trainer gets to end its micro-batch and write a checkpoint
 T = TypeVar("T")
+OnCheckpoint = Callable[[events.Checkpointed], None]
 
 
 class StorageDamaged(RuntimeError):
@@ -125,31 +126,46 @@ class _Attempt:
             assignment = _assignment(session, self._lease)
         with self._heart:
             job = self._patiently(lambda: _fetch(self._to, assignment, self._directory))
-            trainer = self._bench.take()
-            try:
-                with ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
-                    trainer.start(job)
-                    uploads, last = self._follow(trainer, assignment, uploader)
-                for upload in uploads:
-                    _settle(upload)
-                self._end(last, assignment)
-            finally:
-                trainer.kill()
+            uploads: list[Future[None]] = []
+            with ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
 
-    def _follow(
-        self, trainer: Trainer, assignment: Assignment, uploader: ThreadPoolExecutor
-    ) -> tuple[list["Future[None]"], events.Event]:
+                def keep(checkpoint: events.Checkpointed) -> None:
+                    uploads.append(uploader.submit(self._keep_checkpoint, assignment, checkpoint))
+
+                last = self._train(job, keep)
+            for upload in uploads:
+                _settle(upload)
+            self._end(last, assignment)
+
+    def _train(self, job: wire.TrainerJob, keep: OnCheckpoint) -> events.Event:
+        """The last word of its trainer. One that runs out of memory is followed by a new process with half the tokens at once."""
+        trainer = self._bench.take()
+        try:
+            trainer.start(job)
+            last = self._follow(trainer, keep)
+        finally:
+            trainer.kill()
+        if not (isinstance(last, events.Failed) and last.code == events.OUT_OF_MEMORY):
+            return last
+        smaller = job.smaller()
+        if smaller is None:
+            message = f"a micro-batch of {job.micro_batch_tokens} tokens does not fit; lower max_seq_length or the rank"
+            return events.Failed(code=events.OUT_OF_MEMORY, message=message, is_user_error=True)
+        message = f"Out of memory: going on with {smaller.micro_batch_tokens} tokens at once, the same steps."
+        self._heart.say(events.Noted(level="warn", message=message))
+        return self._train(smaller, keep)
+
+    def _follow(self, trainer: Trainer, keep: OnCheckpoint) -> events.Event:
         """Pass the trainer's words on until its last one. Checkpoints are uploaded beside the training."""
-        uploads: list[Future[None]] = []
         stop_by: float | None = None
         while True:
             event = trainer.next_event(POLL_SECONDS)
             self._heart.check()
             match event:
                 case events.Finished() | events.Stopped() | events.Failed():
-                    return uploads, event
+                    return event
                 case events.Checkpointed():
-                    uploads.append(uploader.submit(self._keep_checkpoint, assignment, event))
+                    keep(event)
                 case None:
                     pass
                 case _:
@@ -258,6 +274,7 @@ def _fetch(to: Services, assignment: Assignment, directory: Path) -> wire.Traine
         else None,
         output_dir=directory / "adapter",
         checkpoints_dir=checkpoints,
+        micro_batch_tokens=assignment.spec.micro_batch_tokens,
     )
 
 

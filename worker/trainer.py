@@ -62,7 +62,15 @@ def _run(job: wire.TrainerJob, warm: "_Warm | None", cache_dir: Path, said: Bina
     try:
         base_model = warm.loaded if warm and warm.serves(job) else None
         del warm  # a base that this job does not want must not lie in memory beside the one it does
-        run(job.spec, paths, job.base, base_model=base_model, on_event=say, should_stop=stopping.is_set)
+        run(
+            job.spec,
+            paths,
+            job.base,
+            base_model=base_model,
+            micro_batch_tokens=job.micro_batch_tokens,
+            on_event=say,
+            should_stop=stopping.is_set,
+        )
     except Exception as error:  # whatever it is, the supervisor hears of it; the traceback is for the log
         traceback.print_exc()
         say(failed(error))

@@ -13,10 +13,14 @@ from app.core.spec import TrainSpec
 
 READY = b'{"kind":"ready"}\n'
 STOP = b"stop\n"
+FEWEST_TOKENS = 128
 
 
 class TrainerJob(BaseModel):
-    """One run. Checkpoints go to, and are resumed from, `checkpoints_dir`; the adapter is written to `output_dir`."""
+    """One run. Checkpoints go to, and are resumed from, `checkpoints_dir`; the adapter is written to `output_dir`.
+
+    `micro_batch_tokens` is how many tokens are in memory at once: the spec's, or fewer where those did not fit.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -26,3 +30,9 @@ class TrainerJob(BaseModel):
     validation: Path | None = None
     output_dir: Path
     checkpoints_dir: Path
+    micro_batch_tokens: int
+
+    def smaller(self) -> "TrainerJob | None":
+        """The same steps with half the tokens at once; None where that would not help."""
+        half = self.micro_batch_tokens // 2
+        return self.model_copy(update={"micro_batch_tokens": half}) if half >= FEWEST_TOKENS else None

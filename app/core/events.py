@@ -1,8 +1,10 @@
 """What the training engine says while it works. It does not know who listens."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+OUT_OF_MEMORY: Final = "out_of_memory"  # the code of a failure that fewer tokens at once may mend
 
 
 class _Event(BaseModel):
@@ -19,7 +21,7 @@ class Started(_Event):
 
 
 class Stepped(_Event):
-    """One optimizer step. Loss is the mean over the step's labelled tokens, in nats."""
+    """One optimizer step. Loss is the mean over the step's labelled tokens, in nats. `tokens_left` come in later steps."""
 
     kind: Literal["stepped"] = "stepped"
     step: int
@@ -30,6 +32,7 @@ class Stepped(_Event):
     grad_norm: float
     tokens: int
     labelled_tokens: int
+    tokens_left: int
     tokens_per_second: float
 
 

@@ -1,7 +1,10 @@
 """A job outlives whoever works on it: same id, same curve, an event that says so."""
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
+import psutil
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
@@ -9,6 +12,7 @@ from tests import make
 from tests.stack import Stack
 
 SECONDS = 120
+T = TypeVar("T")
 
 
 def begin(client: OpenAI, *, epochs: int = 16) -> FineTuningJob:
@@ -81,3 +85,25 @@ def test_a_lost_broker_loses_nothing(stack: Stack, client: OpenAI) -> None:
 
     assert job.status == "succeeded"
     assert (job.model_extra or {})["attempt"] == 1
+
+
+def test_a_trainer_without_enough_memory_is_followed_by_one_that_takes_less_at_once(stack: Stack, client: OpenAI) -> None:
+    undisturbed = wait_for_end(client, begin(client, epochs=2))
+    (waiting,) = wait_until(lambda: stack.children("worker.trainer"))
+    wait_until(lambda: waiting.num_threads() > 1 and waiting.cpu_percent(interval=1) < 5)  # it is warm
+    waiting.rlimit(psutil.RLIMIT_AS, (waiting.memory_info().vms + 20 * 2**20, psutil.RLIM_INFINITY))
+    starved = wait_for_end(client, begin(client, epochs=2))
+
+    told = messages(client, starved)
+    assert starved.status == "succeeded", told
+    assert any(message.startswith("Out of memory: going on with 1024 tokens at once") for message in told), told
+    assert (starved.model_extra or {})["attempt"] == 1
+    assert losses(client, starved).keys() == losses(client, undisturbed).keys()
+
+
+def wait_until(found: Callable[[], T]) -> T:
+    deadline = time.monotonic() + SECONDS
+    while not (value := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return value

@@ -23,6 +23,7 @@ STEPPED = events.Stepped(
     grad_norm=1.0,
     tokens=10,
     labelled_tokens=5,
+    tokens_left=0,
     tokens_per_second=100.0,
 )
 

@@ -49,3 +49,10 @@ def test_going_on_after_any_step_sees_what_would_have_come(tiny: LoadedBase) -> 
     for step in range(data.total_steps):
         rest = [(s.number, s.tokens, s.micro_batches[0].tokens_T.tobytes()) for s in data.steps_after(step)]
         assert rest == said[step:]
+
+
+def test_what_is_left_is_what_the_later_steps_hold(tiny: LoadedBase) -> None:
+    data = TrainData(make.examples(tiny.renderer), make.spec(batch_size=5, n_epochs=3))
+
+    for done in range(data.total_steps + 1):
+        assert data.tokens_after(done) == sum(step.tokens for step in data.steps_after(done))

@@ -59,9 +59,10 @@ def test_the_manifest_tells_where_the_adapter_comes_from(tiny: LoadedBase, tmp_p
     assert said.metrics["train_loss"] == runner.of(Stepped)[-1].train_loss
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
-def test_a_stopped_and_resumed_run_gives_the_same_bits(tiny: LoadedBase, tmp_path: Path, stop_after: int) -> None:
-    asked = make.spec(lora={"dropout": 0.1}, batch_size=5)
+def test_a_stopped_and_resumed_run_gives_the_same_bits(tiny: LoadedBase, tmp_path: Path, stop_after: int, dropout: float) -> None:
+    asked = make.spec(lora={"dropout": dropout}, batch_size=5)
     straight, halting = Runner(tiny, tmp_path / "a", True), Runner(tiny, tmp_path / "b", True)
     straight.go(asked)
 
@@ -153,7 +154,24 @@ def test_a_run_that_stays_without_finite_gradients_fails_as_diverged(runner: Run
     said = failed(caught.value)
     assert (said.code, said.is_user_error) == ("diverged", True)
     assert [event.step for event in runner.of(Stepped)] == [1, 2]
+    assert [event.resumed_from for event in runner.of(Started)] == [0, 2]  # one more try, at half the rate
     assert not runner.paths.output.exists()
+
+
+@pytest.mark.parametrize(("poisoned", "kept"), [(range(3, 6), 2), (range(1, 4), 0)])
+def test_a_run_that_diverges_goes_on_once_from_its_checkpoint_at_half_the_rate(
+    tiny: LoadedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poisoned: range, kept: int
+) -> None:
+    straight, diverging = Runner(tiny, tmp_path / "a"), Runner(tiny, tmp_path / "b")
+    straight.go(make.spec(micro_batch_tokens=1000))
+    poison(monkeypatch, lambda call: call in poisoned)
+    result = diverging.go(make.spec(micro_batch_tokens=1000))
+
+    assert isinstance(result, Finished) and result.step == 6
+    assert "half the rate" in diverging.of(Noted)[-1].message
+    rates = [(event.step, event.learning_rate) for event in straight.of(Stepped)]
+    expected = rates[:kept] + [(step, rate / 2) for step, rate in rates[kept:]]
+    assert [(event.step, event.learning_rate) for event in diverging.of(Stepped)] == expected
 
 
 def test_a_file_without_a_usable_row_fails_with_that_reason(runner: Runner) -> None:

@@ -1,10 +1,14 @@
 """The trainer as a process of its own, spoken to as its supervisor does."""
 
+import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from app.core import catalog, events
@@ -17,15 +21,22 @@ from worker.model.base import LoadedBase
 Trainer = subprocess.Popen[bytes]
 
 
-@pytest.fixture
-def trainer(tiny: LoadedBase, bases_dir: Path) -> Iterator[Trainer]:
-    """Started and warm; `tiny` makes sure that its base is prepared."""
+@contextmanager
+def started(bases_dir: Path, **environment: str) -> Iterator[Trainer]:
     command = [sys.executable, "-m", "worker.trainer", "--cache-dir", str(bases_dir), "--warm", TINY]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=os.environ | environment, **pipes) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == wire.READY
         yield process
         process.kill()
+
+
+@pytest.fixture
+def trainer(tiny: LoadedBase, bases_dir: Path) -> Iterator[Trainer]:
+    """Started and warm; `tiny` makes sure that its base is prepared."""
+    with started(bases_dir) as process:
+        yield process
 
 
 def send(process: Trainer, line: bytes) -> None:
@@ -36,12 +47,14 @@ def send(process: Trainer, line: bytes) -> None:
 
 def job(base: LoadedBase, folder: Path, **asked: object) -> bytes:
     make.examples(base.renderer).write(folder / "training.safetensors")
+    spec = make.spec(**asked)
     made = wire.TrainerJob(
-        spec=make.spec(**asked),
+        spec=spec,
         base=catalog.load()[TINY],
         dataset=folder / "training.safetensors",
         output_dir=folder / "adapter",
         checkpoints_dir=folder / "checkpoints",
+        micro_batch_tokens=spec.micro_batch_tokens,
     )
     return made.model_dump_json().encode() + b"\n"
 
@@ -89,3 +102,42 @@ def test_a_failure_is_said_in_one_event(trainer: Trainer, tiny: LoadedBase, tmp_
     assert isinstance(said, events.Failed) and (said.code, said.is_user_error) == ("internal_error", False)
     assert str(tmp_path) not in said.message
     assert trainer.wait(10) == 1
+
+
+def test_killed_at_any_step_and_taken_over_it_ends_with_the_same_bits(tiny: LoadedBase, bases_dir: Path, tmp_path: Path) -> None:
+    def go(folder: Path, *, kill_at: int | None = None) -> None:
+        with started(bases_dir, TORCH_COMPILE_DISABLE="1") as process:
+            send(process, job(tiny, folder, n_epochs=4, checkpoint_every_steps=3))
+            for event in words_of(process):
+                if isinstance(event, Stepped) and event.step == kill_at:
+                    process.kill()
+
+    folders = [tmp_path / name for name in ("straight", "once", "twice")]
+    for folder in folders:
+        folder.mkdir()
+    straight, once, twice = folders
+    early, late = sorted(random.sample(range(1, 12), 2))
+    go(straight)
+    go(once, kill_at=late)
+    go(once)
+    go(twice, kill_at=early)
+    go(twice, kill_at=late)
+    go(twice)
+
+    def left_by(folder: Path) -> list[bytes]:
+        """The adapter, and the last checkpoint: weights, optimizer, how far it is."""
+        checkpoint = folder / "checkpoints" / "step-000009"
+        parts = ("adapter/adapter_model.safetensors", "state/optimizer.safetensors", "state/state.json")
+        return [(folder / parts[0]).read_bytes(), *((checkpoint / part).read_bytes() for part in parts)]
+
+    assert left_by(once) == left_by(straight), (early, late)
+    assert left_by(twice) == left_by(straight), (early, late)
+
+
+def test_a_trainer_that_is_short_of_memory_says_so(trainer: Trainer, tiny: LoadedBase, tmp_path: Path) -> None:
+    held = psutil.Process(trainer.pid)
+    held.rlimit(psutil.RLIMIT_AS, (held.memory_info().vms + 20 * 2**20, psutil.RLIM_INFINITY))
+    send(trainer, job(tiny, tmp_path))
+    *_, said = words_of(trainer)
+
+    assert isinstance(said, events.Failed) and (said.code, said.is_user_error) == (events.OUT_OF_MEMORY, False)

@@ -31,18 +31,26 @@ _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 
 
 class TrainState(BaseModel):
-    """How far a run is, between two steps. `metrics` are those of the last step and of the last evaluation."""
+    """How far a run is, between two steps. `metrics` are those of the last step and of the last evaluation.
+
+    `rate_scale` is what the schedule's rate is multiplied with: less than one in a run that has diverged before.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     step: int = 0
     trained_tokens: int = 0
     skipped_in_a_row: int = 0
+    rate_scale: float = 1.0
     metrics: dict[str, float] = {}
 
     def advanced(self, step: Step, metrics: dict[str, float]) -> "TrainState":
         tokens = self.trained_tokens + step.tokens
-        return TrainState(step=step.number, trained_tokens=tokens, metrics={**self.metrics, **metrics})
+        changes = {"step": step.number, "trained_tokens": tokens, "skipped_in_a_row": 0, "metrics": {**self.metrics, **metrics}}
+        return self.model_copy(update=changes)
+
+    def slowed(self, rate_scale: float) -> "TrainState":
+        return self.model_copy(update={"rate_scale": min(self.rate_scale, rate_scale)})
 
     def measured(self, **metrics: float) -> "TrainState":
         return self.model_copy(update={"metrics": {**self.metrics, **metrics}})

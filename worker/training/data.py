@@ -43,18 +43,30 @@ class Step:
 class TrainData:
     """The steps of a whole run."""
 
-    def __init__(self, examples: TokenisedSet, spec: TrainSpec) -> None:
+    def __init__(self, examples: TokenisedSet, spec: TrainSpec, *, micro_batch_tokens: int | None = None) -> None:
         self._examples, self._spec = examples, spec
+        self._max_tokens = micro_batch_tokens or spec.micro_batch_tokens
         self.total_steps = spec.total_steps(examples.examples)
 
     def steps_after(self, step: int) -> Iterator[Step]:
         """The steps that follow `step`; after 0 come all."""
-        per_epoch = -(-self._examples.examples // self._spec.batch_size)
         for number in range(step + 1, self.total_steps + 1):
-            epoch, within = divmod(number - 1, per_epoch)
-            order_E = np.random.default_rng([self._spec.seed, epoch]).permutation(self._examples.examples)
-            chosen = order_E[within * self._spec.batch_size :][: self._spec.batch_size]
-            yield Step(number, micro_batches(self._examples, chosen, max_tokens=self._spec.micro_batch_tokens))
+            epoch, within = divmod(number - 1, self._steps_per_epoch)
+            chosen = self._order_E(epoch)[within * self._spec.batch_size :][: self._spec.batch_size]
+            yield Step(number, micro_batches(self._examples, chosen, max_tokens=self._max_tokens))
+
+    def tokens_after(self, step: int) -> int:
+        """How many are still to be trained on once `step` is done."""
+        epoch, within = divmod(step, self._steps_per_epoch)
+        done_E = self._order_E(epoch)[: within * self._spec.batch_size]
+        return (self._spec.n_epochs - epoch) * self._examples.tokens - int(self._examples.lengths_E[done_E].sum())
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return -(-self._examples.examples // self._spec.batch_size)
+
+    def _order_E(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self._spec.seed, epoch]).permutation(self._examples.examples)
 
 
 def micro_batches(

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import torch
 
-from app.core.events import Failed
+from app.core.events import OUT_OF_MEMORY, Failed
 from worker.model.base import BaseRefused
 
 
@@ -33,6 +33,13 @@ def failed(error: BaseException) -> Failed:
             return Failed(code=error.code, message=str(error), is_user_error=True)
         case BaseRefused():
             return Failed(code="base_refused", message=str(error), is_user_error=False)
-        case MemoryError() | torch.OutOfMemoryError():
-            return Failed(code="out_of_memory", message="the trainer ran out of memory", is_user_error=False)
+        case _ if _is_out_of_memory(error):
+            return Failed(code=OUT_OF_MEMORY, message="the trainer ran out of memory", is_user_error=False)
     return Failed(code="internal_error", message=f"the trainer failed unexpectedly ({type(error).__name__})", is_user_error=False)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """On a CPU there is no class of its own: torch's allocator says the one, oneDNN the other."""
+    says = str(error)
+    is_said = "can't allocate memory" in says or "could not create a primitive" in says
+    return is_said or isinstance(error, MemoryError | torch.OutOfMemoryError)

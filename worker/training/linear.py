@@ -1,7 +1,7 @@
 """Frozen 4-bit linear layers with LoRA (arXiv:2106.09685, arXiv:2305.14314), their backward written out.
 
-Axes: T time, I/O in/out features, R rank (of all layers of a projection, side by side). y = x Wᵀ + s · (x Aᵀ) Bᵀ. W is made dense
-when it is needed, forward and backward, and not kept; x is the caller's to keep, and x Aᵀ is small.
+Axes: T time, I/O in/out features, R rank (of all layers of a projection, side by side). y = x Wᵀ + (x · s Aᵀ) Bᵀ. W is made dense
+when it is needed, forward and backward, and not kept; x is the caller's to keep, and x · s Aᵀ is small.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -47,15 +47,15 @@ class Linear:
         return dense
 
     def a_RI(self, kind: torch.dtype) -> Tensor:
-        return self.parameters[0].detach().to(kind)
+        """Scaled: s is paid here, on the smallest of all."""
+        return (self.parameters[0].detach() * self._scaling).to(kind)
 
     def b_OR(self, kind: torch.dtype) -> Tensor:
-        """Scaled."""
-        return (self.parameters[1].detach() * self._scaling).to(kind)
+        return self.parameters[1].detach().to(kind)
 
     def gradients(self, d_y_TO: Tensor, d_low_TR: Tensor, x_TI: Tensor, low_TR: Tensor) -> tuple[Tensor, Tensor]:
         """Of A and B, in fp32 as they are."""
-        return (d_low_TR.T @ x_TI).float(), (d_y_TO.T @ low_TR).float().mul_(self._scaling)
+        return (d_low_TR.T @ x_TI).float().mul_(self._scaling), (d_y_TO.T @ low_TR).float()
 
 
 class Projection:
@@ -74,7 +74,7 @@ class Projection:
         return [empty((len(x_TI), layer.width), dtype=x_TI.dtype) for layer in self._layers]
 
     def forward(self, x_TI: Tensor, *, onto_TO: Tensor | None = None, outputs: Sequence[Tensor]) -> Tensor:
-        """Fills `outputs`, one for each layer; gives x Aᵀ, which the backward wants."""
+        """Fills `outputs`, one for each layer; gives x · s Aᵀ, which the backward wants."""
         kind = x_TI.dtype
         low_TR = x_TI @ self._a_RI(kind).T if self._ends[-1] else x_TI[:, :0]
         for layer, y_TO, part_TR in zip(self._layers, outputs, self._parts(low_TR), strict=True):
@@ -84,7 +84,7 @@ class Projection:
         return low_TR
 
     def backward(self, d_outputs: Sequence[Tensor], low_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of x and of x Aᵀ."""
+        """The gradients of x and of x · s Aᵀ."""
         d_low_TR, kind = torch.empty_like(low_TR), low_TR.dtype
         for layer, d_y_TO, part_TR in zip(self._layers, d_outputs, self._parts(d_low_TR), strict=True):
             if layer.rank:
@@ -108,7 +108,8 @@ class Projection:
         ]
 
     def _a_RI(self, kind: torch.dtype) -> Tensor:
-        return torch.cat([layer.a_RI(kind) for layer in self._layers if layer.rank])
+        first, *others = (layer.a_RI(kind) for layer in self._layers if layer.rank)
+        return torch.cat([first, *others]) if others else first
 
     def _parts(self, low_TR: Tensor) -> Iterator[Tensor]:
         return (low_TR[:, start:end] for start, end in pairwise(self._ends))

@@ -36,6 +36,7 @@ def train(
     `keep` is called where a checkpoint is due. Raises Diverged.
     """
     trainee.model.train()
+    tokens_left = data.tokens_after(state.step)
     for step in data.steps_after(state.step):
         started_at = time.monotonic()
         torch.manual_seed(spec.seed + step.number)  # dropout: that of this step, whatever ran before it
@@ -48,6 +49,7 @@ def train(
             torch.autograd.backward(loss.loss_sum / step.labelled_tokens)  # one mean over the step, however it was cut up
             loss_sum, correct = loss_sum + loss.loss_sum.detach(), correct + loss.correct
 
+        tokens_left -= step.tokens
         train_loss, accuracy = float(loss_sum) / step.labelled_tokens, float(correct) / step.labelled_tokens
         norm = optimizer.clip()
         if not (math.isfinite(norm) and math.isfinite(train_loss)):
@@ -57,7 +59,7 @@ def train(
                 raise Diverged(f"{MAX_SKIPPED_IN_A_ROW} steps in a row gave no finite gradient; try a lower learning rate")
             on_event(Noted(level="warn", message=f"Step {step.number} gave no finite gradient and was left out."))
             continue
-        rate = learning_rate(step.number, data.total_steps, spec.optimizer)
+        rate = state.rate_scale * learning_rate(step.number, data.total_steps, spec.optimizer)
         optimizer.step(rate)
         optimizer.zero_grad()
 
@@ -72,6 +74,7 @@ def train(
                 grad_norm=norm,
                 tokens=step.tokens,
                 labelled_tokens=step.labelled_tokens,
+                tokens_left=tokens_left,
                 tokens_per_second=step.tokens / (time.monotonic() - started_at),
             )
         )

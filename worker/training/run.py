@@ -13,11 +13,13 @@ from worker.training import checkpoint, loop
 from worker.training.checkpoint import Identity, TrainState
 from worker.training.data import MicroBatch, TrainData, micro_batches
 from worker.training.evaluate import evaluate
-from worker.training.failures import NothingToTrain
+from worker.training.failures import Diverged, NothingToTrain
 from worker.training.loop import OnEvent, ShouldStop
 from worker.training.optim import Optimizer
 from worker.training.tokenise import TokenisedSet
 from worker.training.trainee import Trainee, adapted
+
+_ROLLED_BACK = 0.5  # of the learning rate
 
 
 @dataclass(frozen=True)
@@ -37,25 +39,41 @@ def run(
     base: catalog.Base,
     *,
     base_model: LoadedBase | None = None,
+    micro_batch_tokens: int | None = None,
     on_event: OnEvent,
     should_stop: ShouldStop,
 ) -> Finished | Stopped:
     """Train an adapter, going on from the newest checkpoint if there is one. The result is also the last event.
 
-    `base_model` is the base if it is in memory already, quantized as the spec says. Raises TrainingFailed, BaseRefused.
+    A run that diverges is rolled back to there once, and goes on at half the rate. `base_model` is the base if it is in memory
+    already, quantized as the spec says. `micro_batch_tokens` goes before the spec's: how a step is cut up changes nothing but
+    memory and the last bits. Raises TrainingFailed, BaseRefused.
     """
     examples = TokenisedSet.read(paths.dataset)
     if not examples.examples:
         raise NothingToTrain("no row of the training file can be trained on")
     loaded = base_model or bases.load(base, paths.cache, quantization=spec.quantization, for_training=True)
-    with adapted(loaded, spec) as trainee:
-        data = TrainData(examples, spec)
-        optimizer = Optimizer(trainee.parameters, spec.optimizer)
-        keeper = _Keeper(Identity(spec, loaded, examples.sha256), paths, trainee, optimizer, on_event, should_stop)
-        state = keeper.restore()
-        on_event(Started(total_steps=data.total_steps, resumed_from=state.step, trainable_parameters=optimizer.parameters))
-        state = loop.train(trainee, data, optimizer, state, spec, keep=keeper.keep, on_event=on_event, should_stop=should_stop)
-        result = keeper.finish(state) if state.step == data.total_steps else keeper.stop(state)
+
+    tokens_at_once = micro_batch_tokens or spec.micro_batch_tokens
+
+    def attempt(rate_scale: float) -> Finished | Stopped:
+        with adapted(loaded, spec) as trainee:
+            data = TrainData(examples, spec, micro_batch_tokens=tokens_at_once)
+            optimizer = Optimizer(trainee.parameters, spec.optimizer)
+            identity, validation = Identity(spec, loaded, examples.sha256), _open_validation(paths.validation, tokens_at_once)
+            keeper = _Keeper(identity, paths, trainee, optimizer, validation, on_event, should_stop)
+            state = keeper.restore().slowed(rate_scale)
+            on_event(Started(total_steps=data.total_steps, resumed_from=state.step, trainable_parameters=optimizer.parameters))
+            state = loop.train(
+                trainee, data, optimizer, state, spec, keep=keeper.keep, on_event=on_event, should_stop=should_stop
+            )
+            return keeper.finish(state) if state.step == data.total_steps else keeper.stop(state)
+
+    try:
+        result = attempt(1.0)
+    except Diverged as error:
+        on_event(Noted(level="warn", message=f"Rolled back to the last checkpoint, to go on at half the rate: {error}."))
+        result = attempt(_ROLLED_BACK)
     on_event(result)
     return result
 
@@ -69,12 +87,13 @@ class _Keeper:
         paths: Paths,
         trainee: Trainee,
         optimizer: Optimizer,
+        validation: tuple[MicroBatch, ...],
         on_event: OnEvent,
         should_stop: ShouldStop,
     ) -> None:
         self._identity, self._paths, self._trainee, self._optimizer = identity, paths, trainee, optimizer
         self._on_event, self._should_stop = on_event, should_stop
-        self._validation = _open_validation(paths.validation, identity.spec)
+        self._validation = validation
         self._kept_step = 0
 
     def restore(self) -> TrainState:
@@ -125,8 +144,8 @@ class _Keeper:
         return state
 
 
-def _open_validation(path: Path | None, spec: TrainSpec) -> tuple[MicroBatch, ...]:
+def _open_validation(path: Path | None, tokens_at_once: int) -> tuple[MicroBatch, ...]:
     if path is None:
         return ()
     examples = TokenisedSet.read(path)
-    return micro_batches(examples, range(examples.examples), max_tokens=spec.micro_batch_tokens)
+    return micro_batches(examples, range(examples.examples), max_tokens=tokens_at_once)

@@ -34,8 +34,8 @@ class Kept:
         """Not initialized. Whoever keeps the tensor keeps this object too."""
         needed = torch.Size(shape).numel() * dtype.itemsize
         if not self._blocks or self._used + needed > self._blocks[-1].numel():
-            self._blocks.append(self._block(needed))
-            self._used = 0
+            self._blocks.append(self._block(needed + _ALIGNMENT))
+            self._used = _ALIGNMENT  # never 0, which torch.compile takes for a case of its own
         piece = self._blocks[-1][self._used : self._used + needed]
         self._used += -(-needed // _ALIGNMENT) * _ALIGNMENT
         return piece.view(dtype).view(shape).data  # of its own: torch counts changes of a tensor and its views together

@@ -1,0 +1,165 @@
+"""The decoder written out, beside transformers' own with PEFT's layers: the same numbers, forward and backward."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from worker.training import attention, decoder, fused, kernels
+from worker.training.attention import Documents
+from worker.training.decoder import Decoder
+from worker.training.fused import Fused
+from worker.training.stock import StockDecoder
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks by it
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 120,
+    "max_position_embeddings": 1024,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama, longer context": LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "qwen2, with biases": Qwen2Config(**SHAPE),
+    "qwen3, with norms in heads": Qwen3Config(**SHAPE),
+}
+LENGTHS = (300, 290, 40, 41, 7, 2)  # more queries than one block holds; like and unlike neighbours
+
+
+def model_of(config: PreTrainedConfig, targets: list[str] | str = "all-linear") -> Any:
+    """Drawn at random, biases, norms and B of LoRA too: none is zero or one."""
+    torch.manual_seed(3)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
+    model = peft.get_peft_model(plain, peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "norm" in name or name.endswith("bias"):
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def computed(model: Any, of: Callable[[Any], Decoder | StockDecoder], lengths: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+    """Hidden states of every third position, and the gradients of a sum over them."""
+    tokens_T = torch.randint(0, 120, (sum(lengths),), generator=torch.Generator().manual_seed(7))
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    rows_N = torch.arange(0, len(tokens_T), 3)
+    hidden_ND = of(model.get_decoder()).hidden_at(rows_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
+    weights_ND = torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(8))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return hidden_ND.detach(), list(torch.autograd.grad((hidden_ND * weights_ND).sum(), parameters))
+
+
+def assert_same(model: Any, lengths: tuple[int, ...] = LENGTHS) -> None:
+    ours, our_gradients = computed(model, Decoder, lengths)
+    theirs, their_gradients = computed(model, StockDecoder, lengths)
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+    for one, other in zip(our_gradients, their_gradients, strict=True):
+        assert float((one - other).norm() / other.norm()) < 2e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_known_family_gives_what_transformers_gives(family: str) -> None:
+    model = model_of(FAMILIES[family])
+
+    assert decoder.knows(model.get_decoder(), longest=max(LENGTHS))
+    assert_same(model)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj"], ["gate_proj"], ["down_proj"]])
+def test_layers_without_an_adapter_are_passed_through(targets: list[str]) -> None:
+    assert_same(model_of(FAMILIES["llama"], targets))
+
+
+@pytest.mark.parametrize("lengths", [(600,), (2, 2, 2, 2), (64, 64), (5, 128, 3, 257)])
+def test_any_mix_of_documents(lengths: tuple[int, ...]) -> None:
+    assert_same(model_of(FAMILIES["llama"]), lengths)
+
+
+def test_a_second_forward_does_not_take_what_the_first_one_keeps() -> None:
+    model = model_of(FAMILIES["llama"])
+    both = Decoder(model.get_decoder())
+    tokens_T, positions_T, rows_N = torch.arange(60) % 120, torch.arange(60), torch.arange(60)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def forward(shift: int) -> Tensor:
+        return both.hidden_at(rows_N, tokens_T=(tokens_T + shift) % 120, positions_T=positions_T, lengths=(60,)).sum()
+
+    alone = torch.autograd.grad(forward(0), parameters)
+    first, _ = forward(0), forward(50)
+
+    assert all(map(torch.equal, torch.autograd.grad(first, parameters), alone))
+
+
+def test_what_it_does_not_know_is_left_to_transformers() -> None:
+    gemma = AutoModelForCausalLM.from_config(Gemma3TextConfig(**SHAPE, sliding_window=16))
+    windowed = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=100))
+    activated = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, hidden_act="gelu"))
+
+    assert not decoder.knows(gemma.get_decoder(), longest=10)
+    assert not decoder.knows(activated.get_decoder(), longest=10)
+    assert decoder.knows(windowed.get_decoder(), longest=100)
+    assert not decoder.knows(windowed.get_decoder(), longest=101)
+
+
+def test_documents_of_like_lengths_share_a_bucket_and_nothing_is_lost() -> None:
+    lengths = (300, 290, 280, 100, 90, 5, 5, 5, 90)
+    documents = Documents(lengths, torch.zeros(sum(lengths), 1, 4), torch.zeros(sum(lengths), 1, 4))
+    rows = [row for bucket in documents.buckets for row in bucket.rows_BS.flatten()[bucket.slots_t].tolist()]
+
+    assert rows == list(range(sum(lengths)))
+    assert [len(bucket.rows_BS) for bucket in documents.buckets] == [3, 2, 3, 1]
+
+
+def of_module(module: Any) -> Iterator[Fused[..., Any]]:
+    return (value for value in vars(module).values() if isinstance(value, Fused))
+
+
+def test_compiled_is_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused.can_compile():
+        pytest.skip("no C++ compiler here: everything runs as it is written")
+    model = model_of(FAMILIES["llama"])
+    compiled = computed(model, Decoder, LENGTHS)
+    for function in (*of_module(kernels), *of_module(attention)):
+        monkeypatch.setattr(function, "_compiled", function.as_written)
+    written = computed(model, Decoder, LENGTHS)
+
+    torch.testing.assert_close(compiled, written, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(compiled[0], torch.zeros_like(compiled[0]))
+
+
+def test_without_a_compiler_functions_run_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nonexistent/cache")
+    fused.can_compile.cache_clear()
+    double = Fused(lambda values: values * 2)
+    try:
+        assert not fused.can_compile()
+        assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))
+    finally:
+        fused.can_compile.cache_clear()
