@@ -198,10 +198,8 @@ class _Attempt:
                 self._say(lambda session: leases.fail(session, self._lease, code=last.code, message=last.message))
             case events.Failed():
                 raise TrainerDied(last.message)
-            case _ if self._heart.wants == Desired.CANCEL:
-                self._say(lambda session: leases.acknowledge_cancel(session, self._lease))
             case _:
-                self._say(lambda session: leases.drain(session, self._lease))
+                self._say(lambda session: leases.stop(session, self._lease))
 
     def _publish(self, finished: events.Finished, assignment: Assignment) -> None:
         """Upload, verify, and let the job succeed: model, result file and webhooks appear in one transaction."""

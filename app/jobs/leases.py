@@ -166,18 +166,11 @@ def release(session: orm.Session, lease: Lease, *, reason: str, settings: LeaseS
     _give_back(session, holding(session, lease), reason=reason, settings=settings)
 
 
-def drain(session: orm.Session, lease: Lease) -> None:
-    """The worker leaves in good order: the job goes back to the queue and nothing is counted against it."""
+def stop(session: orm.Session, lease: Lease) -> None:
+    """The trainer has stopped because it was told to, and has kept a checkpoint. Nothing is counted against the job."""
     job = holding(session, lease)
-    if job.desired == Desired.CANCEL:
-        states.move(session, job, JobState.CANCELLED, "The job was cancelled")
-    else:
+    if not _as_desired(session, job):
         _requeue(session, job, "The worker is going down; the job goes on elsewhere from its last checkpoint")
-
-
-def acknowledge_cancel(session: orm.Session, lease: Lease) -> None:
-    """The trainer has stopped because the owner cancelled."""
-    states.move(session, holding(session, lease), JobState.CANCELLED, "The job was cancelled")
 
 
 def reap(session: orm.Session, *, settings: LeaseSettings) -> int:
@@ -193,9 +186,8 @@ def reap(session: orm.Session, *, settings: LeaseSettings) -> int:
 
 
 def _give_back(session: orm.Session, job: Job, *, reason: str, settings: LeaseSettings) -> None:
-    """A broken attempt of a job that its owner has cancelled is the end they wanted."""
-    if job.desired == Desired.CANCEL:
-        states.move(session, job, JobState.CANCELLED, "The job was cancelled")
+    """A broken attempt of a job that its owner has cancelled or paused is what they wanted."""
+    if _as_desired(session, job):
         return
     job.failures += 1
     if job.failures >= settings.max_attempts:
@@ -204,6 +196,18 @@ def _give_back(session: orm.Session, job: Job, *, reason: str, settings: LeaseSe
         return
     job.not_before = _in(BACKOFF_SECONDS * 2 ** (job.failures - 1))
     _requeue(session, job, f"{reason}; the job goes on from its last checkpoint", level="warn")
+
+
+def _as_desired(session: orm.Session, job: Job) -> bool:
+    """Whether its owner wants it to run no longer, which it then does not."""
+    match Desired(job.desired):
+        case Desired.CANCEL:
+            states.move(session, job, JobState.CANCELLED, "The job was cancelled")
+        case Desired.PAUSE:
+            states.move(session, job, JobState.PAUSED, states.PAUSED)
+        case Desired.RUN:
+            return False
+    return True
 
 
 def _requeue(session: orm.Session, job: Job, message: str, *, level: events.Level = "info") -> None:

@@ -15,7 +15,7 @@ from app.core.chat import Problem
 from app.core.settings import LeaseSettings
 from app.files import service as files
 from app.jobs import events, states
-from app.models import File, FileStatus, Job, JobState
+from app.models import Desired, File, FileStatus, Job, JobState
 
 POSTPONED = timedelta(seconds=5)
 
@@ -111,7 +111,10 @@ def finish(
     for problem in dropped:
         events.append(session, job, f"Line {problem.line} is left out: {problem.message}", level="warn")
     states.move(session, job, JobState.QUEUED, "Files validated, moving job to queued state", data=plan)
-    outbox.ring(session, job.queue)
+    if job.desired == Desired.PAUSE:
+        states.move(session, job, JobState.PAUSED, states.PAUSED)
+    else:
+        outbox.ring(session, job.queue)
 
 
 def reject(session: orm.Session, job_id: str, *, code: str, message: str, param: str) -> None:

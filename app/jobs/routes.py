@@ -50,6 +50,18 @@ def cancel_job(job_id: str, session: Session, caller: Caller) -> JobOut:
     return JobOut.of(jobs.cancel(session, caller, job_id))
 
 
+@router.post("/jobs/{job_id}/pause")
+def pause_job(job_id: str, session: Session, caller: Caller) -> JobOut:
+    """Halt a job. A running one keeps a checkpoint first; it shows as `queued` with `paused: true`."""
+    return JobOut.of(jobs.pause(session, caller, job_id))
+
+
+@router.post("/jobs/{job_id}/resume")
+def resume_job(job_id: str, session: Session, caller: Caller) -> JobOut:
+    """Let a paused job go on from its last checkpoint."""
+    return JobOut.of(jobs.resume(session, caller, job_id))
+
+
 @router.get("/jobs/{job_id}/events")
 def list_job_events(
     job_id: str, session: Session, caller: Caller, after: str | None = None, limit: Limit = 20

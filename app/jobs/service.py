@@ -96,15 +96,53 @@ def list_checkpoints(
 
 def cancel(session: orm.Session, caller: Caller, job_id: str) -> Job:
     """Stop a job: a waiting one at once, a running one as soon as its worker hears of it. Twice is the same as once."""
-    job = get(session, caller, job_id)
-    session.refresh(job, with_for_update=True)
+    job = _locked(session, caller, job_id)
     if job.state == JobState.CANCELLED:
         return job
-    if job.state in states.TERMINAL:
-        raise states.IllegalMove(f"job {job.id} has {job.state} and cannot be cancelled")
+    _require_unfinished(job, "cancelled")
     job.desired = Desired.CANCEL
     if job.state != JobState.RUNNING:
         states.move(session, job, JobState.CANCELLED, "The job was cancelled")
+    return _as_stored(session, job)
+
+
+def pause(session: orm.Session, caller: Caller, job_id: str) -> Job:
+    """Halt a job: a waiting one at once, a running one with a checkpoint as soon as its worker hears of it. Twice is once."""
+    job = _locked(session, caller, job_id)
+    _require_unfinished(job, "paused")
+    job.desired = Desired.PAUSE
+    if job.state == JobState.QUEUED:
+        states.move(session, job, JobState.PAUSED, states.PAUSED)
+    return _as_stored(session, job)
+
+
+def resume(session: orm.Session, caller: Caller, job_id: str) -> Job:
+    """Let a paused job go on from its last checkpoint. One that is not paused is left as it is."""
+    job = _locked(session, caller, job_id)
+    _require_unfinished(job, "resumed")
+    job.desired = Desired.RUN
+    if job.state == JobState.PAUSED:
+        job.queued_at = job.not_before = func.clock_timestamp()
+        states.move(session, job, JobState.QUEUED, "The job was resumed")
+        outbox.ring(session, job.queue)
+    return _as_stored(session, job)
+
+
+def _locked(session: orm.Session, caller: Caller, job_id: str) -> Job:
+    job = get(session, caller, job_id)
+    session.refresh(job, with_for_update=True)
+    return job
+
+
+def _require_unfinished(job: Job, participle: str) -> None:
+    """Raises IllegalMove. A job that is to be cancelled is as good as cancelled: only its worker has yet to hear of it."""
+    if job.state in states.TERMINAL:
+        raise states.IllegalMove(f"job {job.id} has {job.state} and cannot be {participle}")
+    if job.desired == Desired.CANCEL and participle != "cancelled":
+        raise states.IllegalMove(f"job {job.id} is being cancelled and cannot be {participle}")
+
+
+def _as_stored(session: orm.Session, job: Job) -> Job:
     session.flush()
     session.refresh(job)
     return job

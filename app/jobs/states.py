@@ -23,12 +23,15 @@ MOVES: dict[JobState, frozenset[JobState]] = {
 }
 TERMINAL = frozenset(state for state, nexts in MOVES.items() if not nexts)
 
+PAUSED = "The job was paused"  # from wherever it was
+
 _WEBHOOKS = {
     S.VALIDATING_FILES: EventType.CREATED,
     S.RUNNING: EventType.STARTED,
     S.SUCCEEDED: EventType.SUCCEEDED,
     S.FAILED: EventType.FAILED,
     S.CANCELLED: EventType.CANCELLED,
+    S.PAUSED: EventType.PAUSED,
 }
 
 

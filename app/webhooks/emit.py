@@ -17,6 +17,7 @@ class EventType(StrEnum):
     CREATED = "fine_tuning.job.created"
     STARTED = "fine_tuning.job.started"
     CHECKPOINT = "fine_tuning.job.checkpoint"
+    PAUSED = "fine_tuning.job.paused"
     SUCCEEDED = "fine_tuning.job.succeeded"
     FAILED = "fine_tuning.job.failed"
     CANCELLED = "fine_tuning.job.cancelled"

@@ -74,6 +74,7 @@ def _trained() -> Iterator[Finding]:
     report = training.probe()
     yield from _guarded("torch", partial(training.torch, report))
     yield from _guarded("bitsandbytes", partial(training.bitsandbytes, report))
+    yield from _guarded("compiler", training.compiler)
     yield from _guarded("gpu", partial(gpu.examine, report))
 
 

@@ -5,9 +5,11 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,19 @@ def bitsandbytes(report: Report) -> Finding:
     if not report.nf4["error"] < MAX_NF4_ERROR:  # so that NaN fails too
         return failed("bitsandbytes", f"{found}; 9 % is right", reinstall)
     return ok("bitsandbytes", found)
+
+
+def compiler() -> Finding:
+    """torch.compile makes the functions between a layer's products with it: C++ for a CPU, Triton's launchers for a GPU."""
+    if not _is_installed("torch"):
+        return skipped("compiler", "not needed without torch", INSTALL)
+    name, headers = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include")) / "Python.h"
+    found, install = shutil.which(name), "apt install g++ python3-dev, or what your system calls them"
+    if found is None:
+        return warning("compiler", f"no {name}: training works, several times slower", install)
+    if not headers.exists():
+        return warning("compiler", f"{found}, but no {headers}: training works, several times slower", install)
+    return ok("compiler", found)
 
 
 def _report(output: str, end: str | None) -> Report:

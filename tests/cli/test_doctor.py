@@ -24,7 +24,8 @@ from worker.embedded.paths import hold
 GIB = 1024**3
 ON_EVERY_MACHINE = {
     "python", "platform", "memory", "cpu", "user", "settings", "variables", "catalog", "data dir", "cache dir",
-    "temp dir", "shared memory", "stack", "port", "postgres", "valkey", "s3", "base model", "torch", "bitsandbytes", "gpu", "hub",
+    "temp dir", "shared memory", "stack", "port", "postgres", "valkey", "s3", "base model", "torch", "bitsandbytes",
+    "compiler", "gpu", "hub",
 }  # fmt: skip
 OF_A_SERVICE = {"secrets", "work dir", "database api", "database system", "database owner", "broker", "bucket"}
 # what the API's image has not
@@ -112,6 +113,14 @@ def test_without_torch_it_says_which_extra_to_install(place: tuple[str, ...]) ->
     assert told.status == 0
     assert told["torch"]["state"] == told["bitsandbytes"]["state"] == "skipped"
     assert "tunesmith[worker]" in told["torch"]["remedy"]
+
+
+def test_a_machine_without_a_compiler_is_warned_of_slow_training(place: tuple[str, ...]) -> None:
+    told = doctor(*place, "--json", without=(), variables={"CXX": "/nonexistent/c++"})
+
+    assert told.status == 0
+    assert told["compiler"]["state"] == "warning"
+    assert "/nonexistent/c++" in told["compiler"]["found"] and "apt install g++" in told["compiler"]["remedy"]
 
 
 def test_a_crash_in_native_code_is_a_finding(place: tuple[str, ...], tmp_path: Path) -> None:

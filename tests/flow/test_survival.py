@@ -77,6 +77,27 @@ def test_a_job_survives_its_trainer_and_its_worker(stack: Stack, client: OpenAI)
         assert losses(client, job) == losses(client, undisturbed)
 
 
+def test_a_paused_job_goes_on_where_it_was(stack: Stack, client: OpenAI) -> None:
+    undisturbed = wait_for_end(client, begin(client))
+    job = begin(client)
+    wait_for_checkpoint(client, job)
+    client.fine_tuning.jobs.pause(job.id)
+    wait_until(lambda: is_paused(client, job))
+    steps = len(client.fine_tuning.jobs.list_events(job.id, limit=100).data)
+    time.sleep(2)
+    assert is_paused(client, job) and len(client.fine_tuning.jobs.list_events(job.id, limit=100).data) == steps
+    client.fine_tuning.jobs.resume(job.id)
+    job = wait_for_end(client, job)
+
+    assert job.status == "succeeded"
+    assert losses(client, job) == losses(client, undisturbed)
+
+
+def is_paused(client: OpenAI, job: FineTuningJob) -> bool:
+    found = client.fine_tuning.jobs.retrieve(job.id)
+    return found.status == "queued" and (found.model_extra or {})["paused"] is True
+
+
 def test_a_lost_broker_loses_nothing(stack: Stack, client: OpenAI) -> None:
     """Valkey comes back empty: rings are rung again, since the rows are still there."""
     for valkey in stack.children("valkey"):

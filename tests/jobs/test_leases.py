@@ -83,7 +83,7 @@ def test_a_failed_attempt_waits_before_the_next(session: orm.Session, organizati
 
 def test_a_drained_job_is_not_counted_against(session: orm.Session, organization: Caller) -> None:
     job = make.queued_job(session, organization)
-    leases.drain(session, make.claim(session, job))
+    leases.stop(session, make.claim(session, job))
 
     assert (job.failures, job.state) == (0, JobState.QUEUED)
     assert make.claim(session, job).attempt == 2
@@ -128,6 +128,56 @@ def test_a_finished_job_cannot_be_cancelled(session: orm.Session, organization: 
 
     with pytest.raises(IllegalMove, match="succeeded"):
         jobs.cancel(session, organization, job.id)
+
+
+def test_a_waiting_job_is_paused_at_once_and_nobody_takes_it(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    assert jobs.pause(session, organization, job.id).state == jobs.pause(session, organization, job.id).state == JobState.PAUSED
+
+    assert leases.claim(session, job.queue, owner="x", settings=make.LEASES) is None
+    jobs.resume(session, organization, job.id)
+    assert make.claim(session, job).attempt == 1
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_running_job_is_paused_when_its_worker_stops_or_dies(
+    session: orm.Session, organization: Caller, is_broken: bool
+) -> None:
+    job = make.queued_job(session, organization)
+    lease = make.claim(session, job)
+    jobs.pause(session, organization, job.id)
+
+    assert job.state == JobState.RUNNING
+    assert leases.heartbeat(session, lease, [], settings=make.LEASES) == Desired.PAUSE
+    if is_broken:
+        leases.release(session, lease, reason="It died", settings=make.LEASES)
+    else:
+        leases.stop(session, lease)
+    assert (job.state, job.failures) == (JobState.PAUSED, 0)
+
+
+def test_a_job_resumed_before_its_worker_heard_of_the_pause_goes_on(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    lease = make.claim(session, job)
+    jobs.pause(session, organization, job.id)
+    jobs.resume(session, organization, job.id)
+
+    assert leases.heartbeat(session, lease, [], settings=make.LEASES) == Desired.RUN
+    assert job.state == JobState.RUNNING
+
+
+def test_a_job_that_is_over_or_being_cancelled_can_be_neither_paused_nor_resumed(
+    session: orm.Session, organization: Caller
+) -> None:
+    over, ending = make.queued_job(session, organization), make.queued_job(session, organization)
+    make.complete(session, make.claim(session, over))
+    make.claim(session, ending)
+    jobs.cancel(session, organization, ending.id)
+
+    for job, word in ((over, "succeeded"), (ending, "being cancelled")):
+        for ask in (jobs.pause, jobs.resume):
+            with pytest.raises(IllegalMove, match=word):
+                ask(session, organization, job.id)
 
 
 def test_events_come_without_a_gap_and_steps_never_fall(session: orm.Session, organization: Caller) -> None:
