@@ -53,7 +53,6 @@ def run(
     if not examples.examples:
         raise NothingToTrain("no row of the training file can be trained on")
     loaded = base_model or bases.load(base, paths.cache, quantization=spec.quantization, for_training=True)
-
     tokens_at_once = micro_batch_tokens or spec.micro_batch_tokens
 
     def attempt(rate_scale: float) -> Finished | Stopped:
@@ -69,10 +68,13 @@ def run(
             )
             return keeper.finish(state) if state.step == data.total_steps else keeper.stop(state)
 
+    result, reason = None, ""
     try:
         result = attempt(1.0)
     except Diverged as error:
-        on_event(Noted(level="warn", message=f"Rolled back to the last checkpoint, to go on at half the rate: {error}."))
+        reason = str(error)  # the error itself would hold all that its attempt had in memory
+    if result is None:
+        on_event(Noted(level="warn", message=f"Rolled back to the last checkpoint, to go on at half the rate: {reason}."))
         result = attempt(_ROLLED_BACK)
     on_event(result)
     return result
