@@ -139,7 +139,7 @@ def test_a_completion_continues_a_text(client: OpenAI, tuned: FineTuningJob) -> 
         ({"logprobs": True}, "logprobs", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
         ({"temprature": 1}, "temprature", "unknown_parameter"),
-        ({"max_tokens": 100_000}, "messages", "context_length_exceeded"),
+        ({"max_tokens": 100_000}, "max_tokens", "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "messages", "context_length_exceeded"),
         ({"messages": []}, "messages", None),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "messages", None),

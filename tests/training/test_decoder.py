@@ -1,6 +1,7 @@
 """The decoder written out, beside transformers' own with PEFT's layers: the same numbers, forward and backward."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -153,9 +154,9 @@ def test_compiled_is_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(compiled[0], torch.zeros_like(compiled[0]))
 
 
-def test_without_a_compiler_functions_run_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "/nonexistent/compiler")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nonexistent/cache")
+def test_without_a_compiler_functions_run_as_they_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     fused.can_compile.cache_clear()
     double = Fused(lambda values: values * 2)
     try:
