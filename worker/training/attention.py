@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from worker.training.fused import Fused
-from worker.training.kernels import rotate
+from worker.training.kernels import rotate, turned
 from worker.training.workspace import Kept
 
 _PADDED = 1.2  # documents share a bucket while it holds no more than this times their tokens
@@ -137,9 +137,7 @@ def _lay_out(
     """Fill a bucket, q and k rotated. Where no row is it holds another's: no row of its document looks so far ahead."""
     cos, sin = cos_T1U[rows_BS], sin_T1U[rows_BS]
     for x_THW, x_BHSW in ((q_THW, q_BHSW), (k_TKW, k_BKSW)):
-        first, second = x_THW[rows_BS].float().chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        x_BHSW.copy_(turned.permute(0, 2, 1, 3))
+        x_BHSW.copy_(turned(x_THW[rows_BS], cos, sin).permute(0, 2, 1, 3))
     v_BKSW.copy_(v_TKW[rows_BS].permute(0, 2, 1, 3))
 
 
@@ -175,8 +173,7 @@ def _take_up_gradients(
     length, rows_t = rows_BS.shape[1], rows_BS.flatten()[slots_t]
     which_t, at_t, cos, sin = slots_t // length, slots_t % length, cos_T1U[rows_t], sin_T1U[rows_t]
     for x_BHSW, x_tHW in ((d_q_BHSW, d_q_tHW), (d_k_BKSW, d_k_tKW)):
-        first, second = x_BHSW.permute(0, 2, 1, 3)[which_t, at_t].float().chunk(2, dim=-1)
-        x_tHW.copy_(torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1))
+        x_tHW.copy_(turned(x_BHSW.permute(0, 2, 1, 3)[which_t, at_t], cos, -sin))
     d_v_tKW.copy_(d_v_BKSW.permute(0, 2, 1, 3)[which_t, at_t])
 
 

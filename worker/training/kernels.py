@@ -42,12 +42,16 @@ def swiglu_backward(d_out_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[T
     return (active * up).to(kind), (d_out * up * (sigmoid + active * (1 - sigmoid))).to(kind), (d_out * active).to(kind)
 
 
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, the two halves of a head as a pair, in fp32. With -sin it is its own backward."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
 @Fused
 def rotate(x_THW: Tensor, cos_T1U: Tensor, sin_T1U: Tensor) -> Tensor:
-    """Rotary positions, the two halves of a head as a pair (U = W/2). With -sin it is its own backward."""
-    first_THU, second_THU = x_THW.float().chunk(2, dim=-1)
-    turned = first_THU * cos_T1U - second_THU * sin_T1U, second_THU * cos_T1U + first_THU * sin_T1U
-    return torch.cat(turned, dim=-1).to(x_THW.dtype)
+    """`turned`, for packed rows (U = W/2)."""
+    return turned(x_THW, cos_T1U, sin_T1U).to(x_THW.dtype)
 
 
 @Fused
