@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from sqlalchemy import orm
 
 from app import db
 from app.core import events, manifest
-from app.core.errors import AppError, Unavailable
+from app.core.errors import AppError, NotFound, Unavailable
 from app.core.spec import TrainSpec
 from app.core.storage import Storage
 from app.jobs import leases, results
@@ -50,7 +51,7 @@ class Assignment:
     spec: TrainSpec
     datasets: Datasets
     prefix: str
-    resume_prefix: str | None
+    resume_from: tuple[tuple[int, str], ...]  # steps and prefixes, the newest first
 
 
 class Supervisor:
@@ -126,6 +127,7 @@ class _Attempt:
             assignment = _assignment(session, self._lease)
         with self._heart:
             job = self._patiently(lambda: _fetch(self._to, assignment, self._directory))
+            self._fetch_checkpoint(assignment, job.checkpoints_dir)
             uploads: list[Future[None]] = []
             with ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
 
@@ -136,6 +138,18 @@ class _Attempt:
             for upload in uploads:
                 _settle(upload)
             self._end(last, assignment)
+
+    def _fetch_checkpoint(self, assignment: Assignment, into: Path) -> None:
+        """The newest that is in storage as it was put there."""
+        for step, prefix in assignment.resume_from:
+            directory = into / f"step-{step}"
+            try:
+                self._patiently(partial(_download_checkpoint, self._to.storage, prefix, directory))
+                return
+            except (manifest.Damaged, NotFound) as error:
+                shutil.rmtree(directory, ignore_errors=True)
+                log.error("checkpoint_damaged", prefix=prefix, reason=str(error))
+                self._heart.say(events.Noted(level="warn", message=f"The checkpoint of step {step} is not used: {error}."))
 
     def _train(self, job: wire.TrainerJob, keep: OnCheckpoint) -> events.Event:
         """The last word of its trainer. One that runs out of memory is followed by a new process with half the tokens at once."""
@@ -181,6 +195,7 @@ class _Attempt:
         local = Path(event.directory)
         adapter = self._upload(local / "adapter", f"{prefix}/adapter")
         self._upload(local / "state", f"{prefix}/state")
+        shutil.rmtree(local)
         self._patiently(self._heart.flush)  # whoever goes on from here finds the metrics up to here
         self._say(
             lambda session: leases.checkpoint(
@@ -245,23 +260,19 @@ def _settle(upload: "Future[None]") -> None:
 
 def _assignment(session: orm.Session, lease: Lease) -> Assignment:
     job: Job = leases.holding(session, lease)
-    newest = leases.newest_checkpoint(session, lease)
     return Assignment(
         lease=lease,
         base=job.base,
         spec=TrainSpec.model_validate(job.spec),
         datasets=Datasets.model_validate(job.datasets),
         prefix=f"orgs/{job.organization_id}/jobs/{job.id}/a{lease.attempt}",
-        resume_prefix=newest.prefix if newest else None,
+        resume_from=tuple((found.step, found.prefix) for found in leases.resumable_checkpoints(session, lease)),
     )
 
 
 def _fetch(to: Services, assignment: Assignment, directory: Path) -> wire.TrainerJob:
-    """Bring data and the last checkpoint here. Raises StorageDamaged."""
-    checkpoints = directory / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    if assignment.resume_prefix:
-        _download_directory(to.storage, assignment.resume_prefix, checkpoints / assignment.resume_prefix.rpartition("/")[2])
+    """Make the job's directory here, with its data. Raises StorageDamaged."""
+    directory.mkdir(parents=True, exist_ok=True)
     datasets = assignment.datasets
     return wire.TrainerJob(
         spec=assignment.spec,
@@ -271,7 +282,8 @@ def _fetch(to: Services, assignment: Assignment, directory: Path) -> wire.Traine
         if datasets.validation
         else None,
         output_dir=directory / "adapter",
-        checkpoints_dir=checkpoints,
+        checkpoints_dir=directory / "checkpoints",
+        handover_dir=directory / "handover",
         micro_batch_tokens=assignment.spec.micro_batch_tokens,
     )
 
@@ -282,11 +294,14 @@ def _download(storage: Storage, dataset: Dataset, path: Path) -> Path:
     return path
 
 
-def _download_directory(storage: Storage, prefix: str, directory: Path) -> None:
+def _download_checkpoint(storage: Storage, prefix: str, directory: Path) -> None:
+    """Raises Damaged, NotFound."""
     for key in storage.list_keys(f"{prefix}/"):
         path = directory / key.removeprefix(f"{prefix}/")
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.get_file(key, path)
+    for part in ("adapter", "state"):
+        manifest.read(directory / part)
 
 
 def _upload_directory(storage: Storage, directory: Path, prefix: str) -> manifest.Manifest:

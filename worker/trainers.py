@@ -63,6 +63,9 @@ class Trainer:
         """End it at once, and wait until its memory is free."""
         self._process.kill()
         self._process.wait()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # of what it was told and never read
+            self._process.stdin.close()
 
     def _send(self, line: bytes) -> None:
         assert self._process.stdin is not None
@@ -82,8 +85,9 @@ class Trainer:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
+        with self._process.stdout as words:
+            for line in words:
+                self._lines.put(line)
         self._lines.put(None)
 
 

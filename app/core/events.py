@@ -46,7 +46,10 @@ class Evaluated(_Event):
 
 
 class Checkpointed(_Event):
-    """A committed checkpoint lies in `directory`: its manifest was written last, so all of it is there."""
+    """A committed checkpoint lies in `directory`: its manifest was written last, so all of it is there.
+
+    The run deletes it when it needs it no more: whoever wants it for longer takes it before this event's listener returns.
+    """
 
     kind: Literal["checkpointed"] = "checkpointed"
     step: int

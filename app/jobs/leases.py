@@ -1,5 +1,6 @@
 """Who may speak for a running job. A worker holds it by lease and attempt; time is the database's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,7 +16,7 @@ from app.core.manifest import Manifest
 from app.core.settings import LeaseSettings
 from app.core.storage import Stored
 from app.files import service as files
-from app.jobs import events, states
+from app.jobs import checkpoints, events, states
 from app.models import Desired, Job, JobCheckpoint, JobState
 from app.webhooks.emit import EventType
 
@@ -96,11 +97,26 @@ def heartbeat(
 def checkpoint(
     session: orm.Session, lease: Lease, *, step: int, prefix: str, manifest: Manifest, metrics: dict[str, Any]
 ) -> None:
-    """Make a checkpoint known. All of its bytes are in storage and verified before this is called."""
+    """Make a checkpoint known. All of its bytes are in storage and verified before this is called.
+
+    An attempt that comes by a step which has one did not go on from it, because it was damaged: this one takes its name.
+    """
     job = holding(session, lease)
+    known = session.scalar(select(JobCheckpoint).where(JobCheckpoint.job_id == job.id, JobCheckpoint.step == step))
+    if known is not None and known.attempt == lease.attempt:
+        return  # said twice
+    if known is not None:
+        _replace(session, known, lease, prefix=prefix, manifest=manifest, metrics=metrics)
+    else:
+        _add(session, job, lease, step=step, prefix=prefix, manifest=manifest, metrics=metrics)
+    session.flush()
+    checkpoints.drop_older_states(session, job, newest=step)
+
+
+def _add(
+    session: orm.Session, job: Job, lease: Lease, *, step: int, prefix: str, manifest: Manifest, metrics: dict[str, Any]
+) -> None:
     name = adapters.name_of(job, step=step)
-    if session.scalar(select(JobCheckpoint.id).where(JobCheckpoint.job_id == job.id, JobCheckpoint.step == step)):
-        return  # a resumed attempt came by this step again: the first one stands
     made = JobCheckpoint(
         id=ids.new("ftckpt_"),
         organization_id=job.organization_id,
@@ -118,12 +134,17 @@ def checkpoint(
     states.announce(session, job, EventType.CHECKPOINT, data_id=made.id)
 
 
-def newest_checkpoint(session: orm.Session, lease: Lease) -> JobCheckpoint | None:
-    """Where a new attempt goes on from."""
-    job = holding(session, lease)
-    return session.scalar(
-        select(JobCheckpoint).where(JobCheckpoint.job_id == job.id).order_by(JobCheckpoint.step.desc()).limit(1)
-    )
+def _replace(
+    session: orm.Session, known: JobCheckpoint, lease: Lease, *, prefix: str, manifest: Manifest, metrics: dict[str, Any]
+) -> None:
+    outbox.put(session, outbox.Topic.PURGE, {"prefix": f"{known.prefix}/"})
+    known.attempt, known.prefix, known.metrics, known.has_state = lease.attempt, prefix, metrics, True
+    adapters.move(session, known.fine_tuned_model, prefix=f"{prefix}/adapter", manifest=manifest)
+
+
+def resumable_checkpoints(session: orm.Session, lease: Lease) -> Sequence[JobCheckpoint]:
+    """Where a new attempt goes on from: the first of these that is whole."""
+    return checkpoints.resumable(session, holding(session, lease))
 
 
 def complete(
