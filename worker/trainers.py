@@ -5,6 +5,8 @@ import queue
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -18,6 +20,7 @@ from worker import wire
 log = structlog.get_logger()
 
 READY_SECONDS = 3600.0  # a first start may fetch the base and quantize it
+POLL_SECONDS = 0.5  # so soon a cancel, a drain or a lost lease is seen
 
 
 class TrainerDied(RuntimeError):
@@ -36,9 +39,12 @@ class Trainer:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def wait_ready(self) -> None:
-        """Until it is warm. Raises TrainerDied."""
-        if self._next_line(READY_SECONDS) != wire.READY:
+    def wait_ready(self, check: Callable[[], None]) -> None:
+        """Until it is warm. Raises TrainerDied, and what `check` raises when nobody wants it any more."""
+        give_up_at = time.monotonic() + READY_SECONDS
+        while (line := self._next_line(POLL_SECONDS)) is None and time.monotonic() < give_up_at:
+            check()
+        if line != wire.READY:
             self.kill()
             raise TrainerDied("the trainer did not get ready; its log says why")
 
@@ -101,19 +107,19 @@ class Bench:
         self._waiting: Trainer | None = None
         self._lock = threading.Lock()
 
-    def warm_up(self) -> None:
-        """Start the next trainer, unless one waits."""
+    def warm_up(self) -> Trainer:
+        """The next trainer: the one that waits, or one that starts now."""
         with self._lock:
             if self._waiting is None or not self._waiting.is_alive:
                 self._waiting = self._start()
+            return self._waiting
 
-    def take(self) -> Trainer:
-        """A trainer that has had no job yet, warm if there was time. Raises TrainerDied."""
+    def take(self, check: Callable[[], None]) -> Trainer:
+        """A trainer that has had no job yet. Until it is ready it stays on the bench. Raises what `Trainer.wait_ready` raises."""
+        trainer = self.warm_up()
+        trainer.wait_ready(check)
         with self._lock:
-            trainer, self._waiting = self._waiting, None
-        if trainer is None or not trainer.is_alive:
-            trainer = self._start()
-        trainer.wait_ready()
+            self._waiting = None
         return trainer
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from app import outbox
 from app.adapters import service as adapters
 from app.core import ids
 from app.core.errors import AppError
-from app.core.events import Event
+from app.core.events import DISK_FULL, Event
 from app.core.manifest import Manifest
 from app.core.settings import LeaseSettings
 from app.core.storage import Stored
@@ -21,6 +21,7 @@ from app.models import Desired, Job, JobCheckpoint, JobState
 from app.webhooks.emit import EventType
 
 BACKOFF_SECONDS = 5.0
+FULL_DISK_BACKOFF_SECONDS = 60.0  # somebody has to free space first
 
 
 class LeaseLost(AppError):
@@ -63,16 +64,10 @@ def claim(session: orm.Session, queue: str, *, owner: str, settings: LeaseSettin
 
 def holding(session: orm.Session, lease: Lease) -> Job:
     """The job, locked, if this attempt still owns it. Every word a worker says starts here. Raises LeaseLost."""
-    job = session.scalar(
-        select(Job)
-        .where(
-            Job.id == lease.job_id, Job.attempt == lease.attempt, Job.lease_owner == lease.owner, Job.state == JobState.RUNNING
-        )
-        .with_for_update()
-        .execution_options(populate_existing=True)  # else a cached row answers for the locked one
-    )
+    mine = select(Job).where(*_held_by(lease)).with_for_update()
+    job = session.scalar(mine.execution_options(populate_existing=True))  # else a cached row answers for the locked one
     if job is None:
-        raise LeaseLost(f"attempt {lease.attempt} of job {lease.job_id} is no longer held by {lease.owner}")
+        raise LeaseLost(_lost(lease))
     return job
 
 
@@ -92,6 +87,14 @@ def heartbeat(
     for event in said:
         events.record(session, job, event)
     return Desired(job.desired)
+
+
+def desired(session: orm.Session, lease: Lease) -> Desired:
+    """What the owner wants, without a word and without a lock. Raises LeaseLost."""
+    found = session.scalar(select(Job.desired).where(*_held_by(lease)))
+    if found is None:
+        raise LeaseLost(_lost(lease))
+    return Desired(found)
 
 
 def checkpoint(
@@ -182,13 +185,13 @@ def fail(session: orm.Session, lease: Lease, *, code: str, message: str, param: 
     _fail(session, job, code=code, message=message, param=param)
 
 
-def release(session: orm.Session, lease: Lease, *, reason: str, settings: LeaseSettings) -> None:
+def release(session: orm.Session, lease: Lease, *, reason: str, code: str | None = None, settings: LeaseSettings) -> None:
     """This attempt is over and the job is not: wait a little, then let another worker take it, unless too many have failed."""
-    _give_back(session, holding(session, lease), reason=reason, settings=settings)
+    _give_back(session, holding(session, lease), reason=reason, code=code, settings=settings)
 
 
 def stop(session: orm.Session, lease: Lease) -> None:
-    """The trainer has stopped because it was told to, and has kept a checkpoint. Nothing is counted against the job."""
+    """The attempt has ended because it was told to, and what it had to keep is kept. Nothing is counted against the job."""
     job = holding(session, lease)
     if not _as_desired(session, job):
         _requeue(session, job, "The worker is going down; the job goes on elsewhere from its last checkpoint")
@@ -206,7 +209,15 @@ def reap(session: orm.Session, *, settings: LeaseSettings) -> int:
     return len(silent)
 
 
-def _give_back(session: orm.Session, job: Job, *, reason: str, settings: LeaseSettings) -> None:
+def _held_by(lease: Lease) -> tuple[ColumnElement[bool], ...]:
+    return (Job.id == lease.job_id, Job.attempt == lease.attempt, Job.lease_owner == lease.owner, Job.state == JobState.RUNNING)
+
+
+def _lost(lease: Lease) -> str:
+    return f"attempt {lease.attempt} of job {lease.job_id} is no longer held by {lease.owner}"
+
+
+def _give_back(session: orm.Session, job: Job, *, reason: str, code: str | None = None, settings: LeaseSettings) -> None:
     """A broken attempt of a job that its owner has cancelled or paused is what they wanted."""
     if _as_desired(session, job):
         return
@@ -215,8 +226,10 @@ def _give_back(session: orm.Session, job: Job, *, reason: str, settings: LeaseSe
         message = f"{reason}; given up after {job.failures} attempts. Nothing was charged; create the job again"
         _fail(session, job, code="infra_exhausted", message=message, param=None)
         return
-    job.not_before = _in(BACKOFF_SECONDS * 2 ** (job.failures - 1))
-    _requeue(session, job, f"{reason}; the job goes on from its last checkpoint", level="warn")
+    backoff_seconds = FULL_DISK_BACKOFF_SECONDS if code == DISK_FULL else BACKOFF_SECONDS
+    job.not_before = _in(backoff_seconds * 2 ** (job.failures - 1))
+    data = {"code": code} if code else None
+    _requeue(session, job, f"{reason}; the job goes on from its last checkpoint", level="warn", data=data)
 
 
 def _as_desired(session: orm.Session, job: Job) -> bool:
@@ -231,8 +244,10 @@ def _as_desired(session: orm.Session, job: Job) -> bool:
     return True
 
 
-def _requeue(session: orm.Session, job: Job, message: str, *, level: events.Level = "info") -> None:
-    states.move(session, job, JobState.QUEUED, message, level=level)
+def _requeue(
+    session: orm.Session, job: Job, message: str, *, level: events.Level = "info", data: dict[str, Any] | None = None
+) -> None:
+    states.move(session, job, JobState.QUEUED, message, level=level, data=data)
     outbox.ring(session, job.queue)
 
 
