@@ -19,10 +19,3 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(found.loss_sum, expected)
     torch.testing.assert_close(gradient, expected_gradient)
     assert int(found.correct) == int(((hidden_ND @ head_VD.T).argmax(1) == targets_N).sum())
-
-
-def test_without_gradients_none_are_computed() -> None:
-    with torch.no_grad():
-        found = labelled_loss(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]))
-
-    assert not found.loss_sum.requires_grad

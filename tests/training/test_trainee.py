@@ -16,6 +16,7 @@ from tests.make import TINY
 from tests.training import make
 from worker.model import base as bases
 from worker.model.base import LoadedBase
+from worker.training import loss as losses
 from worker.training.data import MicroBatch, TrainData, micro_batches
 from worker.training.evaluate import evaluate
 from worker.training.optim import Optimizer
@@ -111,6 +112,25 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(exact: LoadedBase) -> None:
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     assert torch.nn.functional.cosine_similarity(gradient, expected_gradient, dim=0) > 0.9999
     assert float(gradient.norm() / expected_gradient.norm()) == pytest.approx(1, rel=1e-4)
+
+
+def test_an_evaluation_computes_the_same_loss_without_its_gradient(
+    trainee: Trainee, exact: LoadedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (together,) = packed(exact, max_tokens=10_000)
+    computed, gradients = losses.cross_entropy, list[Tensor | None]()
+
+    def noted(*args: Tensor, **wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        found = computed(*args, **wanted)
+        gradients.append(found[2])
+        return found
+
+    monkeypatch.setattr(losses, "cross_entropy", noted)
+    trained = float(trainee.loss(together).loss_sum.detach()) / len(together.labelled_N)
+    evaluated = evaluate(trainee, [together], step=1, should_stop=lambda: False)
+
+    assert [gradient is None for gradient in gradients] == [False, True]
+    assert evaluated is not None and evaluated.valid_loss == pytest.approx(trained, rel=1e-6)
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="only CPUs with AVX512-BF16 have the fast path that breaks training")

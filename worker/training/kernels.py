@@ -55,7 +55,7 @@ def rotate(x_THW: Tensor, cos_T1U: Tensor, sin_T1U: Tensor) -> Tensor:
 
 
 @Fused
-def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor, *, wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """The sum of the losses in nats, how many targets came first (or shared the first place), and the logits' gradient.
 
     Rows whose target is negative do not count.
@@ -65,7 +65,10 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor,
     highest_N1 = wide_NV.amax(dim=1, keepdim=True)
     log_total_N1 = highest_N1 + (wide_NV - highest_N1).exp().sum(dim=1, keepdim=True).log()
     target_N1 = wide_NV.gather(1, targets_N1)
+    losses_N1 = torch.where(counts_N1, log_total_N1 - target_N1, 0)
+    loss_sum, correct = losses_N1.sum(), (counts_N1 & (target_N1 >= highest_N1)).sum()
+    if not wants_gradient:
+        return loss_sum, correct, None
     is_target_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) == targets_N1
     d_logits_NV = torch.where(counts_N1, (wide_NV - log_total_N1).exp() - is_target_NV.float(), 0)
-    losses_N1 = torch.where(counts_N1, log_total_N1 - target_N1, 0)
-    return losses_N1.sum(), (counts_N1 & (target_N1 >= highest_N1)).sum(), d_logits_NV.to(logits_NV.dtype)
+    return loss_sum, correct, d_logits_NV.to(logits_NV.dtype)

@@ -36,11 +36,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = max(1, _LOGITS_AT_ONCE // head_VD.shape[0])
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
-        gradients = []
+        wants_gradient, gradients = ctx.needs_input_grad[0], []
         for hidden_nD, targets_n in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True):
-            losses, hits, d_logits_nV = cross_entropy(hidden_nD @ head_VD.T, targets_n)
+            losses, hits, d_logits_nV = cross_entropy(hidden_nD @ head_VD.T, targets_n, wants_gradient=wants_gradient)
             loss_sum, correct = loss_sum + losses, correct + hits
-            if ctx.needs_input_grad[0]:
+            if d_logits_nV is not None:
                 gradients.append(d_logits_nV @ head_VD)
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))

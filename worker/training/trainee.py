@@ -106,6 +106,8 @@ def warm_up(base: LoadedBase) -> None:
     with adapted(base, spec) as trainee:
         for lengths in ((100, 40, 40), (60, 60)):  # one document of a length and several, first in the pack and later
             torch.autograd.backward(trainee.loss(_meaningless(lengths)).loss_sum)
+        with torch.no_grad():
+            trainee.loss(_meaningless((100, 40, 40)))  # as an evaluation does: without the logits' gradient
 
 
 def _meaningless(lengths: tuple[int, ...]) -> MicroBatch:
