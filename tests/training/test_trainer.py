@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.core import catalog, events
+from app.core import catalog, events, manifest
 from app.core.events import Checkpointed, Finished, Stepped, Stopped
 from tests.make import TINY
 from tests.training import make
@@ -66,12 +66,16 @@ def words_of(process: Trainer) -> Iterator[events.Event]:
 
 
 def test_it_trains_the_job_it_is_given_and_ends(trainer: Trainer, tiny: LoadedBase, tmp_path: Path) -> None:
-    send(trainer, job(tiny, tmp_path))
-    *_, last = words_of(trainer)
+    send(trainer, job(tiny, tmp_path, n_epochs=4))
+    *said, last = words_of(trainer)
 
     assert isinstance(last, Finished) and (tmp_path / "adapter" / "manifest.json").exists()
     assert last.peak_rss_bytes > 50_000_000
     assert trainer.wait(10) == 0
+    handed_over = [Path(event.directory) for event in said if isinstance(event, Checkpointed)]
+    assert len(handed_over) == 5 and len(list((tmp_path / "checkpoints").iterdir())) == 2
+    for directory in handed_over:  # the supervisor may take its time to upload them
+        assert manifest.read(directory / "adapter").kind == "checkpoint" and manifest.read(directory / "state").files
 
 
 def test_told_to_stop_it_keeps_a_checkpoint(trainer: Trainer, tiny: LoadedBase, tmp_path: Path) -> None:
@@ -137,7 +141,7 @@ def test_killed_at_any_step_and_taken_over_it_ends_with_the_same_bits(tiny: Load
 
 def test_a_trainer_that_is_short_of_memory_says_so(trainer: Trainer, tiny: LoadedBase, tmp_path: Path) -> None:
     held = psutil.Process(trainer.pid)
-    held.rlimit(psutil.RLIMIT_AS, (held.memory_info().vms + 20 * 2**20, psutil.RLIM_INFINITY))
+    held.rlimit(psutil.RLIMIT_AS, (held.memory_info().vms + 2**20, psutil.RLIM_INFINITY))
     send(trainer, job(tiny, tmp_path))
     *_, said = words_of(trainer)
 

@@ -88,7 +88,6 @@ def adapted(base: LoadedBase, spec: TrainSpec) -> Iterator[Trainee]:
         yield Trainee(model, base, Decoder(inner) if is_known else StockDecoder(inner))
     finally:
         model.unload()
-        base.model.__dict__.pop("peft_config", None)  # PEFT's mark: left there, it would take the next adapter for a second one
 
 
 def warm_up(base: LoadedBase) -> None:
