@@ -73,10 +73,18 @@ def computed(model: Any, of: Callable[[Any], Decoder | StockDecoder], lengths: t
     tokens_T = torch.randint(0, 120, (sum(lengths),), generator=torch.Generator().manual_seed(7))
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     rows_N = torch.arange(0, len(tokens_T), 3)
-    hidden_ND = of(model.get_decoder()).hidden_at(rows_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
-    weights_ND = torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(8))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return hidden_ND.detach(), list(torch.autograd.grad((hidden_ND * weights_ND).sum(), parameters))
+    hidden_ND, backward = of(model.get_decoder()).forward(rows_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
+    backward(torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(8)))
+    return hidden_ND, taken_gradients(model)
+
+
+def taken_gradients(model: Any) -> list[Tensor]:
+    """Of all trained parameters, which have none afterwards."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    return gradients
 
 
 def assert_same(model: Any, lengths: tuple[int, ...] = LENGTHS) -> None:
@@ -109,15 +117,27 @@ def test_a_second_forward_does_not_take_what_the_first_one_keeps() -> None:
     model = model_of(FAMILIES["llama"])
     both = Decoder(model.get_decoder())
     tokens_T, positions_T, rows_N = torch.arange(60) % 120, torch.arange(60), torch.arange(60)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def forward(shift: int) -> Tensor:
-        return both.hidden_at(rows_N, tokens_T=(tokens_T + shift) % 120, positions_T=positions_T, lengths=(60,)).sum()
+    def forward(shift: int) -> tuple[Tensor, Callable[[Tensor], None]]:
+        return both.forward(rows_N, tokens_T=(tokens_T + shift) % 120, positions_T=positions_T, lengths=(60,))
 
-    alone = torch.autograd.grad(forward(0), parameters)
-    first, _ = forward(0), forward(50)
+    hidden_ND, backward = forward(0)
+    backward(hidden_ND)
+    alone = taken_gradients(model)
+    (_, backward), _other = forward(0), forward(50)
+    backward(hidden_ND)
 
-    assert all(map(torch.equal, torch.autograd.grad(first, parameters), alone))
+    assert all(map(torch.equal, taken_gradients(model), alone))
+
+
+def test_gradients_are_added_to_those_that_are_there() -> None:
+    model = model_of(FAMILIES["llama"])
+    _, once = computed(model, Decoder, (20, 9))
+    for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), once, strict=True):
+        parameter.grad = gradient.clone()
+    _, twice = computed(model, Decoder, (20, 9))
+
+    torch.testing.assert_close(twice, [2 * gradient for gradient in once])
 
 
 def test_what_it_does_not_know_is_left_to_transformers() -> None:

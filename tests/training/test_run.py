@@ -19,6 +19,7 @@ from tests.training.make import Runner
 from worker.model import adapter
 from worker.model.base import LoadedBase
 from worker.training import __main__ as command
+from worker.training.data import MicroBatch
 from worker.training.failures import Diverged, NothingToTrain, failed
 from worker.training.loss import LabelledLoss
 from worker.training.tokenise import tokenise
@@ -127,14 +128,14 @@ def test_a_checkpoint_is_itself_an_adapter(runner: Runner, tiny: LoadedBase) -> 
 
 def poison(monkeypatch: pytest.MonkeyPatch, is_poisoned: Callable[[int], bool]) -> None:
     """Make the loss of some micro-batches, counted from 1, infinite."""
-    calls, honest = [], Trainee.loss
+    calls, honest = [], Trainee.backward
 
-    def loss(trainee: Trainee, batch: object) -> LabelledLoss:
+    def backward(trainee: Trainee, batch: MicroBatch, *, scale: float) -> LabelledLoss:
         calls.append(1)
-        found = honest(trainee, batch)
+        found = honest(trainee, batch, scale=scale)
         return LabelledLoss(found.loss_sum * math.inf, found.correct) if is_poisoned(len(calls)) else found
 
-    monkeypatch.setattr(Trainee, "loss", loss)
+    monkeypatch.setattr(Trainee, "backward", backward)
 
 
 def test_a_step_without_a_finite_gradient_never_reaches_the_weights(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,15 +45,16 @@ def packed(base: LoadedBase, *, max_tokens: int) -> tuple[MicroBatch, ...]:
 def hidden_of(trainee: Trainee, batch: MicroBatch) -> Tensor:
     tokens_T, positions_T = torch.from_numpy(batch.tokens_T), torch.from_numpy(batch.positions_T)
     every_T = torch.arange(len(tokens_T))
-    return trainee.decoder.hidden_at(every_T, tokens_T=tokens_T, positions_T=positions_T, lengths=batch.lengths)
+    return trainee.decoder.forward(every_T, tokens_T=tokens_T, positions_T=positions_T, lengths=batch.lengths)[0]
 
 
 def gradient_of(trainee: Trainee, batches: tuple[MicroBatch, ...]) -> tuple[float, Tensor]:
     """Loss and gradient of one step, as the loop takes them."""
     labelled = sum(len(batch.labelled_N) for batch in batches)
-    losses = [trainee.loss(batch).loss_sum / labelled for batch in batches]
-    gradients = torch.autograd.grad(sum(losses), trainee.parameters)
-    return float(sum(loss.detach() for loss in losses)), torch.cat([gradient.flatten() for gradient in gradients])
+    for parameter in trainee.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    loss = sum(float(trainee.backward(batch, scale=1 / labelled).loss_sum) for batch in batches) / labelled
+    return loss, torch.cat([parameter.grad.flatten() for parameter in trainee.parameters])
 
 
 def test_packed_documents_do_not_see_each_other(trainee: Trainee, exact: LoadedBase) -> None:

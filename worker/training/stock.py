@@ -4,7 +4,7 @@ A mask of the whole pack would be T × T; the documents' own squares are much le
 D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,11 @@ class StockDecoder:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def hidden_at(self, rows_N: Tensor, *, tokens_T: Tensor, positions_T: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The last hidden states, normed, of the wanted rows only: [N, D].
+    @torch.enable_grad()
+    def forward(
+        self, rows_N: Tensor, *, tokens_T: Tensor, positions_T: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Callable[[Tensor], None]]:
+        """The last hidden states, normed, of the wanted rows only, [N, D]; and the way back from their gradient.
 
         The decoder sees neither cache nor mask: given either, transformers would let packed documents see each other.
         LoRA is computed in the base's own 16 bits, from fp32 masters.
@@ -36,7 +39,8 @@ class StockDecoder:
                 ).last_hidden_state
         finally:
             config._attn_implementation = before
-        return hidden_1TD[0, rows_N]
+        hidden_ND = hidden_1TD[0, rows_N]
+        return hidden_ND.detach(), lambda d_hidden_ND: torch.autograd.backward(hidden_ND, d_hidden_ND)
 
 
 def _attend(

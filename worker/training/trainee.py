@@ -1,7 +1,7 @@
 """The frozen base with an adapter to be trained on it, and its forward."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +36,23 @@ class Trainee:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    @torch.no_grad()
     def loss(self, batch: MicroBatch) -> LabelledLoss:
-        """Summed over the labelled positions of one micro-batch.
+        """Summed over the labelled positions of one micro-batch."""
+        head_VD, targets_N, hidden_ND, _ = self._forward(batch)
+        return labelled_loss(hidden_ND, head_VD, targets_N)
+
+    @torch.no_grad()
+    def backward(self, batch: MicroBatch, *, scale: float) -> LabelledLoss:
+        """The same loss; the gradient of `scale` times it is added to the parameters' own."""
+        head_VD, targets_N, hidden_ND, backward = self._forward(batch)
+        d_hidden_ND = torch.empty_like(hidden_ND)
+        loss = labelled_loss(hidden_ND, head_VD, targets_N, d_hidden_ND=d_hidden_ND)
+        backward(d_hidden_ND.mul_(scale))
+        return loss
+
+    def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], None]]:
+        """Head, targets, hidden states and the way back from these.
 
         Sizes are rounded up, by one more document and by labels that do not count: a CPU's products are compiled for each size,
         and the heap fits what it held before.
@@ -54,8 +69,8 @@ class Trainee:
             )
         )
         lengths = (*batch.lengths, padding) if padding else batch.lengths
-        hidden_ND = self.decoder.hidden_at(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
-        return labelled_loss(hidden_ND, head_VD, targets_N)
+        hidden_ND, backward = self.decoder.forward(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
+        return head_VD, targets_N, hidden_ND, backward
 
     @torch.no_grad()
     def load(self, modules: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -105,7 +120,7 @@ def warm_up(base: LoadedBase) -> None:
     )
     with adapted(base, spec) as trainee:
         for lengths in ((100, 40, 40), (60, 60)):  # one document of a length and several, first in the pack and later
-            torch.autograd.backward(trainee.loss(_meaningless(lengths)).loss_sum)
+            trainee.backward(_meaningless(lengths), scale=1.0)
 
 
 def _meaningless(lengths: tuple[int, ...]) -> MicroBatch:
