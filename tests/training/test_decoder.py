@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,23 @@ def test_gradients_are_added_to_those_that_are_there() -> None:
     _, twice = computed(model, Decoder, (20, 9))
 
     torch.testing.assert_close(twice, [2 * gradient for gradient in once])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3, with norms in heads"])
+def test_layers_computed_again_in_the_backward_change_no_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls, honest = model_of(FAMILIES[family]), [], decoder.Layer.forward
+
+    def counted(*args: Any, **named: Any) -> Any:
+        calls.append(1)
+        return honest(*args, **named)
+
+    monkeypatch.setattr(decoder.Layer, "forward", counted)
+    kept = computed(model, Decoder, LENGTHS)
+    again = computed(model, partial(Decoder, is_checkpointing=True), LENGTHS)
+
+    assert torch.equal(kept[0], again[0])
+    assert all(map(torch.equal, kept[1], again[1]))
+    assert len(calls) == 2 + 2 * 2
 
 
 def test_what_it_does_not_know_is_left_to_transformers() -> None:

@@ -4,10 +4,11 @@ transformers' modules hold the weights; its own forward keeps, and goes over, se
 it computes and its way back, a function from the gradient of that to the gradient of x; adapters' gradients are added on the way.
 
 Axes as in kernels.py. Kept for each token and layer: x before attention and before the MLP, rotated q, k, v, what attention gave,
-gate and up.
+gate and up; or, where memory asks for it, x before the layer alone.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from worker.training.linear import Projection
 from worker.training.workspace import Kept, Workspace
 
 Backward = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor, Kept], tuple[Tensor, Backward]]
 
 _KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 
@@ -26,10 +28,11 @@ _KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 class Decoder:
     """A whole decoder. `model` is transformers', with PEFT's layers in it or without."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, is_checkpointing: bool = False) -> None:
         self._embed, self._rotary, self._norm = model.embed_tokens, model.rotary_emb, Norm(model.norm)
-        self._layers = [(Attention(module), Mlp(module)) for module in model.layers]
+        self._layers = [Layer(module) for module in model.layers]
         self._workspace = Workspace()
+        self._is_checkpointing = is_checkpointing
 
     @torch.no_grad()
     def forward(
@@ -38,28 +41,56 @@ class Decoder:
         """The last hidden states, normed, of the wanted rows only, [N, D]; and the way back from their gradient."""
         x_TD, kept = self._embed(tokens_T), self._workspace.open(tokens_T.device)
         documents, ways_back = self._documents(x_TD, positions_T, lengths), list[Backward]()
-        for attention, mlp in self._layers:
-            x_TD, way_back = attention.forward(x_TD, documents, kept)
-            ways_back.append(way_back)
-            if mlp is self._layers[-1][1]:  # nobody asks it for more
-                x_TD, way_back = _chosen(x_TD, rows_N)
-                ways_back.append(way_back)
-            x_TD, way_back = mlp.forward(x_TD, kept)
+        for layer in self._layers:
+            wanted_N = rows_N if layer is self._layers[-1] else None
+            forward = partial(layer.forward, documents=documents, wanted_N=wanted_N)
+            x_TD, way_back = self._checkpointed(forward, x_TD, kept) if self._is_checkpointing else forward(x_TD, kept)
             ways_back.append(way_back)
         hidden_ND, way_back = self._norm(x_TD)
         ways_back.append(way_back)
 
         @torch.no_grad()
-        def backward(d_x_TD: Tensor, _held: Kept = kept) -> None:
+        def backward(d_x_TD: Tensor, _held: Kept = kept) -> None:  # until then nobody else gets that memory
             while ways_back:
                 d_x_TD = ways_back.pop()(d_x_TD)
 
         return hidden_ND, backward
 
+    def _checkpointed(self, forward: Forward, x_TD: Tensor, kept: Kept) -> tuple[Tensor, Backward]:
+        """x alone is kept, from which the backward computes the rest once more (arXiv:1604.06174)."""
+        y_TD, _ = forward(x_TD, self._workspace.open(x_TD.device))
+
+        def backward(d_y_TD: Tensor) -> Tensor:
+            kept_again = self._workspace.open(x_TD.device)
+            _, way_back = forward(x_TD, kept_again)
+            return way_back(d_y_TD)
+
+        return kept.empty(tuple(y_TD.shape), y_TD.dtype).copy_(y_TD), backward
+
     def _documents(self, x_TD: Tensor, positions_T: Tensor, lengths: Sequence[int]) -> Documents:
         cos_1TW, sin_1TW = self._rotary(x_TD.float()[None], positions_T[None])
         half = cos_1TW.shape[-1] // 2
         return Documents(tuple(lengths), cos_1TW[0, :, None, :half].contiguous(), sin_1TW[0, :, None, :half].contiguous())
+
+
+class Layer:
+    """Attention and MLP, with the adapter that is on them."""
+
+    def __init__(self, module: Any) -> None:
+        self._attention, self._mlp = Attention(module), Mlp(module)
+
+    def forward(self, x_TD: Tensor, kept: Kept, *, documents: Documents, wanted_N: Tensor | None) -> tuple[Tensor, Backward]:
+        """`wanted_N`: the only rows that anybody asks of the last layer; None for all."""
+        attended_TD, attention_back = self._attention.forward(x_TD, documents, kept)
+        if wanted_N is None:
+            y_TD, mlp_back = self._mlp.forward(attended_TD, kept)
+            return y_TD, lambda d_y_TD: attention_back(mlp_back(d_y_TD))
+        y_ND, mlp_back = self._mlp.forward(attended_TD[wanted_N], kept)
+
+        def backward(d_y_ND: Tensor) -> Tensor:
+            return attention_back(torch.zeros_like(attended_TD).index_add_(0, wanted_N, mlp_back(d_y_ND)))
+
+        return y_ND, backward
 
 
 class Attention:
@@ -164,7 +195,3 @@ def knows(model: Any, *, longest: int) -> bool:
         and (window is None or longest <= window)
         and not getattr(config, "attention_dropout", 0.0)
     )
-
-
-def _chosen(x_TD: Tensor, rows_N: Tensor) -> tuple[Tensor, Backward]:
-    return x_TD[rows_N], lambda d_ND: torch.zeros_like(x_TD).index_add_(0, rows_N, d_ND)

@@ -107,7 +107,7 @@ class _Weights:
     """Weights of one kind on top of each other, as one. Each layer's own becomes a view of them."""
 
     def __init__(self, weights: Sequence[Any]) -> None:
-        self._states = [getattr(weight, "quant_state", None) for weight in weights]
+        self._states = [_state(weight) for weight in weights]
         shapes = [_shape(weight) for weight in weights]
         self._shape = (sum(rows for rows, _ in shapes), shapes[0][1])
         self._data = torch.cat([weight.data.flatten() for weight in weights])
@@ -135,19 +135,24 @@ def _stacked(weights: Sequence[Any]) -> list[_Weights]:
 
 
 def _kind(weight: Any) -> tuple[object, ...]:
-    state = getattr(weight, "quant_state", None)
+    state = _state(weight)
     return (weight.dtype,) if state is None else (weight.dtype, state.blocksize, state.quant_type)
 
 
 def _is_whole(weight: Any) -> bool:
-    state = getattr(weight, "quant_state", None)
+    state = _state(weight)
     return state is None or state.shape.numel() % state.blocksize == 0
 
 
 def _shape(weight: Any) -> tuple[int, int]:
-    state = getattr(weight, "quant_state", None)
+    state = _state(weight)
     rows, columns = weight.shape if state is None else state.shape
     return rows, columns
+
+
+def _state(weight: Any) -> Any:
+    """bitsandbytes' account of a 4-bit weight; None for any other."""
+    return getattr(weight, "quant_state", None)
 
 
 def _scales(state: Any) -> Tensor:
