@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn.modules import has_avx512bf16
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from app.core import catalog
 from app.core.spec import TrainSpec
@@ -16,11 +17,12 @@ from tests.make import TINY
 from tests.training import make
 from worker.model import base as bases
 from worker.model.base import LoadedBase
+from worker.training import fused
 from worker.training.data import MicroBatch, TrainData, micro_batches
 from worker.training.evaluate import evaluate
 from worker.training.optim import Optimizer
 from worker.training.stock import StockDecoder
-from worker.training.trainee import Trainee, adapted
+from worker.training.trainee import Trainee, adapted, meaningless, warm_up
 
 
 @pytest.fixture
@@ -170,3 +172,16 @@ def test_only_the_asked_for_modules_are_trained(tiny: LoadedBase) -> None:
 
     assert len(names) == 2 * 2 * 2
     assert all("q_proj.lora_" in name or "v_proj.lora_" in name for name in names)
+
+
+def test_after_warming_up_nothing_is_left_to_compile(tiny: LoadedBase) -> None:
+    if not fused.can_compile():
+        pytest.skip("no C++ compiler here: everything runs as it is written")
+    warm_up(tiny)
+    compiled = counters["stats"]["unique_graphs"]
+    with adapted(tiny, make.spec(max_seq_length=700)) as trainee:
+        for lengths in ((600, 90, 80, 7), (257,), (33, 32, 31)):
+            trainee.backward(meaningless(lengths), scale=1.0)
+            trainee.backward(meaningless(lengths[::-1]), scale=1.0)
+
+    assert counters["stats"]["unique_graphs"] == compiled

@@ -113,22 +113,24 @@ def warm_up(base: LoadedBase) -> None:
         n_epochs=1,
         batch_size=1,
         seed=0,
-        max_seq_length=_TOKENS,
-        micro_batch_tokens=_TOKENS,
+        max_seq_length=512,
+        micro_batch_tokens=512,
         checkpoint_every_steps=1,
         optimizer=OptimizerSpec(learning_rate=1e-4),
     )
     with adapted(base, spec) as trainee:
-        for lengths in ((100, 40, 40), (60, 60)):  # one document of a length and several, first in the pack and later
-            trainee.backward(_meaningless(lengths), scale=1.0)
+        # one document of a length and several, first in the pack and later, in one block of attention's queries and in two
+        for lengths in ((300, 40, 40), (60, 60)):
+            trainee.backward(meaningless(lengths), scale=1.0)
 
 
-def _meaningless(lengths: tuple[int, ...]) -> MicroBatch:
+def meaningless(lengths: tuple[int, ...]) -> MicroBatch:
+    """Documents of these lengths that say nothing, every token of them trained on."""
     total = sum(lengths)
     return MicroBatch(
-        tokens_T=np.arange(total),
+        tokens_T=np.zeros(total, np.int64),
         positions_T=np.concatenate([np.arange(length) for length in lengths]),
         lengths=lengths,
         labelled_N=np.arange(total - 1),
-        targets_N=np.arange(1, total),
+        targets_N=np.zeros(total - 1, np.int64),
     )
