@@ -83,6 +83,7 @@ def _job(folder: Path, cache_dir: Path) -> wire.TrainerJob:
         dataset=folder / "training.safetensors",
         output_dir=folder / "adapter",
         checkpoints_dir=folder / "checkpoints",
+        handover_dir=folder / "handover",
         micro_batch_tokens=spec.micro_batch_tokens,
     )
 

@@ -87,9 +87,9 @@ def make_due(session: orm.Session, of: Job) -> None:
     session.flush()
 
 
-def checkpoint(session: orm.Session, lease: Lease, *, step: int = 1) -> None:
+def checkpoint(session: orm.Session, lease: Lease, *, step: int = 1, metrics: dict[str, float] | None = None) -> None:
     prefix = f"somewhere/{lease.job_id}/a{lease.attempt}/step-{step}"
-    leases.checkpoint(session, lease, step=step, prefix=prefix, manifest=manifest(lease.job_id), metrics={})
+    leases.checkpoint(session, lease, step=step, prefix=prefix, manifest=manifest(lease.job_id), metrics=metrics or {})
 
 
 def complete(session: orm.Session, lease: Lease) -> None:

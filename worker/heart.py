@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -23,7 +24,7 @@ FLUSH_SECONDS = 1.0  # metrics reach their reader within this
 
 
 class Heart:
-    """A thread that beats. `wants` is what the job's owner wanted at the last beat.
+    """A thread that beats, and looks every second between its beats. `wants` is what the job's owner wanted then.
 
     An outage of the database costs nothing for as long as nobody else has taken the job: what was not said is said later.
     """
@@ -71,17 +72,21 @@ class Heart:
     def _loop(self) -> None:
         while not self._is_over.wait(FLUSH_SECONDS) and self._failure is None:
             silent_seconds = time.monotonic() - self._last_beat_at
-            if self._unsaid or silent_seconds >= self._settings.heartbeat_seconds - FLUSH_SECONDS:
-                self._try_beat(silent_seconds)
+            is_due = self._unsaid or silent_seconds >= self._settings.heartbeat_seconds - FLUSH_SECONDS
+            self._try(self.flush if is_due else self._look, silent_seconds)
 
-    def _try_beat(self, silent_seconds: float) -> None:
+    def _try(self, do: Callable[[], None], silent_seconds: float) -> None:
         try:
-            self.flush()
+            do()
         except Exception as error:
             if db.is_outage(error):
                 log.warning("heartbeat_failed", silent_seconds=round(silent_seconds, 1))
             else:  # a heart that stopped in silence would let a worker go on for nobody
                 self._failure = error
+
+    def _look(self) -> None:
+        with self._sessions.begin() as session:
+            self.wants = leases.desired(session, self._lease)
 
     def _beat(self) -> None:
         with self._lock:

@@ -3,21 +3,27 @@
 Everything said about the job goes through app.jobs.leases, which refuses a worker that no longer holds it.
 """
 
+import contextvars
+import errno
+import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import structlog
 from sqlalchemy import orm
 
 from app import db
 from app.core import events, manifest
-from app.core.errors import AppError, Unavailable
+from app.core.errors import AppError, NotFound, Unavailable
+from app.core.settings import PREFIX
 from app.core.spec import TrainSpec
 from app.core.storage import Storage
 from app.jobs import leases, results
@@ -26,19 +32,24 @@ from app.jobs.preparing import Dataset, Datasets
 from app.models import Desired, Job
 from worker import patience, wire
 from worker.heart import Heart
+from worker.model.directory import is_full
 from worker.services import Services
-from worker.trainers import Bench, Trainer, TrainerDied
+from worker.trainers import POLL_SECONDS, Bench, Trainer, TrainerDied
 
 log = structlog.get_logger()
 
-POLL_SECONDS = 0.5  # so soon a cancel, a drain or a lost lease is seen
 STOP_SECONDS = 120.0  # what a trainer gets to end its micro-batch and write a checkpoint
+P = ParamSpec("P")
 T = TypeVar("T")
 OnCheckpoint = Callable[[events.Checkpointed], None]
 
 
 class StorageDamaged(RuntimeError):
     """What lies in storage is not what was put there."""
+
+
+class Unwanted(Exception):
+    """The job is to stop, and what the attempt has in hand is not worth keeping: it is cancelled, or has not begun to train."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Assignment:
     spec: TrainSpec
     datasets: Datasets
     prefix: str
-    resume_prefix: str | None
+    resume_from: tuple[tuple[int, str], ...]  # steps and prefixes, the newest first
 
 
 class Supervisor:
@@ -100,15 +111,30 @@ class Supervisor:
         except (TrainerDied, StorageDamaged, AppError) as error:
             log.warning("attempt_failed", error=str(error))
             self._release(lease, reason=str(error))
+        except OSError as error:  # of its own files, or of its trainer's
+            self._release_for_lack_of_files(lease, error)
         except db.OUTAGE:
             log.warning("database_lost")  # the lease runs out by itself, and the reaper gives the job to another
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
-    def _release(self, lease: Lease, *, reason: str) -> None:
+    def _release_for_lack_of_files(self, lease: Lease, error: OSError) -> None:
+        """Paths are for the operator; the job's owner is told the setting's name."""
+        work_dir, path = self._to.settings.work_dir, Path(error.filename or self._to.settings.work_dir)
+        if not is_full(error):
+            log.error("files_failed", path=str(path), error=str(error))
+            self._release(lease, reason=f"the worker cannot use its files ({type(error).__name__})")
+            return
+        setting = f"{PREFIX}WORK_DIR" if path.is_relative_to(work_dir) else f"{PREFIX}CACHE_DIR"
+        log.error("disk_full", path=str(path), setting=setting)
+        reason = f"the disk under the worker's {setting} is full, and its operator has to free space there"
+        self._release(lease, reason=reason, code=events.DISK_FULL)
+
+    def _release(self, lease: Lease, *, reason: str, code: str | None = None) -> None:
+        settings, said = self._to.settings.leases, f"The attempt broke off: {reason}"
         try:
             with self._to.sessions.begin() as session:
-                leases.release(session, lease, reason=f"The attempt broke off: {reason}", settings=self._to.settings.leases)
+                leases.release(session, lease, reason=said, code=code, settings=settings)
         except (LeaseLost, *db.OUTAGE) as error:
             log.warning("release_failed", error=type(error).__name__)
 
@@ -120,26 +146,66 @@ class _Attempt:
         self._to, self._lease, self._directory, self._bench = to, lease, directory, bench
         self._is_draining = is_draining
         self._heart = Heart(to.sessions, lease, to.settings.leases)
+        self._transfers = ThreadPoolExecutor(1, thread_name_prefix="transfer")
 
     def run(self) -> None:
         with self._to.sessions.begin() as session:
             assignment = _assignment(session, self._lease)
         with self._heart:
-            job = self._patiently(lambda: _fetch(self._to, assignment, self._directory))
-            uploads: list[Future[None]] = []
-            with ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
+            try:
+                job = self._awaited(self._transfer(self._fetch, assignment))
+                self._end(self._trained(job, assignment), assignment)
+            except Unwanted:
+                self._stop()
+            finally:
+                self._transfers.shutdown(wait=False, cancel_futures=True)  # what is left nobody wants, or another worker has
 
-                def keep(checkpoint: events.Checkpointed) -> None:
-                    uploads.append(uploader.submit(self._keep_checkpoint, assignment, checkpoint))
+    def _transfer(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+        """To or from storage, in turn, in a thread of its own: a transfer that hangs keeps nobody from hearing a cancel."""
+        return self._transfers.submit(contextvars.copy_context().run, partial(work, *args, **kwargs))
 
-                last = self._train(job, keep)
-            for upload in uploads:
-                _settle(upload)
-            self._end(last, assignment)
+    def _awaited(self, transfer: "Future[T]") -> T:
+        """Raises what it raises, and what `_check` raises."""
+        while futures.wait([transfer], timeout=POLL_SECONDS).not_done:
+            self._check()
+        return transfer.result()
+
+    def _fetch(self, assignment: Assignment) -> wire.TrainerJob:
+        job = self._patiently(lambda: _fetch_data(self._to, assignment, self._directory))
+        self._fetch_checkpoint(assignment, job.checkpoints_dir)
+        return job
+
+    def _fetch_checkpoint(self, assignment: Assignment, into: Path) -> None:
+        """The newest that is in storage as it was put there."""
+        for step, prefix in assignment.resume_from:
+            directory = into / f"step-{step}"
+            try:
+                self._patiently(partial(_download_checkpoint, self._to.storage, prefix, directory))
+                return
+            except (manifest.Damaged, NotFound) as error:
+                shutil.rmtree(directory, ignore_errors=True)
+                log.error("checkpoint_damaged", prefix=prefix, reason=str(error))
+                self._heart.say(events.Noted(level="warn", message=f"The checkpoint of step {step} is not used: {error}."))
+
+    def _trained(self, job: wire.TrainerJob, assignment: Assignment) -> events.Event:
+        """The last word of the job's trainer, once the checkpoints are in storage that it has left."""
+        uploads: list[Future[None]] = []
+        try:
+            return self._train(job, lambda event: uploads.append(self._transfer(self._keep_checkpoint, assignment, event)))
+        finally:
+            self._settle(uploads)
+
+    def _settle(self, uploads: "list[Future[None]]") -> None:
+        """A checkpoint that could not be kept costs a resume, not the run."""
+        for upload in uploads:
+            try:
+                self._awaited(upload)
+            except (Unavailable, *db.OUTAGE, StorageDamaged) as error:
+                log.warning("checkpoint_not_kept", error=str(error))
 
     def _train(self, job: wire.TrainerJob, keep: OnCheckpoint) -> events.Event:
         """The last word of its trainer. One that runs out of memory is followed by a new process with half the tokens at once."""
-        trainer = self._bench.take()
+        trainer = self._bench.take(self._check_before_training)
         try:
             trainer.start(job)
             last = self._follow(trainer, keep)
@@ -158,10 +224,14 @@ class _Attempt:
     def _follow(self, trainer: Trainer, keep: OnCheckpoint) -> events.Event:
         """Pass the trainer's words on until its last one. Checkpoints are uploaded beside the training."""
         stop_by: float | None = None
+        check = self._check_before_training
         while True:
             event = trainer.next_event(POLL_SECONDS)
-            self._heart.check()
+            check()
             match event:
+                case events.Started():
+                    self._heart.say(event)
+                    check = self._check
                 case events.Finished() | events.Stopped() | events.Failed():
                     return event
                 case events.Checkpointed():
@@ -170,7 +240,7 @@ class _Attempt:
                     pass
                 case _:
                     self._heart.say(event)
-            if stop_by is None and (self._heart.wants != Desired.RUN or self._is_draining.is_set()):
+            if stop_by is None and self._is_to_stop:
                 trainer.stop()
                 stop_by = time.monotonic() + STOP_SECONDS
             if stop_by is not None and time.monotonic() > stop_by:
@@ -181,7 +251,8 @@ class _Attempt:
         local = Path(event.directory)
         adapter = self._upload(local / "adapter", f"{prefix}/adapter")
         self._upload(local / "state", f"{prefix}/state")
-        self._patiently(self._heart.flush)  # whoever goes on from here finds the metrics up to here
+        shutil.rmtree(local)
+        self._flush()  # whoever goes on from here finds the metrics up to here
         self._say(
             lambda session: leases.checkpoint(
                 session, self._lease, step=event.step, prefix=prefix, manifest=adapter, metrics=event.metrics
@@ -189,26 +260,32 @@ class _Attempt:
         )
 
     def _end(self, last: events.Event, assignment: Assignment) -> None:
-        if isinstance(last, events.Finished):
-            self._publish(last, assignment)
-            return
-        self._patiently(self._heart.flush)
         match last:
+            case events.Finished():
+                self._publish(last, assignment)
             case events.Failed(is_user_error=True):
+                self._flush()
                 self._say(lambda session: leases.fail(session, self._lease, code=last.code, message=last.message))
+            case events.Failed(code=events.DISK_FULL):
+                written = last.path or str(self._to.settings.cache_dir)  # what it does not name is compiled there
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), written)
             case events.Failed():
                 raise TrainerDied(last.message)
             case _:
-                self._say(lambda session: leases.stop(session, self._lease))
+                self._stop()
+
+    def _stop(self) -> None:
+        self._flush()
+        self._say(lambda session: leases.stop(session, self._lease))
 
     def _publish(self, finished: events.Finished, assignment: Assignment) -> None:
         """Upload, verify, and let the job succeed: model, result file and webhooks appear in one transaction."""
         prefix = f"{assignment.prefix}/adapter"
-        adapter = self._upload(Path(finished.directory), prefix)
-        self._patiently(self._heart.flush)  # the last metrics belong into the result file
+        adapter = self._awaited(self._transfer(self._upload, Path(finished.directory), prefix))
+        self._flush()  # the last metrics belong into the result file
         result_key = f"{assignment.prefix}/metrics.csv"
         table = self._say(lambda session: results.csv_of(session, self._lease.job_id))
-        result = self._patiently(lambda: self._to.storage.put(result_key, table))
+        result = self._awaited(self._transfer(self._patiently, lambda: self._to.storage.put(result_key, table)))
         self._say(
             lambda session: leases.complete(
                 session,
@@ -230,38 +307,45 @@ class _Attempt:
         """If an outage hides how a commit ended, saying it again finds the lease gone."""
         return patience.say(self._to.sessions, words, check=self._heart.check)
 
+    def _flush(self) -> None:
+        patience.patiently(self._heart.flush, check=self._heart.check)
+
     def _patiently(self, work: Callable[[], T]) -> T:
-        """For as long as the lease is ours. Raises what `Heart.check` raises."""
-        return patience.patiently(work, check=self._heart.check)
+        """For as long as the lease is ours and the job is wanted. Raises what `_check` raises."""
+        return patience.patiently(work, check=self._check)
 
+    def _check(self) -> None:
+        """Raises what `Heart.check` raises, and Unwanted of a cancelled job."""
+        self._heart.check()
+        if self._heart.wants == Desired.CANCEL:
+            raise Unwanted
 
-def _settle(upload: "Future[None]") -> None:
-    """A checkpoint that could not be kept costs a resume, not the run. Raises LeaseLost."""
-    try:
-        upload.result()
-    except (Unavailable, *db.OUTAGE, StorageDamaged) as error:
-        log.warning("checkpoint_not_kept", error=str(error))
+    def _check_before_training(self) -> None:
+        """As `_check`; while there is nothing to keep, whoever wants the job to stop need not wait for a checkpoint."""
+        self._check()
+        if self._is_to_stop:
+            raise Unwanted
+
+    @property
+    def _is_to_stop(self) -> bool:
+        return self._heart.wants != Desired.RUN or self._is_draining.is_set()
 
 
 def _assignment(session: orm.Session, lease: Lease) -> Assignment:
     job: Job = leases.holding(session, lease)
-    newest = leases.newest_checkpoint(session, lease)
     return Assignment(
         lease=lease,
         base=job.base,
         spec=TrainSpec.model_validate(job.spec),
         datasets=Datasets.model_validate(job.datasets),
         prefix=f"orgs/{job.organization_id}/jobs/{job.id}/a{lease.attempt}",
-        resume_prefix=newest.prefix if newest else None,
+        resume_from=tuple((found.step, found.prefix) for found in leases.resumable_checkpoints(session, lease)),
     )
 
 
-def _fetch(to: Services, assignment: Assignment, directory: Path) -> wire.TrainerJob:
-    """Bring data and the last checkpoint here. Raises StorageDamaged."""
-    checkpoints = directory / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    if assignment.resume_prefix:
-        _download_directory(to.storage, assignment.resume_prefix, checkpoints / assignment.resume_prefix.rpartition("/")[2])
+def _fetch_data(to: Services, assignment: Assignment, directory: Path) -> wire.TrainerJob:
+    """Make the job's directory here, with its data. Raises StorageDamaged."""
+    directory.mkdir(parents=True, exist_ok=True)
     datasets = assignment.datasets
     return wire.TrainerJob(
         spec=assignment.spec,
@@ -271,7 +355,8 @@ def _fetch(to: Services, assignment: Assignment, directory: Path) -> wire.Traine
         if datasets.validation
         else None,
         output_dir=directory / "adapter",
-        checkpoints_dir=checkpoints,
+        checkpoints_dir=directory / "checkpoints",
+        handover_dir=directory / "handover",
         micro_batch_tokens=assignment.spec.micro_batch_tokens,
     )
 
@@ -282,11 +367,14 @@ def _download(storage: Storage, dataset: Dataset, path: Path) -> Path:
     return path
 
 
-def _download_directory(storage: Storage, prefix: str, directory: Path) -> None:
+def _download_checkpoint(storage: Storage, prefix: str, directory: Path) -> None:
+    """Raises Damaged, NotFound."""
     for key in storage.list_keys(f"{prefix}/"):
         path = directory / key.removeprefix(f"{prefix}/")
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.get_file(key, path)
+    for part in ("adapter", "state"):
+        manifest.read(directory / part)
 
 
 def _upload_directory(storage: Storage, directory: Path, prefix: str) -> manifest.Manifest:

@@ -7,6 +7,7 @@ import argparse
 import ctypes
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from app.core import catalog
-from app.core.events import Event
+from app.core.events import Checkpointed, Event
 from app.core.settings import GpuSettings
 from app.core.spec import QuantizationSpec
 from worker import gpu, wire
@@ -49,6 +50,8 @@ def main() -> int:
 
 def _run(job: wire.TrainerJob, warm: "_Warm | None", cache_dir: Path, said: BinaryIO, stopping: threading.Event) -> int:
     def say(event: Event) -> None:
+        if isinstance(event, Checkpointed):
+            event = event.model_copy(update={"directory": str(_handed_over(Path(event.directory), job.handover_dir))})
         said.write(event.model_dump_json().encode() + b"\n")
         said.flush()
 
@@ -76,6 +79,18 @@ def _run(job: wire.TrainerJob, warm: "_Warm | None", cache_dir: Path, said: Bina
         say(failed(error))
         return 1
     return 0
+
+
+def _handed_over(checkpoint: Path, to: Path) -> Path:
+    """The same files under a name of the supervisor's: it deletes them once they are uploaded, the run when it has newer ones."""
+    return Path(shutil.copytree(checkpoint, to / f"{checkpoint.name}-{os.getpid()}", copy_function=_link))
+
+
+def _link(file: str, name: str) -> None:
+    try:
+        os.link(file, name)
+    except OSError:  # some file systems have no links
+        shutil.copyfile(file, name)
 
 
 def _listen(jobs: "queue.SimpleQueue[bytes]", stopping: threading.Event) -> None:

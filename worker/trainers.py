@@ -5,6 +5,8 @@ import queue
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -19,6 +21,7 @@ log = structlog.get_logger()
 
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for the heap that workspace.keep_pages keeps
 READY_SECONDS = 3600.0  # a first start may fetch the base and quantize it
+POLL_SECONDS = 0.5  # so soon a cancel, a drain or a lost lease is seen
 
 
 class TrainerDied(RuntimeError):
@@ -37,9 +40,12 @@ class Trainer:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def wait_ready(self) -> None:
-        """Until it is warm. Raises TrainerDied."""
-        if self._next_line(READY_SECONDS) != wire.READY:
+    def wait_ready(self, check: Callable[[], None]) -> None:
+        """Until it is warm. Raises TrainerDied, and what `check` raises when nobody wants it any more."""
+        give_up_at = time.monotonic() + READY_SECONDS
+        while (line := self._next_line(POLL_SECONDS)) is None and time.monotonic() < give_up_at:
+            check()
+        if line != wire.READY:
             self.kill()
             raise TrainerDied("the trainer did not get ready; its log says why")
 
@@ -64,6 +70,9 @@ class Trainer:
         """End it at once, and wait until its memory is free."""
         self._process.kill()
         self._process.wait()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # of what it was told and never read
+            self._process.stdin.close()
 
     def _send(self, line: bytes) -> None:
         assert self._process.stdin is not None
@@ -83,8 +92,9 @@ class Trainer:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
+        with self._process.stdout as words:
+            for line in words:
+                self._lines.put(line)
         self._lines.put(None)
 
 
@@ -98,19 +108,19 @@ class Bench:
         self._waiting: Trainer | None = None
         self._lock = threading.Lock()
 
-    def warm_up(self) -> None:
-        """Start the next trainer, unless one waits."""
+    def warm_up(self) -> Trainer:
+        """The next trainer: the one that waits, or one that starts now."""
         with self._lock:
             if self._waiting is None or not self._waiting.is_alive:
                 self._waiting = self._start()
+            return self._waiting
 
-    def take(self) -> Trainer:
-        """A trainer that has had no job yet, warm if there was time. Raises TrainerDied."""
+    def take(self, check: Callable[[], None]) -> Trainer:
+        """A trainer that has had no job yet. Until it is ready it stays on the bench. Raises what `Trainer.wait_ready` raises."""
+        trainer = self.warm_up()
+        trainer.wait_ready(check)
         with self._lock:
-            trainer, self._waiting = self._waiting, None
-        if trainer is None or not trainer.is_alive:
-            trainer = self._start()
-        trainer.wait_ready()
+            self._waiting = None
         return trainer
 
     def close(self) -> None:

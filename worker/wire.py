@@ -19,6 +19,7 @@ FEWEST_TOKENS = 128
 class TrainerJob(BaseModel):
     """One run. Checkpoints go to, and are resumed from, `checkpoints_dir`; the adapter is written to `output_dir`.
 
+    The run deletes old checkpoints. Those that the trainer names in `Checkpointed` lie in `handover_dir`: the supervisor's own.
     `micro_batch_tokens` is how many tokens are in memory at once: the spec's, or fewer where those did not fit.
     """
 
@@ -30,6 +31,7 @@ class TrainerJob(BaseModel):
     validation: Path | None = None
     output_dir: Path
     checkpoints_dir: Path
+    handover_dir: Path
     micro_batch_tokens: int
 
     def smaller(self) -> "TrainerJob | None":

@@ -38,6 +38,12 @@ def publish(session: orm.Session, job: Job, *, name: str, step: int | None, pref
     return adapter
 
 
+def move(session: orm.Session, name: str, *, prefix: str, manifest: Manifest) -> None:
+    """Let a name stand for another directory: engines know it by its digest, and so take the two for two."""
+    adapter = session.scalars(select(Adapter).where(Adapter.name == name)).one()
+    adapter.prefix, adapter.digest, adapter.size_bytes = prefix, manifest.digest, manifest.size_bytes
+
+
 def ref_of(adapter: Adapter) -> AdapterRef:
     """What an engine needs to load it."""
     return AdapterRef(id=adapter.id, digest=adapter.digest, prefix=adapter.prefix, base=adapter.base)
@@ -66,12 +72,13 @@ def delete(session: orm.Session, caller: Caller, catalog: Catalog, name: str) ->
     job_id = session.scalar(select(Job.id).where(Job.id == adapter.job_id, Job.state.in_(UNFINISHED)).with_for_update())
     if job_id is not None:
         raise Conflict(f"job {job_id} may have to go on from {name}; cancel it or wait for its end", code="model_in_use")
+    prefix = adapter.prefix
     if adapter.step is not None:
-        session.execute(
-            delete_rows(JobCheckpoint).where(JobCheckpoint.job_id == adapter.job_id, JobCheckpoint.step == adapter.step)
-        )
+        of_step = (JobCheckpoint.job_id == adapter.job_id, JobCheckpoint.step == adapter.step)
+        checkpoint = session.scalars(delete_rows(JobCheckpoint).where(*of_step).returning(JobCheckpoint)).one()
+        prefix = checkpoint.prefix  # with a training state in it, if the job is one of an earlier release
     session.delete(adapter)
-    outbox.put(session, outbox.Topic.PURGE, {"prefix": adapter.prefix})
+    outbox.put(session, outbox.Topic.PURGE, {"prefix": f"{prefix}/"})
     return adapter.name
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 OUT_OF_MEMORY: Final = "out_of_memory"  # the code of a failure that fewer tokens at once may mend
+DISK_FULL: Final = "disk_full"  # of one that the operator has to mend
 
 
 class _Event(BaseModel):
@@ -46,7 +47,10 @@ class Evaluated(_Event):
 
 
 class Checkpointed(_Event):
-    """A committed checkpoint lies in `directory`: its manifest was written last, so all of it is there."""
+    """A committed checkpoint lies in `directory`: its manifest was written last, so all of it is there.
+
+    The run deletes it when it needs it no more: whoever wants it for longer takes it before this event's listener returns.
+    """
 
     kind: Literal["checkpointed"] = "checkpointed"
     step: int
@@ -80,12 +84,16 @@ class Stopped(_Event):
 
 
 class Failed(_Event):
-    """The run cannot go on. `is_user_error`: the same data and spec would fail again on any machine."""
+    """The run cannot go on. `is_user_error`: the same data and spec would fail again on any machine.
+
+    `path` is what could not be written, for the operator's log: customers do not see it.
+    """
 
     kind: Literal["failed"] = "failed"
     code: str
     message: str
     is_user_error: bool
+    path: str | None = None
 
 
 Event = Annotated[Started | Stepped | Evaluated | Checkpointed | Noted | Finished | Stopped | Failed, Field(discriminator="kind")]

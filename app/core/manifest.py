@@ -5,9 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 NAME = "manifest.json"
+
+
+class Damaged(Exception):
+    """A directory is not what its manifest says; the message says in what."""
 
 
 class FileEntry(BaseModel):
@@ -68,6 +72,19 @@ class Manifest(BaseModel):
 def entry_of(path: Path) -> FileEntry:
     with path.open("rb") as file:
         return FileEntry(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=path.stat().st_size)
+
+
+def read(directory: Path) -> Manifest:
+    """The manifest of a directory in which all is as it was written. Raises Damaged."""
+    try:
+        said = Manifest.model_validate_json((directory / NAME).read_bytes())
+    except FileNotFoundError:
+        raise Damaged("it has no manifest, so it was never completely written") from None
+    except ValidationError as error:
+        raise Damaged(f"its manifest cannot be read: {error.errors()[0]['msg']}") from error
+    if problems := problems_in(directory, said):
+        raise Damaged(problems[0])
+    return said
 
 
 def problems_in(directory: Path, manifest: Manifest) -> list[str]:

@@ -1,5 +1,6 @@
 """Who may speak for a running job. A worker holds it by lease and attempt; time is the database's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,16 +11,17 @@ from app import outbox
 from app.adapters import service as adapters
 from app.core import ids
 from app.core.errors import AppError
-from app.core.events import Event
+from app.core.events import DISK_FULL, Event
 from app.core.manifest import Manifest
 from app.core.settings import LeaseSettings
 from app.core.storage import Stored
 from app.files import service as files
-from app.jobs import events, states
+from app.jobs import checkpoints, events, states
 from app.models import Desired, Job, JobCheckpoint, JobState
 from app.webhooks.emit import EventType
 
 BACKOFF_SECONDS = 5.0
+FULL_DISK_BACKOFF_SECONDS = 60.0  # somebody has to free space first
 
 
 class LeaseLost(AppError):
@@ -62,16 +64,10 @@ def claim(session: orm.Session, queue: str, *, owner: str, settings: LeaseSettin
 
 def holding(session: orm.Session, lease: Lease) -> Job:
     """The job, locked, if this attempt still owns it. Every word a worker says starts here. Raises LeaseLost."""
-    job = session.scalar(
-        select(Job)
-        .where(
-            Job.id == lease.job_id, Job.attempt == lease.attempt, Job.lease_owner == lease.owner, Job.state == JobState.RUNNING
-        )
-        .with_for_update()
-        .execution_options(populate_existing=True)  # else a cached row answers for the locked one
-    )
+    mine = select(Job).where(*_held_by(lease)).with_for_update()
+    job = session.scalar(mine.execution_options(populate_existing=True))  # else a cached row answers for the locked one
     if job is None:
-        raise LeaseLost(f"attempt {lease.attempt} of job {lease.job_id} is no longer held by {lease.owner}")
+        raise LeaseLost(_lost(lease))
     return job
 
 
@@ -93,14 +89,37 @@ def heartbeat(
     return Desired(job.desired)
 
 
+def desired(session: orm.Session, lease: Lease) -> Desired:
+    """What the owner wants, without a word and without a lock. Raises LeaseLost."""
+    found = session.scalar(select(Job.desired).where(*_held_by(lease)))
+    if found is None:
+        raise LeaseLost(_lost(lease))
+    return Desired(found)
+
+
 def checkpoint(
     session: orm.Session, lease: Lease, *, step: int, prefix: str, manifest: Manifest, metrics: dict[str, Any]
 ) -> None:
-    """Make a checkpoint known. All of its bytes are in storage and verified before this is called."""
+    """Make a checkpoint known. All of its bytes are in storage and verified before this is called.
+
+    An attempt that comes by a step which has one did not go on from it, because it was damaged: this one takes its name.
+    """
     job = holding(session, lease)
+    known = session.scalar(select(JobCheckpoint).where(JobCheckpoint.job_id == job.id, JobCheckpoint.step == step))
+    if known is not None and known.attempt == lease.attempt:
+        return  # said twice
+    if known is not None:
+        _replace(session, known, lease, prefix=prefix, manifest=manifest, metrics=metrics)
+    else:
+        _add(session, job, lease, step=step, prefix=prefix, manifest=manifest, metrics=metrics)
+    session.flush()
+    checkpoints.drop_older_states(session, job, newest=step)
+
+
+def _add(
+    session: orm.Session, job: Job, lease: Lease, *, step: int, prefix: str, manifest: Manifest, metrics: dict[str, Any]
+) -> None:
     name = adapters.name_of(job, step=step)
-    if session.scalar(select(JobCheckpoint.id).where(JobCheckpoint.job_id == job.id, JobCheckpoint.step == step)):
-        return  # a resumed attempt came by this step again: the first one stands
     made = JobCheckpoint(
         id=ids.new("ftckpt_"),
         organization_id=job.organization_id,
@@ -118,12 +137,17 @@ def checkpoint(
     states.announce(session, job, EventType.CHECKPOINT, data_id=made.id)
 
 
-def newest_checkpoint(session: orm.Session, lease: Lease) -> JobCheckpoint | None:
-    """Where a new attempt goes on from."""
-    job = holding(session, lease)
-    return session.scalar(
-        select(JobCheckpoint).where(JobCheckpoint.job_id == job.id).order_by(JobCheckpoint.step.desc()).limit(1)
-    )
+def _replace(
+    session: orm.Session, known: JobCheckpoint, lease: Lease, *, prefix: str, manifest: Manifest, metrics: dict[str, Any]
+) -> None:
+    outbox.put(session, outbox.Topic.PURGE, {"prefix": f"{known.prefix}/"})
+    known.attempt, known.prefix, known.metrics, known.has_state = lease.attempt, prefix, metrics, True
+    adapters.move(session, known.fine_tuned_model, prefix=f"{prefix}/adapter", manifest=manifest)
+
+
+def resumable_checkpoints(session: orm.Session, lease: Lease) -> Sequence[JobCheckpoint]:
+    """Where a new attempt goes on from: the first of these that is whole."""
+    return checkpoints.resumable(session, holding(session, lease))
 
 
 def complete(
@@ -161,13 +185,13 @@ def fail(session: orm.Session, lease: Lease, *, code: str, message: str, param: 
     _fail(session, job, code=code, message=message, param=param)
 
 
-def release(session: orm.Session, lease: Lease, *, reason: str, settings: LeaseSettings) -> None:
+def release(session: orm.Session, lease: Lease, *, reason: str, code: str | None = None, settings: LeaseSettings) -> None:
     """This attempt is over and the job is not: wait a little, then let another worker take it, unless too many have failed."""
-    _give_back(session, holding(session, lease), reason=reason, settings=settings)
+    _give_back(session, holding(session, lease), reason=reason, code=code, settings=settings)
 
 
 def stop(session: orm.Session, lease: Lease) -> None:
-    """The trainer has stopped because it was told to, and has kept a checkpoint. Nothing is counted against the job."""
+    """The attempt has ended because it was told to, and what it had to keep is kept. Nothing is counted against the job."""
     job = holding(session, lease)
     if not _as_desired(session, job):
         _requeue(session, job, "The worker is going down; the job goes on elsewhere from its last checkpoint")
@@ -185,7 +209,15 @@ def reap(session: orm.Session, *, settings: LeaseSettings) -> int:
     return len(silent)
 
 
-def _give_back(session: orm.Session, job: Job, *, reason: str, settings: LeaseSettings) -> None:
+def _held_by(lease: Lease) -> tuple[ColumnElement[bool], ...]:
+    return (Job.id == lease.job_id, Job.attempt == lease.attempt, Job.lease_owner == lease.owner, Job.state == JobState.RUNNING)
+
+
+def _lost(lease: Lease) -> str:
+    return f"attempt {lease.attempt} of job {lease.job_id} is no longer held by {lease.owner}"
+
+
+def _give_back(session: orm.Session, job: Job, *, reason: str, code: str | None = None, settings: LeaseSettings) -> None:
     """A broken attempt of a job that its owner has cancelled or paused is what they wanted."""
     if _as_desired(session, job):
         return
@@ -194,8 +226,10 @@ def _give_back(session: orm.Session, job: Job, *, reason: str, settings: LeaseSe
         message = f"{reason}; given up after {job.failures} attempts. Nothing was charged; create the job again"
         _fail(session, job, code="infra_exhausted", message=message, param=None)
         return
-    job.not_before = _in(BACKOFF_SECONDS * 2 ** (job.failures - 1))
-    _requeue(session, job, f"{reason}; the job goes on from its last checkpoint", level="warn")
+    backoff_seconds = FULL_DISK_BACKOFF_SECONDS if code == DISK_FULL else BACKOFF_SECONDS
+    job.not_before = _in(backoff_seconds * 2 ** (job.failures - 1))
+    data = {"code": code} if code else None
+    _requeue(session, job, f"{reason}; the job goes on from its last checkpoint", level="warn", data=data)
 
 
 def _as_desired(session: orm.Session, job: Job) -> bool:
@@ -210,8 +244,10 @@ def _as_desired(session: orm.Session, job: Job) -> bool:
     return True
 
 
-def _requeue(session: orm.Session, job: Job, message: str, *, level: events.Level = "info") -> None:
-    states.move(session, job, JobState.QUEUED, message, level=level)
+def _requeue(
+    session: orm.Session, job: Job, message: str, *, level: events.Level = "info", data: dict[str, Any] | None = None
+) -> None:
+    states.move(session, job, JobState.QUEUED, message, level=level, data=data)
     outbox.ring(session, job.queue)
 
 

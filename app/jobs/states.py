@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import func, orm
 
 from app.core.errors import Conflict
-from app.jobs import events
+from app.jobs import checkpoints, events
 from app.models import Job, JobState
 from app.webhooks import emit
 from app.webhooks.emit import EventType
@@ -64,6 +64,7 @@ def move(
         job.lease_owner = job.lease_expires_at = job.estimated_finish_at = None
     if to in TERMINAL:
         job.finished_at = func.clock_timestamp()
+        checkpoints.drop_states(session, job)
     session.flush()
     _tell(session, job, message, level=level, data=data)
 

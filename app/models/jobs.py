@@ -2,7 +2,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, func
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, func, true
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models.base import Id, Owned, Table
@@ -99,7 +99,10 @@ class JobEvent(Owned, Table):
 
 
 class JobCheckpoint(Owned, Table):
-    """A checkpoint whose bytes are all in storage and verified: the row comes last."""
+    """A checkpoint whose bytes are all in storage and verified: the row comes last.
+
+    Under `prefix` lie `adapter` and, for as long as the job may have to go on from it (`has_state`), `state`.
+    """
 
     __tablename__ = "job_checkpoints"
     __table_args__ = (UniqueConstraint("job_id", "step"),)
@@ -111,3 +114,4 @@ class JobCheckpoint(Owned, Table):
     prefix: Mapped[str]
     metrics: Mapped[dict[str, Any]]
     fine_tuned_model: Mapped[str]
+    has_state: Mapped[bool] = mapped_column(server_default=true())

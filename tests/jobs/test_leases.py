@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from sqlalchemy import orm, select
@@ -9,9 +9,9 @@ from app.core import catalog, events
 from app.core.errors import Conflict
 from app.jobs import leases
 from app.jobs import service as jobs
-from app.jobs.leases import LeaseLost
+from app.jobs.leases import Lease, LeaseLost
 from app.jobs.states import MOVES, TERMINAL, IllegalMove
-from app.models import Adapter, Desired, Job, JobEvent, JobState, OutboxMessage
+from app.models import Adapter, Desired, Job, JobCheckpoint, JobEvent, JobState, OutboxMessage
 from tests import make
 
 STEPPED = events.Stepped(
@@ -203,11 +203,83 @@ def test_a_checkpoint_is_known_once_and_answers_by_name(session: orm.Session, or
     for _ in range(2):
         leases.checkpoint(session, lease, step=4, prefix="p", manifest=make.manifest(), metrics={"train_loss": 1.0})
         session.flush()
-    newest = leases.newest_checkpoint(session, lease)
 
-    assert newest is not None and newest.step == 4
+    assert [found.step for found in leases.resumable_checkpoints(session, lease)] == [4]
     names = session.scalars(select(Adapter.name).where(Adapter.job_id == job.id)).all()
     assert names == [f"ft:{make.TINY}:{organization.organization_slug}::{job.id[-8:]}:ckpt-step-4"]
+
+
+def checkpointed(session: orm.Session, lease: Lease, *losses: float) -> None:
+    """One at every second step, with these validation losses."""
+    for number, loss in enumerate(losses, 1):
+        make.checkpoint(session, lease, step=2 * number, metrics={"valid_loss": loss})
+
+
+def states_of(session: orm.Session, job: Job) -> list[int]:
+    mine = select(JobCheckpoint.step).where(JobCheckpoint.job_id == job.id, JobCheckpoint.has_state)
+    return sorted(session.scalars(mine))
+
+
+def purged(session: orm.Session, job: Job) -> list[str]:
+    """What is deleted once this transaction has committed."""
+    messages = session.scalars(select(OutboxMessage).where(OutboxMessage.topic == "purge"))
+    prefixes = sorted(message.payload["prefix"] for message in messages)
+    return [prefix.partition(f"{job.id}/")[2] for prefix in prefixes if job.id in prefix]
+
+
+def test_a_resume_finds_the_last_two_checkpoints_and_the_best_and_no_other_state_is_kept(
+    session: orm.Session, organization: Caller
+) -> None:
+    job = make.queued_job(session, organization)
+    lease = make.claim(session, job)
+    checkpointed(session, lease, 3.0, 1.0, 2.0, 2.1, 2.2)
+
+    assert [found.step for found in leases.resumable_checkpoints(session, lease)] == [10, 8, 4]
+    assert purged(session, job) == ["a1/step-2/state/", "a1/step-6/state/"]
+    assert len(jobs.list_checkpoints(session, organization, job.id, after=None, limit=9)[0]) == 5
+    assert len(session.scalars(select(Adapter).where(Adapter.job_id == job.id)).all()) == 5  # every one still answers
+
+
+def test_an_attempt_that_comes_by_a_step_again_replaces_its_checkpoint(session: orm.Session, organization: Caller) -> None:
+    """It was found damaged in storage, or it would have been gone on from."""
+    job = make.queued_job(session, organization)
+    checkpointed(session, first := make.claim(session, job), 3.0, 2.0, 1.0)
+    leases.release(session, first, reason="it died", settings=make.LEASES)
+    make.make_due(session, job)
+    second = make.claim(session, job)
+    make.checkpoint(session, second, step=5)
+
+    assert states_of(session, job) == [4, 5]  # that of step 6 lies ahead and was not gone on from
+    make.checkpoint(session, second, step=6)
+    make.checkpoint(session, second, step=6)  # its commit was in doubt
+    (replaced,) = session.scalars(select(Adapter).where(Adapter.job_id == job.id, Adapter.step == 6))
+    assert replaced.prefix == f"somewhere/{job.id}/a2/step-6/adapter"
+    assert purged(session, job) == ["a1/step-2/state/", "a1/step-6/", "a1/step-6/state/"]
+    assert states_of(session, job) == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "end", [make.complete, lambda session, lease: leases.fail(session, lease, code="diverged", message="no")]
+)
+def test_the_end_of_a_job_drops_every_state_and_keeps_every_model(
+    session: orm.Session, organization: Caller, end: Callable[[orm.Session, Lease], None]
+) -> None:
+    job = make.queued_job(session, organization)
+    checkpointed(session, lease := make.claim(session, job), 2.0, 1.0)
+    end(session, lease)
+
+    assert states_of(session, job) == []
+    assert purged(session, job) == ["a1/step-2/state/", "a1/step-4/state/"]
+    assert len(jobs.list_checkpoints(session, organization, job.id, after=None, limit=9)[0]) == 2
+
+
+def test_a_waiting_job_that_is_cancelled_drops_its_states(session: orm.Session, organization: Caller) -> None:
+    job = make.queued_job(session, organization)
+    checkpointed(session, lease := make.claim(session, job), 2.0)
+    leases.stop(session, lease)
+    jobs.cancel(session, organization, job.id)
+
+    assert (states_of(session, job), purged(session, job)) == ([], ["a1/step-2/state/"])
 
 
 def test_a_cancelled_job_whose_attempt_breaks_is_cancelled(session: orm.Session, organization: Caller) -> None:
@@ -222,12 +294,12 @@ def test_a_cancelled_job_whose_attempt_breaks_is_cancelled(session: orm.Session,
 def test_a_checkpoint_that_a_running_job_needs_cannot_be_deleted(session: orm.Session, organization: Caller) -> None:
     job = make.queued_job(session, organization)
     lease = make.claim(session, job)
-    leases.checkpoint(session, lease, step=4, prefix="p", manifest=make.manifest(), metrics={})
-    session.flush()
+    make.checkpoint(session, lease, step=4)
     name = session.scalars(select(Adapter.name).where(Adapter.job_id == job.id)).one()
 
     with pytest.raises(Conflict, match="go on from"):
         adapters.delete(session, organization, catalog.load(), name)
     leases.fail(session, lease, code="diverged", message="no")
     adapters.delete(session, organization, catalog.load(), name)
+    assert "a1/step-4/" in purged(session, job)
     assert jobs.list_checkpoints(session, organization, job.id, after=None, limit=9)[0] == []

@@ -12,7 +12,7 @@ from app.core.spec import LoraSpec, OptimizerSpec, TrainSpec
 from tests.make import TINY
 from worker.model.base import LoadedBase
 from worker.training import run as runs
-from worker.training.loop import ShouldStop
+from worker.training.loop import OnEvent, ShouldStop
 from worker.training.run import Paths
 from worker.training.tokenise import TokenisedSet, tokenise
 
@@ -56,6 +56,7 @@ class Runner:
     folder: Path
     has_validation: bool = False
     said: list[events.Event] = field(default_factory=list)
+    listener: OnEvent = lambda event: None
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,13 +72,23 @@ class Runner:
 
     def go(self, asked: specs.TrainSpec, *, should_stop: ShouldStop = lambda: False) -> events.Finished | events.Stopped:
         base = catalog.load()[TINY]
-        return runs.run(asked, self.paths, base, base_model=self.base, on_event=self.said.append, should_stop=should_stop)
+
+        def hear(event: events.Event) -> None:
+            self.said.append(event)
+            self.listener(event)
+
+        return runs.run(asked, self.paths, base, base_model=self.base, on_event=hear, should_stop=should_stop)
 
     def stop_after(self, step: int) -> ShouldStop:
         return lambda: any(isinstance(event, events.Stepped) and event.step == step for event in self.said)
 
     def of(self, kind: type[Any]) -> list[Any]:
         return [event for event in self.said if isinstance(event, kind)]
+
+    @property
+    def kept(self) -> list[int]:
+        """Steps of the checkpoints that are there."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self.paths.checkpoints.iterdir())
 
     @property
     def weights(self) -> bytes:

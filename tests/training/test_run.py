@@ -109,12 +109,59 @@ def test_a_damaged_checkpoint_falls_back_by_one(runner: Runner, damage: str, tmp
     assert "The checkpoint of step 4 is not used" in runner.of(Noted)[0].message
 
 
-def test_another_run_s_checkpoint_is_not_gone_on_from(runner: Runner) -> None:
-    runner.go(make.spec(), should_stop=runner.stop_after(2))
+def test_another_run_s_checkpoint_is_neither_gone_on_from_nor_deleted(runner: Runner) -> None:
+    runner.go(make.spec(n_epochs=4), should_stop=runner.stop_after(8))
     runner.go(make.spec(seed=2))
 
     assert runner.of(Started)[1].resumed_from == 0
     assert "another run" in runner.of(Noted)[0].message
+    assert runner.kept == [2, 4, 6, 8]  # 6 and 8 are the other's
+
+
+def test_the_last_two_checkpoints_are_kept_and_the_best(tiny: LoadedBase, tmp_path: Path) -> None:
+    runner = Runner(tiny, tmp_path, has_validation=True)
+    assert runner.paths.validation is not None
+    answers = [make.chat(line, "Count to 3.", answer) for line, answer in enumerate(("abc", "xyz"), 1)]  # numbers are trained on
+    tokenise(answers, tiny.renderer, max_seq_length=64).write(runner.paths.validation)
+    runner.go(make.spec(n_epochs=4))
+    judged = [event.valid_loss for event in runner.of(Evaluated)]
+
+    assert judged[0] == min(judged)
+    assert runner.kept == [2, 8, 10]
+
+
+def test_without_validation_the_last_two_checkpoints_are_kept(runner: Runner) -> None:
+    runner.go(make.spec(n_epochs=4))
+
+    assert runner.kept == [8, 10]
+
+
+def test_a_checkpoint_is_deleted_only_after_everybody_has_heard_of_the_next(runner: Runner) -> None:
+    there = []
+    runner.listener = lambda event: there.append(runner.kept) if isinstance(event, Checkpointed) else None
+    runner.go(make.spec(n_epochs=4))
+
+    assert there == [[2], [2, 4], [2, 4, 6], [4, 6, 8], [6, 8, 10]]
+
+
+def test_what_lies_ahead_of_the_checkpoint_gone_on_from_goes_with_the_next(runner: Runner) -> None:
+    runner.go(make.spec(), should_stop=runner.stop_after(4))
+    (runner.paths.checkpoints / "step-000004" / "state" / "optimizer.safetensors").write_bytes(b"{}")
+    runner.said.clear()
+    runner.go(make.spec(), should_stop=runner.stop_after(3))
+
+    assert runner.kept == [2, 3]
+
+
+def test_what_killed_writers_left_is_removed_and_never_counts(runner: Runner) -> None:
+    runner.go(make.spec(), should_stop=runner.stop_after(4))
+    whole = runner.paths.checkpoints / "step-000004"
+    half = whole.rename(whole.with_name(".step-000004.abcd"))
+    (half / "state" / "manifest.json").unlink()
+    runner.go(make.spec())
+
+    assert runner.of(Started)[1].resumed_from == 2
+    assert not half.exists()
 
 
 def test_a_checkpoint_is_itself_an_adapter(runner: Runner, tiny: LoadedBase) -> None:

@@ -18,6 +18,7 @@ from tests.training import make
 from worker.model import base as bases
 from worker.model.base import LoadedBase
 from worker.training import fused
+from worker.training import loss as losses
 from worker.training.data import MicroBatch, TrainData, micro_batches
 from worker.training.evaluate import evaluate
 from worker.training.optim import Optimizer
@@ -114,6 +115,17 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(exact: LoadedBase) -> None:
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     assert torch.nn.functional.cosine_similarity(gradient, expected_gradient, dim=0) > 0.9999
     assert float(gradient.norm() / expected_gradient.norm()) == pytest.approx(1, rel=1e-4)
+
+
+def test_an_evaluation_computes_the_same_loss_without_its_gradient(
+    trainee: Trainee, exact: LoadedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (together,) = packed(exact, max_tokens=10_000)
+    trained = float(trainee.backward(together, scale=1.0).loss_sum) / len(together.labelled_N)
+    monkeypatch.setattr(losses, "cross_entropy_backward", None)
+    evaluated = evaluate(trainee, [together], step=1, should_stop=lambda: False)
+
+    assert evaluated is not None and evaluated.valid_loss == pytest.approx(trained, rel=1e-6)
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="only CPUs with AVX512-BF16 have the fast path that breaks training")

@@ -54,6 +54,7 @@ def job(base: LoadedBase, folder: Path, **asked: object) -> bytes:
         dataset=folder / "training.safetensors",
         output_dir=folder / "adapter",
         checkpoints_dir=folder / "checkpoints",
+        handover_dir=folder / "handover",
         micro_batch_tokens=spec.micro_batch_tokens,
     )
     return made.model_dump_json().encode() + b"\n"

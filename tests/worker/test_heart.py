@@ -1,12 +1,47 @@
-"""When a job will be done, as its worker tells it."""
+"""What a worker hears and tells while an attempt lasts."""
 
 import random
 
 import pytest
+from sqlalchemy import orm
 
+from app.accounts.caller import Caller
 from app.core.events import Stepped
+from app.core.settings import LeaseSettings
+from app.jobs import leases
+from app.jobs import service as jobs
+from app.jobs.leases import LeaseLost
+from app.models import Desired
+from tests import make
+from tests.embedded.patience import eventually
 from worker import heart
-from worker.heart import _Pace
+from worker.heart import Heart, _Pace
+
+RARE = LeaseSettings(lease_seconds=3000, heartbeat_seconds=1000)
+
+
+def test_what_the_owner_wants_is_heard_between_beats(
+    system_sessions: orm.sessionmaker[orm.Session], organization: Caller
+) -> None:
+    with system_sessions.begin() as session:
+        job = make.queued_job(session, organization)
+        lease = make.claim(session, job)
+    with Heart(system_sessions, lease, RARE) as beating:
+        for ask, wants in ((jobs.pause, Desired.PAUSE), (jobs.resume, Desired.RUN), (jobs.cancel, Desired.CANCEL)):
+            with system_sessions.begin() as session:
+                ask(session, organization, job.id)
+            eventually(lambda wants=wants: beating.wants == wants)
+
+
+def test_a_lost_lease_is_heard_between_beats(system_sessions: orm.sessionmaker[orm.Session], organization: Caller) -> None:
+    with system_sessions.begin() as session:
+        lease = make.claim(session, make.queued_job(session, organization))
+    with Heart(system_sessions, lease, RARE) as beating:
+        with system_sessions.begin() as session:
+            leases.fail(session, lease, code="diverged", message="no")
+        eventually(lambda: beating._failure)
+        with pytest.raises(LeaseLost):
+            beating.check()
 
 
 def test_the_time_left_is_within_a_fifth_after_a_tenth_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

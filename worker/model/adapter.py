@@ -139,15 +139,11 @@ def _config_of(base: BaseEntry, lora: LoraSpec) -> AdapterConfig:
 def _check_manifest(directory: Path, base: LoadedBase) -> None:
     """That the directory is what its manifest says, and that the manifest speaks of this base and this template."""
     try:
-        said = Manifest.model_validate_json((directory / manifest.NAME).read_bytes())
-    except FileNotFoundError:
-        raise AdapterRefused("it has no manifest, so it was never completely written") from None
-    except ValidationError as error:
-        raise AdapterRefused(f"its manifest cannot be read: {error.errors()[0]['msg']}") from error
+        said = manifest.read(directory)
+    except manifest.Damaged as error:
+        raise AdapterRefused(str(error)) from error
     if unexpected := said.files.keys() ^ {WEIGHTS, CONFIG}:
         raise AdapterRefused(f"it must hold {WEIGHTS} and {CONFIG} and nothing else, and differs in {min(unexpected)}")
-    if problems := manifest.problems_in(directory, said):
-        raise AdapterRefused(problems[0])
     if said.base.digest != base.entry.digest:
         raise AdapterRefused(f"it was trained on other weights ({said.base.id} {said.base.digest[:12]}) than {base.entry.id} has")
     if said.template_sha256 != base.renderer.template_sha256:

@@ -1,5 +1,6 @@
 """Directories that are there whole or not at all, whoever else is writing and whenever the power goes."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -13,7 +14,8 @@ from pathlib import Path
 def written_whole(final: Path) -> Iterator[Path]:
     """A temporary directory beside `final`; when the block ends well it is synced to disk and takes that name.
 
-    What was there under the name is replaced. When the block raises, nothing is left behind.
+    What was there under the name is replaced. When the block raises, nothing is left behind. A full disk is an OSError with
+    `final` as its file, whatever the library raised that met it.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
@@ -27,9 +29,16 @@ def written_whole(final: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         partial.rename(final)
         _sync_one(final.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if is_full(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final)) from error
         raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk had no room. Rust's and C++'s libraries raise errors of their own with the system's words in them."""
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 @contextmanager

@@ -8,15 +8,17 @@ Order of data, dropout and rate follow from seed and step, so they need no state
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
-from app.core import manifest
-from app.core.manifest import Manifest
+from app.core import checkpoints, manifest
+from app.core.manifest import Damaged, Manifest
 from app.core.spec import TrainSpec
 from worker.model import adapter
 from worker.model.adapter import AdapterRefused
@@ -90,10 +92,6 @@ class Identity:
             raise Diverged(f"the trained adapter cannot be used: {error}; try a lower learning rate") from error
 
 
-class Damaged(Exception):
-    """This checkpoint cannot be gone on from; the message says why."""
-
-
 def write(directory: Path, identity: Identity, trainee: Trainee, optimizer: Optimizer, state: TrainState) -> Path:
     """Write the checkpoint of this step under `directory`, whole or not at all."""
     final = directory / f"step-{state.step:06d}"
@@ -111,8 +109,10 @@ def write(directory: Path, identity: Identity, trainee: Trainee, optimizer: Opti
 def restore(
     directory: Path, identity: Identity, trainee: Trainee, optimizer: Optimizer, *, on_damaged: Callable[[int, str], None]
 ) -> TrainState | None:
-    """Take over the newest checkpoint that is whole and of this run; None when there is none."""
-    found = {int(path.name.removeprefix("step-")): path for path in directory.glob("step-*")}
+    """Take over the newest checkpoint that is whole and of this run; None when there is none. What was half written goes."""
+    for leftover in directory.glob(".step-*"):
+        shutil.rmtree(leftover)
+    found = _found(directory)
     for step in sorted(found, reverse=True):
         try:
             return _open(found[step], identity, trainee, optimizer)
@@ -122,18 +122,40 @@ def restore(
 
 
 def _open(checkpoint: Path, identity: Identity, trainee: Trainee, optimizer: Optimizer) -> TrainState:
-    """Everything is checked before anything is taken over."""
+    """Everything is checked before anything is taken over. Raises Damaged."""
     beside = checkpoint / "state"
+    manifest.read(beside)
     try:
-        said = Manifest.model_validate_json((beside / manifest.NAME).read_bytes())
-        if problems := manifest.problems_in(beside, said):
-            raise Damaged(problems[0])
         weights = adapter.open(checkpoint / "adapter", base=identity.base, max_rank=identity.spec.lora.rank)
-    except (FileNotFoundError, ValidationError, AdapterRefused) as error:
+    except AdapterRefused as error:
         raise Damaged(str(error)) from error
-    facts = json.loads((beside / _STATE).read_bytes())
+    facts = _facts(checkpoint)
     if facts["run"] != identity.digest:
         raise Damaged("it belongs to another run")
     trainee.load(weights.modules)
     optimizer.restore(load_file(beside / _OPTIMIZER))
     return TrainState.model_validate(facts["state"])
+
+
+def prune(directory: Path, identity: Identity, *, newest: int) -> None:
+    """Delete what this run needs no more now that it has the checkpoint `newest`. Another run's are not ours to delete."""
+    found = _found(directory)
+    facts = {step: _facts(path) for step, path in found.items()}
+    mine = {step: told["state"]["metrics"] for step, told in facts.items() if told.get("run") == identity.digest}
+    for step in mine.keys() - checkpoints.kept(mine, newest=newest):
+        half_deleted = found[step].with_name(f".{found[step].name}")  # if we die over it
+        found[step].rename(half_deleted)
+        shutil.rmtree(half_deleted)
+
+
+def _found(directory: Path) -> dict[int, Path]:
+    return {int(path.name.removeprefix("step-")): path for path in directory.glob("step-*")}
+
+
+def _facts(checkpoint: Path) -> dict[str, Any]:
+    """What is said of the run and its state; nothing where that cannot be read."""
+    try:
+        facts: dict[str, Any] = json.loads((checkpoint / "state" / _STATE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return facts

@@ -4,7 +4,8 @@ from typing import ClassVar
 
 import torch
 
-from app.core.events import OUT_OF_MEMORY, Failed
+from app.core.events import DISK_FULL, OUT_OF_MEMORY, Failed
+from worker.model import directory
 from worker.model.base import BaseRefused
 
 
@@ -35,6 +36,9 @@ def failed(error: BaseException) -> Failed:
             return Failed(code="base_refused", message=str(error), is_user_error=False)
         case _ if _is_out_of_memory(error):
             return Failed(code=OUT_OF_MEMORY, message="the trainer ran out of memory", is_user_error=False)
+        case _ if directory.is_full(error):
+            path = error.filename if isinstance(error, OSError) else None
+            return Failed(code=DISK_FULL, message="the trainer's disk is full", is_user_error=False, path=path)
     return Failed(code="internal_error", message=f"the trainer failed unexpectedly ({type(error).__name__})", is_user_error=False)
 
 

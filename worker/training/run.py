@@ -143,6 +143,7 @@ class _Keeper:
         directory = checkpoint.write(self._paths.checkpoints, self._identity, self._trainee, self._optimizer, state)
         self._kept_step = state.step
         self._on_event(Checkpointed(step=state.step, directory=str(directory), metrics=state.metrics))
+        checkpoint.prune(self._paths.checkpoints, self._identity, newest=state.step)
         return state
 
 

@@ -122,6 +122,7 @@ def warm_up(base: LoadedBase) -> None:
         # one document of a length and several, first in the pack and later, in one block of attention's queries and in two
         for lengths in ((300, 40, 40), (60, 60)):
             trainee.backward(meaningless(lengths), scale=1.0)
+        trainee.loss(meaningless((100, 40, 40)))  # as an evaluation does: without the logits' gradient
 
 
 def meaningless(lengths: tuple[int, ...]) -> MicroBatch:
