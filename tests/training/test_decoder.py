@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,21 @@ def test_a_second_forward_does_not_take_what_the_first_one_keeps() -> None:
     first, _ = forward(0), forward(50)
 
     assert all(map(torch.equal, torch.autograd.grad(first, parameters), alone))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3, with norms in heads"])
+@pytest.mark.parametrize("of", [Decoder, StockDecoder])
+def test_layers_computed_again_in_the_backward_change_no_bit(family: str, of: Callable[..., Decoder | StockDecoder]) -> None:
+    model = model_of(FAMILIES[family])
+    calls = []
+    counted = model.get_decoder().layers[0].mlp.gate_proj.register_forward_hook(lambda *_: calls.append(1))
+    kept = computed(model, of, LENGTHS)
+    recomputed = computed(model, partial(of, is_checkpointing=True), LENGTHS)
+    counted.remove()
+
+    assert torch.equal(kept[0], recomputed[0])
+    assert all(map(torch.equal, kept[1], recomputed[1]))
+    assert of is Decoder or len(calls) == 3  # else nothing was computed again
 
 
 def test_what_it_does_not_know_is_left_to_transformers() -> None:

@@ -1,14 +1,15 @@
 """The forward of a Llama-shaped decoder, and its backward: what is kept between them is chosen by hand.
 
 transformers' modules hold the weights; its own forward keeps, and goes over, several times as much. Axes as in kernels.py.
-Kept for each token and layer: x before attention and before the MLP, rotated q, k, v, what attention gave, gate and up.
+Kept for each token and layer: x before attention and before the MLP, rotated q, k, v, what attention gave, gate and up; or, where
+memory asks for it, x before the layer alone, from which the backward computes the rest once more.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worker.training import kernels
 from worker.training.attention import Documents, attend
@@ -48,6 +49,14 @@ class Layer:
         self._out = Projection(attention.o_proj)
         self._gate_up, self._down = Projection(mlp.gate_proj, mlp.up_proj), Projection(mlp.down_proj)
 
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        projections = (self._qkv, self._out, self._gate_up, self._down)
+        return tuple(parameter for projection in projections for parameter in projection.parameters)
+
+    def forward(self, x_TD: Tensor, documents: Documents, kept: Kept) -> Tensor:
+        return self.mlp(self.attention(x_TD, documents, kept), kept)
+
     def attention(self, x_TD: Tensor, documents: Documents, kept: Kept) -> Tensor:
         q, k, v = _NormedProjection.apply(x_TD, self._before_attention, self._qkv, *self._qkv.parameters)  # type: ignore[no-untyped-call]
         q_THW, k_TKW, v_TKW = (x.view(len(x), -1, self._width) for x in (q, k, v))
@@ -65,12 +74,15 @@ class Layer:
 
 
 class Decoder:
-    """A whole decoder. `model` is transformers', with PEFT's layers in it or without."""
+    """A whole decoder. `model` is transformers', with PEFT's layers in it or without.
 
-    def __init__(self, model: Any) -> None:
+    `is_checkpointing` keeps about a tenth, for half as much work again, and changes no bit of what comes out.
+    """
+
+    def __init__(self, model: Any, *, is_checkpointing: bool = False) -> None:
         self._embed, self._rotary, self._norm = model.embed_tokens, model.rotary_emb, Norm(model.norm)
         self._layers = [Layer(module) for module in model.layers]
-        self._workspace = Workspace()
+        self._workspace, self._is_checkpointing = Workspace(), is_checkpointing
 
     def hidden_at(self, rows_N: Tensor, *, tokens_T: Tensor, positions_T: Tensor, lengths: Sequence[int]) -> Tensor:
         """The last hidden states, normed, of the wanted rows only: [N, D]."""
@@ -78,9 +90,12 @@ class Decoder:
         cos_1TW, sin_1TW = self._rotary(x_TD.float()[None], positions_T[None])
         half = cos_1TW.shape[-1] // 2
         documents = Documents(tuple(lengths), cos_1TW[0, :, None, :half].contiguous(), sin_1TW[0, :, None, :half].contiguous())
-        *layers, last = self._layers
+        *layers, last = self._layers  # the backward begins with the last: there is nothing to gain by computing it twice
         for layer in layers:
-            x_TD = layer.mlp(layer.attention(x_TD, documents, kept), kept)
+            if self._is_checkpointing:
+                x_TD = _Recomputed.apply(x_TD, layer, documents, kept, self._workspace, *layer.parameters)  # type: ignore[no-untyped-call]
+            else:
+                x_TD = layer.forward(x_TD, documents, kept)
         return self._norm(last.mlp(last.attention(x_TD, documents, kept)[rows_N], kept))
 
 
@@ -94,6 +109,28 @@ def knows(model: Any, *, longest: int) -> bool:
         and (window is None or longest <= window)
         and not getattr(config, "attention_dropout", 0.0)
     )
+
+
+class _Recomputed(torch.autograd.Function):
+    """A layer of which x alone is kept; what its backward needs is computed once more (checkpointing, arXiv:1604.06174)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, layer: Layer, documents: Documents, kept: Kept, workspace: Workspace, *_: Tensor
+    ) -> Tensor:
+        ctx.layer, ctx.documents, ctx.kept, ctx.workspace = layer, documents, kept, workspace
+        ctx.save_for_backward(x_TD)
+        passing = workspace.open(x_TD.device)  # holds what comes out too, so that it is copied before that goes back
+        return kept.empty(tuple(x_TD.shape), dtype=x_TD.dtype).copy_(layer.forward(x_TD, documents, passing))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x_TD,), ctx.kept = ctx.saved_tensors, None
+        with torch.enable_grad():
+            x_TD = x_TD.detach().requires_grad_()
+            out_TD = ctx.layer.forward(x_TD, ctx.documents, ctx.workspace.open(x_TD.device))
+        d_x_TD, *d_parameters = torch.autograd.grad(out_TD, [x_TD, *ctx.layer.parameters], gradients[0])
+        return d_x_TD, None, None, None, None, *d_parameters
 
 
 class _Normed(torch.autograd.Function):
