@@ -19,7 +19,8 @@ FEWEST_TOKENS = 128
 class TrainerJob(BaseModel):
     """One run. Checkpoints go to, and are resumed from, `checkpoints_dir`; the adapter is written to `output_dir`.
 
-    `micro_batch_tokens` is how many tokens are in memory at once: the spec's, or fewer where those did not fit.
+    `micro_batch_tokens` is how many tokens are in memory at once: the spec's, or fewer where those did not fit. With
+    `is_checkpointing` layers are computed again in the backward, whether or not the trainer's card seems to have room.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -31,8 +32,10 @@ class TrainerJob(BaseModel):
     output_dir: Path
     checkpoints_dir: Path
     micro_batch_tokens: int
+    is_checkpointing: bool = False
 
     def smaller(self) -> "TrainerJob | None":
-        """The same steps with half the tokens at once; None where that would not help."""
+        """The same steps with half the tokens at once, layers computed again; None where that would not help."""
         half = self.micro_batch_tokens // 2
-        return self.model_copy(update={"micro_batch_tokens": half}) if half >= FEWEST_TOKENS else None
+        changes = {"micro_batch_tokens": half, "is_checkpointing": True}
+        return self.model_copy(update=changes) if half >= FEWEST_TOKENS else None
