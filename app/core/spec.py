@@ -27,6 +27,11 @@ class LoraSpec(_Frozen):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | Annotated[tuple[Target, ...], Field(min_length=1)] = "all-linear"
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The modules of a layer that it changes, by name."""
+        return TARGETS if self.target_modules == "all-linear" else self.target_modules
+
 
 class QuantizationSpec(_Frozen):
     """How the frozen base is held."""

@@ -158,6 +158,18 @@ def test_layers_computed_again_in_the_backward_change_no_bit(family: str, monkey
     assert len(calls) == 2 + 2 * 2
 
 
+def test_transformers_layers_computed_again_change_no_bit() -> None:
+    model, calls = model_of(FAMILIES["llama"]), []
+    counted = model.get_decoder().layers[0].mlp.gate_proj.register_forward_hook(lambda *_: calls.append(1))
+    kept = computed(model, StockDecoder, LENGTHS)
+    again = computed(model, partial(StockDecoder, is_checkpointing=True), LENGTHS)
+    counted.remove()
+
+    assert torch.equal(kept[0], again[0])
+    assert all(map(torch.equal, kept[1], again[1]))
+    assert len(calls) == 1 + 2
+
+
 def test_what_it_does_not_know_is_left_to_transformers() -> None:
     gemma = AutoModelForCausalLM.from_config(Gemma3TextConfig(**SHAPE, sliding_window=16))
     windowed = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=100))

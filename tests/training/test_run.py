@@ -78,6 +78,19 @@ def test_a_stopped_and_resumed_run_gives_the_same_bits(tiny: LoadedBase, tmp_pat
     assert [event.train_loss for event in halting.of(Stepped)] == [event.train_loss for event in straight.of(Stepped)]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_run_that_computes_layers_again_gives_the_same_bits(tiny: LoadedBase, tmp_path: Path, dropout: float) -> None:
+    asked = make.spec(lora={"dropout": dropout})
+    keeping, again = Runner(tiny, tmp_path / "a", True), Runner(tiny, tmp_path / "b", True)
+    kept, computed = keeping.go(asked), again.go(asked, is_checkpointing=True)
+
+    assert again.weights == keeping.weights
+    assert [event.train_loss for event in again.of(Stepped)] == [event.train_loss for event in keeping.of(Stepped)]
+    assert [event.valid_loss for event in again.of(Evaluated)] == [event.valid_loss for event in keeping.of(Evaluated)]
+    assert isinstance(kept, Finished) and isinstance(computed, Finished)
+    assert (kept.memory.is_checkpointing, computed.memory.is_checkpointing) == (False, True)
+
+
 def test_stopping_between_micro_batches_loses_only_the_step(runner: Runner) -> None:
     asked, calls = make.spec(micro_batch_tokens=8), []
     stopped = runner.go(asked, should_stop=lambda: calls.append(1) or len(calls) > 6)  # four documents to a step

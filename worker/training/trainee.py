@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from app.core.spec import OptimizerSpec, TrainSpec
-from worker.model.adapter import targets_of
 from worker.model.base import LoadedBase
 from worker.training import decoder
 from worker.training.data import MicroBatch
@@ -82,15 +81,18 @@ class Trainee:
 
 
 @contextmanager
-def adapted(base: LoadedBase, spec: TrainSpec) -> Iterator[Trainee]:
-    """Put a fresh adapter, drawn from the spec's seed, on the base; afterwards the base is as it was, bit for bit."""
+def adapted(base: LoadedBase, spec: TrainSpec, *, is_checkpointing: bool = False) -> Iterator[Trainee]:
+    """Put a fresh adapter, drawn from the spec's seed, on the base; afterwards the base is as it was, bit for bit.
+
+    `is_checkpointing` saves memory and costs time: layers are computed once more in the backward, to the same bits.
+    """
     if getattr(base.model.config, "final_logit_softcapping", None) is not None:
         raise BaseUnsupported("models that cap their logits cannot be trained here; choose another base")
     config = peft.LoraConfig(
         r=spec.lora.rank,
         lora_alpha=spec.lora.alpha,
         lora_dropout=spec.lora.dropout,
-        target_modules=list(targets_of(spec.lora)),
+        target_modules=list(spec.lora.targets),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(spec.seed)
@@ -100,7 +102,8 @@ def adapted(base: LoadedBase, spec: TrainSpec) -> Iterator[Trainee]:
     try:
         inner = base.model.get_decoder()
         is_known = spec.lora.dropout == 0 and decoder.knows(inner, longest=spec.max_seq_length)
-        yield Trainee(model, base, Decoder(inner) if is_known else StockDecoder(inner))
+        made: Decoder | StockDecoder = (Decoder if is_known else StockDecoder)(inner, is_checkpointing=is_checkpointing)
+        yield Trainee(model, base, made)
     finally:
         model.unload()
         base.model.__dict__.pop("peft_config", None)  # PEFT's mark: left there, it would take the next adapter for a second one
