@@ -11,7 +11,8 @@ from sqlalchemy import func, orm, select
 from app import outbox
 from app.core import memory, spec
 from app.core.catalog import Base
-from app.core.chat import Problem
+from app.core.data import Problem
+from app.core.errors import Conflict
 from app.core.settings import LeaseSettings
 from app.files import service as files
 from app.jobs import events, states
@@ -74,8 +75,11 @@ def claim(session: orm.Session) -> ToPrepare | None:
     job, training_file, validation_file = row
     job.not_before = func.clock_timestamp() + files.time_to_read(training_file, validation_file)
     for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
-        if file is not None and file.status == FileStatus.ERROR:
-            _reject(session, job, code="invalid_file", message=f"{file.id} is not valid: {file.status_details}", param=param)
+        try:
+            if file is not None:
+                files.require_trainable(file, param=param)
+        except Conflict as refused:
+            _reject(session, job, code=str(refused.code), message=str(refused), param=param)
             return claim(session)
     return ToPrepare(
         id=job.id,
@@ -97,6 +101,7 @@ def finish(
     plan: dict[str, Any],
     datasets: Datasets,
     dropped: Sequence[Problem] = (),
+    truncated: Sequence[Problem] = (),
     queue: str | None = None,
 ) -> None:
     """Let the workers of `queue` have it; None keeps the one it has. A job that was cancelled meanwhile stays so."""
@@ -110,6 +115,8 @@ def finish(
     job.queued_at = job.not_before = func.clock_timestamp()
     for problem in dropped:
         events.append(session, job, f"Line {problem.line} is left out: {problem.message}", level="warn")
+    for problem in truncated:
+        events.append(session, job, f"Line {problem.line} is cut: {problem.message}", level="warn")
     states.move(session, job, JobState.QUEUED, "Files validated, moving job to queued state", data=plan)
     if job.desired == Desired.PAUSE:
         states.move(session, job, JobState.PAUSED, states.PAUSED)
@@ -143,13 +150,23 @@ def failed(session: orm.Session, job_id: str, *, reason: str, settings: LeaseSet
 
 
 def plan_of(
-    base: Base, resolved: spec.TrainSpec, *, examples: int, dropped: int, tokens: int, trained_tokens: int
+    base: Base,
+    resolved: spec.TrainSpec,
+    *,
+    examples: int,
+    dropped: int,
+    truncated: int,
+    validation: int,
+    tokens: int,
+    trained_tokens: int,
 ) -> dict[str, Any]:
     """What the job will do, in numbers its owner can check."""
     predicted = memory.predict(base.architecture, resolved.lora, micro_batch_tokens=resolved.micro_batch_tokens)
     return {
         "examples": examples,
         "dropped_examples": dropped,
+        "truncated_examples": truncated,
+        "validation_examples": validation,
         "tokens_per_epoch": tokens,
         "trained_tokens_per_epoch": trained_tokens,
         "total_steps": resolved.total_steps(examples),

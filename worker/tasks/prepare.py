@@ -6,7 +6,7 @@ from pathlib import Path
 
 import structlog
 
-from app.core import chat, memory, spec, tiers
+from app.core import data, memory, spec, tiers
 from app.core.catalog import Base
 from app.core.errors import Unavailable
 from app.core.render import Renderer
@@ -19,6 +19,7 @@ from worker.model import card
 from worker.model.source import BaseRefused
 from worker.services import Services
 from worker.training import tokenise
+from worker.training.split import NothingLeft, split
 from worker.training.tokenise import TokenisedSet
 
 log = structlog.get_logger()
@@ -41,10 +42,23 @@ class _Tokeniser:
     renderer: Renderer
     max_seq_length: int
 
+    def training_and_validation(self) -> tuple[TokenisedSet, TokenisedSet | None]:
+        """From two files, or from one that is split. Raises Unusable."""
+        training = self.read(self.job.training_key, param="training_file")
+        part = self.job.requested.training.validation_split
+        if part is None:
+            key = self.job.validation_key
+            return training, self.read(key, param="validation_file") if key else None
+        try:
+            return split(training, part, seed=self.job.seed)
+        except NothingLeft as error:
+            raise Unusable("training.validation_split", f"{error}; lower training.validation_split") from None
+
     def read(self, key: str, *, param: str) -> TokenisedSet:
         """Raises Unusable when no row is left."""
-        lines = chat.split_lines(self.to.storage.stream(key))
-        tokenised = tokenise.tokenise(chat.read(lines), self.renderer, max_seq_length=self.max_seq_length)
+        lines = data.split_lines(self.to.storage.stream(key))
+        long_rows = self.job.requested.training.long_rows
+        tokenised = tokenise.tokenise(data.read(lines), self.renderer, max_seq_length=self.max_seq_length, long_rows=long_rows)
         if tokenised.examples == 0:
             first = tokenised.dropped[0]
             raise Unusable(param, f"no row can be trained on; line {first.line}: {first.message}")
@@ -87,8 +101,7 @@ def _prepare(to: Services, job: ToPrepare) -> None:
     base = to.catalog[job.base]
     renderer = Renderer.open(card.prepared(base, to.settings.cache_dir))
     tokeniser = _Tokeniser(to, job, renderer, spec.max_seq_length(job.requested, base))
-    training = tokeniser.read(job.training_key, param="training_file")
-    validation = tokeniser.read(job.validation_key, param="validation_file") if job.validation_key else None
+    training, validation = tokeniser.training_and_validation()
     datasets = Datasets(training=tokeniser.store(training), validation=tokeniser.store(validation) if validation else None)
     longest = max(training.longest, validation.longest if validation else 0)
     resolved = spec.resolve(job.requested, base, seed=job.seed, examples=training.examples, longest=longest)
@@ -97,15 +110,23 @@ def _prepare(to: Services, job: ToPrepare) -> None:
         resolved,
         examples=training.examples,
         dropped=training.dropped_count,
+        truncated=training.truncated_count,
+        validation=validation.examples if validation else 0,
         tokens=training.tokens,
         trained_tokens=training.labelled_tokens,
     )
     queue = _queue_with_room(base, resolved, to.settings, predicted_bytes=plan["predicted_peak_bytes"], longest=longest)
-    dropped = training.dropped
     patience.say(
         to.sessions,
         lambda session: preparing.finish(
-            session, job.id, resolved=resolved, plan=plan, datasets=datasets, dropped=dropped, queue=queue
+            session,
+            job.id,
+            resolved=resolved,
+            plan=plan,
+            datasets=datasets,
+            dropped=training.dropped,
+            truncated=training.truncated,
+            queue=queue,
         ),
     )
     log.info("job_prepared", job_id=job.id, queue=queue, examples=training.examples, tokens=training.tokens)
@@ -131,7 +152,7 @@ def _queue_with_room(base: Base, resolved: TrainSpec, settings: Settings, *, pre
 def _what_to_lower(resolved: TrainSpec, longest: int) -> tuple[str, str]:
     """A parameter and what to do about it, the most effective first."""
     if resolved.micro_batch_tokens == longest:  # shorter rows share a micro-batch, whose size they do not decide
-        return "training.max_seq_length", "lower training.max_seq_length, which leaves longer rows out"
+        return "training.max_seq_length", "lower training.max_seq_length, beyond which rows are left out or cut"
     if resolved.lora.dropout:
         return "adapter.dropout", "set adapter.dropout to 0"
     return "model", "choose a smaller base model"
