@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from app.core import data
 
+MEMORY_BYTES = 384 * 2**20  # of address space, as it is usually told to it; less is resident: bench/data.py measures it
 CHUNK_BYTES = 256 * 1024
 OUT_OF_MEMORY = 3  # the exit status
 

@@ -14,6 +14,7 @@ from app.core.settings import Settings
 from app.core.storage import Storage, open_storage
 from app.files.service import ToValidate
 from tests import make
+from worker import examiner
 from worker.tasks import validate
 
 Examined = Callable[..., data.Report]
@@ -54,7 +55,7 @@ def test_a_file_that_is_judged_by_its_beginning_is_hashed_to_its_end(examined: E
 
 
 def test_memory_has_a_limit(examined: Examined, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate, "EXAMINER_BYTES", 32 * 2**20)
+    monkeypatch.setattr(examiner, "MEMORY_BYTES", 32 * 2**20)
 
     assert codes(examined(make.chat_file(40_000))) == ["limits_exceeded"]
 

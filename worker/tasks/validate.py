@@ -21,8 +21,6 @@ from worker.services import Services
 
 log = structlog.get_logger()
 
-EXAMINER_BYTES = 384 * 2**20  # of address space; less is resident: bench/data.py tells
-
 
 def validate_next(to: Services) -> bool:
     """Validate one file; False when none waits."""
@@ -63,7 +61,7 @@ def examine(storage: Storage, file: ToValidate) -> data.Report:
     if digest.hexdigest() != file.sha256:
         return _refused("file_damaged", "the stored file differs from what was uploaded")
     if process.returncode in (examiner.OUT_OF_MEMORY, -signal.SIGABRT):  # the second is how the parser, which is Rust, says it
-        return _refused("limits_exceeded", f"reading the file took more than {EXAMINER_BYTES >> 20} MiB")
+        return _refused("limits_exceeded", f"reading the file took more than {examiner.MEMORY_BYTES >> 20} MiB")
     if process.returncode == -signal.SIGXCPU:
         return _refused("limits_exceeded", f"reading the file took more than {file.cpu_seconds} seconds of processor time")
     if process.returncode:
@@ -73,7 +71,7 @@ def examine(storage: Storage, file: ToValidate) -> data.Report:
 
 def _examiner(*, seconds: int) -> "subprocess.Popen[bytes]":
     """It gets no secret, and no signal that is meant for this process. numpy's threads would reserve memory by the core."""
-    command = [sys.executable, "-m", "worker.examiner", str(seconds), str(EXAMINER_BYTES)]
+    command = [sys.executable, "-m", "worker.examiner", str(seconds), str(examiner.MEMORY_BYTES)]
     environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
     environment["OPENBLAS_NUM_THREADS"] = "1"
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)

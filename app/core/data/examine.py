@@ -78,7 +78,7 @@ class _Seen:
     """Rows seen, by their hash: enough to know that one comes again, and where it came first."""
 
     def __init__(self) -> None:
-        self._hashes, self._lines = array("q"), array("L")
+        self._hashes, self._lines = array("q"), array("I")
 
     def add(self, row: bytes, line: int) -> None:
         if len(self._hashes) < MAX_COMPARED:

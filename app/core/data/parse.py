@@ -20,9 +20,9 @@ _COLUMN = re.compile(r"column (\d+)$")
 class NotARow(ValueError):
     """The line holds no value that can be judged further."""
 
-    def __init__(self, code: str, message: str, column: int | None = None) -> None:
+    def __init__(self, code: str, message: str, column: int | None = None, place: Place = ()) -> None:
         super().__init__(message)
-        self.code, self.column = code, column
+        self.code, self.column, self.place = code, column, place
 
 
 def parse(line: bytes, number: int) -> Any:
@@ -46,13 +46,17 @@ def exact(line: bytes, number: int) -> Any:
     if _is_too_deep(text):
         raise NotARow("too_deep", f"nested deeper than {MAX_DEPTH} levels")
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except json.JSONDecodeError as error:
         raise NotARow("not_json", _explained(error, line, number), error.colno) from None
     except NotARow:
         raise
     except ValueError:
         raise NotARow("not_json", "not valid JSON: a number has too many digits") from None
+    for place, found in strings_of(value):
+        if not _is_whole(found):
+            raise NotARow("lone_surrogate", "a text holds half of a surrogate pair", place=place)
+    return value
 
 
 def strings_of(value: Any) -> Iterator[tuple[Place, str]]:
@@ -71,7 +75,7 @@ def strings_of(value: Any) -> Iterator[tuple[Place, str]]:
 
 
 def fast(line: bytes) -> Any:
-    """Raises ValueError for all that is not plainly right, and for a few things that are: a byte order mark, half a surrogate."""
+    """Raises ValueError for all that is not plainly right, and for a few things that are: a byte order mark for one."""
     value = from_json(line, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys")
     if line.count(b"{") + line.count(b"[") > MAX_DEPTH and not _is_within(value, MAX_DEPTH):
         raise ValueError("too deep")
@@ -97,6 +101,14 @@ def _text(line: bytes, number: int) -> str:
         what = "the file is UTF-16" if number == _FIRST_LINE and line.startswith(_UTF16) else f"byte {column} is not UTF-8"
         raise NotARow("not_utf8", what, column) from None
     return text.removeprefix(_BOM) if number == _FIRST_LINE else text
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Findings:
         """A hundred at most, by line, and of each code some: one that is everywhere must not hide the others."""
         lists = [kept for code, kept in self._kept.items() if CODES[code].severity == severity]
         chosen = list(_in_turns(lists))[:MAX_LISTED]
-        return tuple(sorted(chosen, key=lambda problem: problem.line))
+        return tuple(sorted(chosen, key=lambda problem: (problem.line, problem.column or 0)))
 
     def _column(self, place: Place) -> int | None:
         return column_of(self._row.decode("utf-8", "replace").removeprefix("\ufeff"), place) if place else None
