@@ -21,12 +21,17 @@ class NoRoom(BadRequest):
 
 
 class Data(BaseModel):
-    """What of a tokenised data set decides a run. Lengths are in tokens; `longest` is that of the validation file too."""
+    """What of a tokenised data set decides a run, or is told of it. Lengths are in tokens; `longest` is that of all rows.
+
+    `examples`, `dropped`, `truncated` and tokens are those of training, `validation` counts the examples that are not trained on.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     examples: int
-    dropped: int
+    dropped: int = 0
+    truncated: int = 0
+    validation: int = 0
     tokens: int
     trained_tokens: int
     longest: int
@@ -56,6 +61,8 @@ class Admission(BaseModel):
         return {
             "examples": data.examples,
             "dropped_examples": data.dropped,
+            "truncated_examples": data.truncated,
+            "validation_examples": data.validation,
             "tokens_per_epoch": data.tokens,
             "trained_tokens_per_epoch": data.trained_tokens,
             "total_steps": self.spec.total_steps(data.examples),

@@ -9,7 +9,8 @@ from sqlalchemy import func, orm, select
 
 from app import outbox
 from app.core import spec
-from app.core.chat import Problem
+from app.core.data import Problem
+from app.core.errors import Conflict
 from app.core.settings import LeaseSettings
 from app.files import service as files
 from app.jobs import events, states
@@ -73,8 +74,11 @@ def claim(session: orm.Session) -> ToPrepare | None:
     job, training_file, validation_file = row
     job.not_before = func.clock_timestamp() + files.time_to_read(training_file, validation_file)
     for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
-        if file is not None and file.status == FileStatus.ERROR:
-            _reject(session, job, code="invalid_file", message=f"{file.id} is not valid: {file.status_details}", param=param)
+        try:
+            if file is not None:
+                files.require_trainable(file, param=param)
+        except Conflict as refused:
+            _reject(session, job, code=str(refused.code), message=str(refused), param=param)
             return claim(session)
     return ToPrepare(
         id=job.id,
@@ -89,7 +93,13 @@ def claim(session: orm.Session) -> ToPrepare | None:
 
 
 def finish(
-    session: orm.Session, job_id: str, *, admitted: Admission, datasets: Datasets, dropped: Sequence[Problem] = ()
+    session: orm.Session,
+    job_id: str,
+    *,
+    admitted: Admission,
+    datasets: Datasets,
+    dropped: Sequence[Problem] = (),
+    truncated: Sequence[Problem] = (),
 ) -> None:
     """Let the workers of its tier have it. A job that was cancelled meanwhile stays so."""
     job = _validating(session, job_id)
@@ -102,6 +112,8 @@ def finish(
     job.queued_at = job.not_before = func.clock_timestamp()
     for problem in dropped:
         events.append(session, job, f"Line {problem.line} is left out: {problem.message}", level="warn")
+    for problem in truncated:
+        events.append(session, job, f"Line {problem.line} is cut: {problem.message}", level="warn")
     states.move(session, job, JobState.QUEUED, "Files validated, moving job to queued state", data=plan)
     if job.desired == Desired.PAUSE:
         states.move(session, job, JobState.PAUSED, states.PAUSED)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import structlog
 
-from app.core import chat, spec
+from app.core import data, spec
 from app.core.errors import BadRequest, Unavailable
 from app.core.render import Renderer
 from app.jobs import admission, preparing
@@ -17,6 +17,7 @@ from worker.model import card
 from worker.model.source import BaseRefused
 from worker.services import Services
 from worker.training import tokenise
+from worker.training.split import NothingLeft, split
 from worker.training.tokenise import TokenisedSet
 
 log = structlog.get_logger()
@@ -39,10 +40,23 @@ class _Tokeniser:
     renderer: Renderer
     max_seq_length: int
 
+    def training_and_validation(self) -> tuple[TokenisedSet, TokenisedSet | None]:
+        """From two files, or from one that is split. Raises Unusable."""
+        training = self.read(self.job.training_key, param="training_file")
+        part = self.job.requested.training.validation_split
+        if part is None:
+            key = self.job.validation_key
+            return training, self.read(key, param="validation_file") if key else None
+        try:
+            return split(training, part, seed=self.job.seed)
+        except NothingLeft as error:
+            raise Unusable("training.validation_split", f"{error}; lower training.validation_split") from None
+
     def read(self, key: str, *, param: str) -> TokenisedSet:
         """Raises Unusable when no row is left."""
-        lines = chat.split_lines(self.to.storage.stream(key))
-        tokenised = tokenise.tokenise(chat.read(lines), self.renderer, max_seq_length=self.max_seq_length)
+        lines = data.split_lines(self.to.storage.stream(key))
+        long_rows = self.job.requested.training.long_rows
+        tokenised = tokenise.tokenise(data.read(lines), self.renderer, max_seq_length=self.max_seq_length, long_rows=long_rows)
         if tokenised.examples == 0:
             first = tokenised.dropped[0]
             raise Unusable(param, f"no row can be trained on; line {first.line}: {first.message}")
@@ -88,23 +102,25 @@ def _prepare(to: Services, job: ToPrepare) -> None:
     base = to.catalog[job.base]
     renderer = Renderer.open(card.prepared(base, to.settings.cache_dir))
     tokeniser = _Tokeniser(to, job, renderer, spec.max_seq_length(job.requested, base))
-    training = tokeniser.read(job.training_key, param="training_file")
-    validation = tokeniser.read(job.validation_key, param="validation_file") if job.validation_key else None
-    data = Data(
+    training, validation = tokeniser.training_and_validation()
+    known = Data(
         examples=training.examples,
         dropped=training.dropped_count,
+        truncated=training.truncated_count,
+        validation=validation.examples if validation else 0,
         tokens=training.tokens,
         trained_tokens=training.labelled_tokens,
         longest=max(training.longest, validation.longest if validation else 0),
     )
     settings = to.settings
     admitted = admission.admit(
-        base, job.requested, data, seed=job.seed, among=settings.training.tiers, gpu=settings.gpu, catalog=to.catalog
+        base, job.requested, known, seed=job.seed, among=settings.training.tiers, gpu=settings.gpu, catalog=to.catalog
     )
     datasets = Datasets(training=tokeniser.store(training), validation=tokeniser.store(validation) if validation else None)
-    dropped = training.dropped
     patience.say(
         to.sessions,
-        lambda session: preparing.finish(session, job.id, admitted=admitted, datasets=datasets, dropped=dropped),
+        lambda session: preparing.finish(
+            session, job.id, admitted=admitted, datasets=datasets, dropped=training.dropped, truncated=training.truncated
+        ),
     )
     log.info("job_prepared", job_id=job.id, queue=admitted.queue, examples=training.examples, tokens=training.tokens)
