@@ -20,6 +20,7 @@ from app.models import Desired
 log = structlog.get_logger()
 
 _REMEMBERED = 0.95  # of the pace so far, at each step
+EVALUATED = 0.3  # of the time of a token that is trained on, until one evaluation has been seen (bench/estimate.py)
 FLUSH_SECONDS = 1.0  # metrics reach their reader within this
 
 
@@ -32,7 +33,7 @@ class Heart:
     def __init__(self, sessions: orm.sessionmaker[orm.Session], lease: Lease, settings: LeaseSettings) -> None:
         self._sessions, self._lease, self._settings = sessions, lease, settings
         self._unsaid: list[events.Event] = []
-        self._pace = _Pace()
+        self._pace = Pace()
         self._lock = threading.Lock()  # of what is unsaid
         self._beating = threading.Lock()  # one beat at a time, so that nothing is said twice
         self._is_over = threading.Event()
@@ -56,8 +57,7 @@ class Heart:
         """Pass this on with the next beat."""
         with self._lock:
             self._unsaid.append(event)
-            if isinstance(event, events.Stepped):
-                self._pace.note(event)
+            self._pace.note(event)
 
     def check(self) -> None:
         """Raises whatever stopped the heart, LeaseLost above all."""
@@ -98,21 +98,41 @@ class Heart:
         self._last_beat_at = time.monotonic()
 
 
-class _Pace:
-    """How long is left, by tokens: steps differ in length. The last steps count most; evaluations between them count too."""
+class Pace:
+    """How long a run will take: the tokens that are left, at the pace of the last steps most of all, and the evaluations."""
 
     def __init__(self) -> None:
         self._seconds = self._tokens = 0.0
-        self._tokens_left = 0
-        self._last_at: float | None = None
+        self._run: events.Started | None = None
+        self._marked_at: float | None = None  # when the last step was done, or the evaluation after it
+        self._tokens_left = self._evaluations_left = 0
+        self._evaluation_seconds: float | None = None
 
-    def note(self, step: events.Stepped) -> None:
+    def note(self, event: events.Event) -> None:
         now = time.monotonic()
-        if self._last_at is not None:  # what came before the first step was not all training
-            self._seconds = _REMEMBERED * self._seconds + now - self._last_at
-            self._tokens = _REMEMBERED * self._tokens + step.tokens
-        self._last_at, self._tokens_left = now, step.tokens_left
+        match event:
+            case events.Started():
+                self._run, self._marked_at = event, None  # what comes before its first step is not all training
+            case events.Stepped():
+                self._note_step(event, now)
+            case events.Evaluated() if self._marked_at is not None:
+                self._evaluation_seconds, self._marked_at = now - self._marked_at, now
+                self._evaluations_left -= 1
+
+    def _note_step(self, step: events.Stepped, now: float) -> None:
+        if self._marked_at is not None:
+            self._seconds = _REMEMBERED * self._seconds + now - self._marked_at
+            self._tokens = _REMEMBERED * self._tokens + self._tokens_left - step.tokens_left
+        self._marked_at, self._tokens_left = now, step.tokens_left
+        if self._run and self._run.evaluation_tokens:  # one with each checkpoint, perhaps right now, and one at the end
+            every = self._run.checkpoint_every_steps
+            self._evaluations_left = (step.total_steps - 1) // every - (step.step - 1) // every + 1
 
     @property
     def seconds_left(self) -> float | None:
-        return self._seconds / self._tokens * self._tokens_left if self._tokens else None
+        if not self._tokens:
+            return None
+        pace, evaluation = self._seconds / self._tokens, self._evaluation_seconds
+        if evaluation is None:
+            evaluation = EVALUATED * pace * (self._run.evaluation_tokens if self._run else 0)
+        return pace * self._tokens_left + evaluation * self._evaluations_left

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 OUT_OF_MEMORY: Final = "out_of_memory"  # the code of a failure that fewer tokens at once may mend
 DISK_FULL: Final = "disk_full"  # of one that the operator has to mend
+INTERNAL_ERROR: Final = "internal_error"  # of one that nobody has thought of
 
 
 class _Event(BaseModel):
@@ -13,12 +14,17 @@ class _Event(BaseModel):
 
 
 class Started(_Event):
-    """The base is loaded, the data is open, the first forward comes next. `resumed_from` is 0 for a fresh run."""
+    """The base is loaded, the data is open, the first forward comes next. `resumed_from` is 0 for a fresh run.
+
+    `evaluation_tokens` are those of one evaluation: each checkpoint has one, and the end; 0 without a validation file.
+    """
 
     kind: Literal["started"] = "started"
     total_steps: int
     resumed_from: int
     trainable_parameters: int
+    checkpoint_every_steps: int
+    evaluation_tokens: int
 
 
 class Stepped(_Event):

@@ -1,17 +1,18 @@
 """A job between its creation and the queue: it waits for its files, and a bad file ends it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import func, orm, select
 
 from app.accounts.caller import Caller
-from app.core import catalog, data
+from app.core import catalog, data, spec
 from app.core.errors import BadRequest, Conflict, NotFound
 from app.files import service as files
 from app.jobs import preparing
 from app.jobs import service as jobs
+from app.jobs.preparing import Dataset, Datasets
 from app.jobs.schemas import JobCreate
 from app.models import File, Job, JobState
 from tests import make
@@ -112,6 +113,24 @@ def test_a_repeated_request_of_the_sdk_makes_no_second_job(session: orm.Session,
     assert repeated.id == first.id != second.id
     mine = session.scalars(select(Job.id).where(Job.organization_id == organization.organization_id)).all()
     assert len(mine) == 2
+
+
+@pytest.mark.parametrize(("ask", "end"), [(jobs.cancel, JobState.CANCELLED), (jobs.pause, JobState.PAUSED)])
+def test_a_job_that_is_to_stop_while_it_is_tokenised_is_never_queued(
+    session: orm.Session, organization: Caller, ask: Callable[..., Job], end: JobState
+) -> None:
+    job = make.job(session, organization)
+    claimed = preparing.claim(session)
+    assert claimed is not None and claimed.id == job.id
+    ask(session, organization, job.id)
+    if end == JobState.CANCELLED:  # nobody waits for the tokeniser
+        assert job.state == end
+    resolved = spec.resolve(spec.Requested(), catalog.load()[make.TINY], seed=job.seed, examples=12, longest=90)
+    preparing.finish(
+        session, job.id, resolved=resolved, plan={}, datasets=Datasets(training=Dataset(key="nowhere", sha256="0" * 64))
+    )
+
+    assert make.reread(session, job).state == end
 
 
 def test_a_preparation_that_keeps_failing_ends_the_job(session: orm.Session, organization: Caller) -> None:

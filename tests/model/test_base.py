@@ -1,14 +1,16 @@
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from app.core import catalog
@@ -71,6 +73,29 @@ def test_weights_lose_no_more_than_nf4_loses(tiny: LoadedBase, bases_dir: Path) 
         weight = tiny.model.get_submodule(name).weight
         ours, theirs = dequantize_4bit(weight.data, weight.quant_state).float(), exact[f"{name}.weight"].float()
         assert (ours - theirs).norm() / theirs.norm() < 0.1  # of a normal distribution: 0.09
+
+
+def test_no_cpu_repacks_a_base_s_weights(bases_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CPU has AVX512-BF16, bitsandbytes would; then no gradient passes (tests/training shows it on such a CPU)."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    base = bases.load(TINY, bases_dir, device="cpu", for_training=True)
+
+    assert not any(module.support_avx512bf16_for_cpu for module in base.model.modules() if isinstance(module, Linear4bit))
+
+
+def test_a_base_in_fp16_is_computed_in_bf16(tmp_path: Path) -> None:
+    """fp16 overflows where bf16 does not."""
+    (tmp_path / "saved").mkdir()
+    saved = saved_base(tmp_path / "saved", STOCK)
+    weights, config = tmp_path / "saved" / "model.safetensors", tmp_path / "saved" / "config.json"
+    save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
+    base = bases.load(saved, tmp_path / "cache", device="cpu", for_training=True)
+
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.uint8, torch.bfloat16}
+    layers = [module for module in base.model.modules() if isinstance(module, Linear4bit)]
+    assert {(layer.compute_dtype, layer.weight.quant_state.dtype) for layer in layers} == {(torch.bfloat16, torch.bfloat16)}
+    assert base.model(tokens_of(base)).logits.dtype == torch.bfloat16
 
 
 def test_several_processes_starting_at_once_prepare_the_base_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ from peft import PeftModel
 from app.core import manifest
 from app.core.events import Checkpointed, Evaluated, Finished, Noted, Started, Stepped, Stopped
 from app.core.manifest import Manifest
+from tests.make import chat_line
 from tests.training import make
 from tests.training.make import Runner
 from worker.model import adapter
@@ -250,20 +254,73 @@ def test_what_goes_wrong_inside_is_not_told_in_detail() -> None:
     assert "secret" not in said.message
 
 
+def command_line(folder: Path, bases_dir: Path, **asked: object) -> list[str]:
+    """What `python -m worker.training` is told, with its files written."""
+    rows = [json.dumps({"messages": [{"role": m.role, "content": m.content} for m in c.messages]}) for c in make.chats()]
+    (folder / "data.jsonl").write_text("\n".join(rows))
+    (folder / "spec.json").write_text(make.spec(**asked).model_dump_json())
+    return [*(str(folder / name) for name in ("spec.json", "data.jsonl", "out")), "--cache-dir", str(bases_dir)]
+
+
 def test_a_run_from_the_command_line(
     bases_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [json.dumps({"messages": [{"role": m.role, "content": m.content} for m in c.messages]}) for c in make.chats()]
-    (tmp_path / "data.jsonl").write_text("\n".join(rows))
-    (tmp_path / "spec.json").write_text(make.spec().model_dump_json())
-    asked = [str(tmp_path / "spec.json"), str(tmp_path / "data.jsonl"), str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["training", *asked, "--validation", asked[1], "--cache-dir", str(bases_dir)])
+    asked = command_line(tmp_path, bases_dir)
+    monkeypatch.setattr(sys, "argv", ["training", *asked, "--validation", asked[1]])
 
     command.main()
 
     said = capsys.readouterr().out
     assert "12 examples" in said and "step 6/6  loss" in said
     assert (tmp_path / "out" / "adapter" / "manifest.json").exists()
+
+
+def test_ctrl_c_ends_a_run_with_a_checkpoint_and_the_same_command_goes_on(bases_dir: Path, tmp_path: Path) -> None:
+    asked = [
+        sys.executable,
+        "-m",
+        "worker.training",
+        *command_line(tmp_path, bases_dir, n_epochs=100, checkpoint_every_steps=1000),
+    ]
+
+    def interrupted() -> list[str]:
+        with subprocess.Popen(
+            asked, env=os.environ | {"TORCH_COMPILE_DISABLE": "1"}, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            said = [next(line for line in process.stdout if '"kind":"started"' in line), next(process.stdout)]
+            process.send_signal(signal.SIGINT)
+            said += process.stdout
+        assert process.returncode == 0
+        return said
+
+    first = interrupted()
+    last_step = json.loads(first[-1])["step"]
+    assert json.loads(first[-1])["kind"] == "stopped" and last_step < 300
+    assert json.loads(interrupted()[0])["resumed_from"] == last_step
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("spec.json", "{}", "TrainSpec"),
+        ("spec.json", make.spec(base="nobody").model_dump_json(), "'nobody' is not in the catalog"),
+        ("data.jsonl", '{"messages": []}', "line 1"),
+        ("data.jsonl", chat_line("a" * 200, "b"), "no row of the training file can be trained on"),
+        ("data.jsonl", None, r"No such file or directory: .*data\.jsonl"),
+    ],
+)
+def test_what_the_command_line_cannot_use_is_said_without_a_traceback(
+    bases_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str | None, said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["training", *command_line(tmp_path, bases_dir)])
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(content)
+
+    with pytest.raises(SystemExit, match=said):
+        command.main()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers by it

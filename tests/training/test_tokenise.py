@@ -61,6 +61,14 @@ def test_rows_that_are_too_long_are_dropped_and_named_never_cut(tiny: LoadedBase
     assert "at most 64 are trained on" in made.dropped[0].message
 
 
+def test_a_row_without_a_label_is_dropped_and_named_never_trained_on_as_zeros(tiny: LoadedBase) -> None:
+    unlabelled = Chat((Message("user", "a"), Message("assistant", "b", 0)), 2)
+    made = tokenise([make.chat(1, "Hi", "Yes"), unlabelled], tiny.renderer, max_seq_length=64)
+
+    assert made.lines_E.tolist() == [1]
+    assert (made.dropped_count, made.dropped[0].line, made.dropped[0].code) == (1, 2, "nothing_to_train")
+
+
 def test_a_template_that_hides_the_end_of_turn_names_its_rows(tiny: LoadedBase) -> None:
     renderer = tiny.renderer
     hiding = renderer.template.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}")

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import orm
 
 from app.accounts.caller import Caller
-from app.core.events import Stepped
+from app.core.events import Evaluated, Started, Stepped
 from app.core.settings import LeaseSettings
 from app.jobs import leases
 from app.jobs import service as jobs
@@ -15,7 +15,7 @@ from app.models import Desired
 from tests import make
 from tests.embedded.patience import eventually
 from worker import heart
-from worker.heart import Heart, _Pace
+from worker.heart import EVALUATED, Heart, Pace
 
 RARE = LeaseSettings(lease_seconds=3000, heartbeat_seconds=1000)
 
@@ -46,30 +46,73 @@ def test_a_lost_lease_is_heard_between_beats(system_sessions: orm.sessionmaker[o
 
 def test_the_time_left_is_within_a_fifth_after_a_tenth_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of very different lengths, a checkpoint every twenty: what counts is tokens."""
-    clock, rng, pace = [0.0], random.Random(4), _Pace()
+    clock, rng, pace = [0.0], random.Random(4), Pace()
     monkeypatch.setattr(heart.time, "monotonic", lambda: clock[0])
+    pace.note(started(200, every=20))
     sizes = [rng.randint(200, 4000) for _ in range(200)]
     seconds = [size / 1000 * rng.uniform(0.9, 1.1) + (3 if number % 20 == 19 else 0) for number, size in enumerate(sizes)]
     clock[0] += 9  # getting ready is no pace
 
     for number, (size, took) in enumerate(zip(sizes, seconds, strict=True)):
         clock[0] += took
-        pace.note(stepped(number + 1, tokens=size, left=sum(sizes[number + 1 :])))
+        pace.note(stepped(number + 1, tokens=size, left=sum(sizes[number + 1 :]), total_steps=200))
         if 20 <= number < 190:
             assert pace.seconds_left == pytest.approx(sum(seconds[number + 1 :]), rel=0.2)
 
 
 def test_nothing_is_told_before_there_is_a_pace() -> None:
-    pace = _Pace()
+    pace = Pace()
+    pace.note(started(10))
     pace.note(stepped(1, tokens=10, left=90))
 
     assert pace.seconds_left is None
 
 
-def stepped(step: int, *, tokens: int, left: int) -> Stepped:
+def test_evaluations_to_come_are_counted_before_one_has_been_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps of a second; after the 4th, the 8th and the last an evaluation of four seconds, which looks like one of three."""
+    clock, pace = [0.0], Pace()
+    monkeypatch.setattr(heart.time, "monotonic", lambda: clock[0])
+    pace.note(started(10, every=4, evaluation_tokens=round(300 / EVALUATED)))
+    left = []
+    for step in range(1, 11):
+        clock[0] += 1
+        pace.note(stepped(step, tokens=100, left=100 * (10 - step)))
+        left.append(pace.seconds_left)
+        if step in (4, 8):
+            clock[0] += 4
+            pace.note(Evaluated(step=step, valid_loss=1.0, valid_mean_token_accuracy=0.5))
+            assert pace.seconds_left == pytest.approx(10 - step + 4 * (1 + (step < 8)))
+
+    assert left[1:] == pytest.approx([8 + 9, 7 + 9, 6 + 9, 5 + 8, 4 + 8, 3 + 8, 2 + 8, 1 + 4, 4])
+
+
+def test_the_time_between_two_trainers_is_no_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pace = [0.0], Pace()
+    monkeypatch.setattr(heart.time, "monotonic", lambda: clock[0])
+    for began_after, steps in ((0, (1, 2, 3)), (600, (3, 4))):  # the first ran out of memory
+        clock[0] += began_after
+        pace.note(started(10))
+        for step in steps:
+            clock[0] += 1
+            pace.note(stepped(step, tokens=100, left=100 * (10 - step)))
+
+    assert pace.seconds_left == pytest.approx(6)
+
+
+def started(steps: int, *, every: int = 1000, evaluation_tokens: int = 0) -> Started:
+    return Started(
+        total_steps=steps,
+        resumed_from=0,
+        trainable_parameters=1,
+        checkpoint_every_steps=every,
+        evaluation_tokens=evaluation_tokens,
+    )
+
+
+def stepped(step: int, *, tokens: int, left: int, total_steps: int = 10) -> Stepped:
     return Stepped(
         step=step,
-        total_steps=200,
+        total_steps=total_steps,
         train_loss=1.0,
         train_mean_token_accuracy=0.5,
         learning_rate=1e-4,

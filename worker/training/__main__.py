@@ -1,13 +1,26 @@
-"""`python -m worker.training SPEC.json DATA.jsonl OUT_DIR`: one run without any service. SPEC.json is a TrainSpec."""
+"""`python -m worker.training SPEC.json DATA.jsonl OUT_DIR`: one run without any service. SPEC.json is a TrainSpec.
+
+The first Ctrl-C ends it with a checkpoint, the second at once. The same command goes on from the newest checkpoint.
+"""
 
 import argparse
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from app.core import catalog, data, events
+from app.core.errors import AppError
 from app.core.render import Renderer
 from app.core.spec import TrainSpec
 from worker.model import card
 from worker.training import fused
+from worker.training.failures import failed
+from worker.training.loop import ShouldStop
 from worker.training.run import Paths, run
 from worker.training.split import split
 from worker.training.tokenise import TokenisedSet, tokenise
@@ -18,6 +31,21 @@ def main() -> None:
     asked = _arguments()
     keep_pages()
     fused.keep_in(asked.cache_dir)
+    try:
+        with _interruptible() as should_stop:
+            _train(asked, should_stop)
+    except data.RowError as error:
+        sys.exit(f"line {error.problem.line}: {error}")
+    except (AppError, OSError, ValidationError) as error:
+        sys.exit(str(error))
+    except Exception as error:
+        said = failed(error)
+        if said.code == events.INTERNAL_ERROR:
+            raise
+        sys.exit(f"{said.code}: {said.message}")
+
+
+def _train(asked: argparse.Namespace, should_stop: ShouldStop) -> None:
     spec = TrainSpec.model_validate_json(asked.spec.read_bytes())
     base = catalog.load(asked.catalog).resolve(spec.base)
     renderer = Renderer.open(card.prepared(base, asked.cache_dir))
@@ -33,18 +61,43 @@ def main() -> None:
         checkpoints=asked.out / "checkpoints",
         cache=asked.cache_dir,
     )
-    run(spec, paths, base, on_event=_print, should_stop=lambda: False)
+    run(spec, paths, base, micro_batch_tokens=asked.micro_batch_tokens, on_event=_print, should_stop=should_stop)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m worker.training", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m worker.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("spec", type=Path, metavar="SPEC.json")
     parser.add_argument("data", type=Path, metavar="DATA.jsonl")
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     parser.add_argument("--validation", type=Path, metavar="DATA.jsonl")
+    parser.add_argument("--micro-batch-tokens", type=_positive, metavar="N", help="fewer than the spec's: less memory")
     parser.add_argument("--catalog", type=Path, metavar="FILE", help="an operator's catalog, laid over the built-in one")
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "tunesmith", metavar="DIR")
     return parser.parse_args()
+
+
+def _positive(said: str) -> int:
+    if not said.isdecimal() or int(said) < 1:
+        raise argparse.ArgumentTypeError(f"{said!r} is no number of tokens")
+    return int(said)
+
+
+@contextmanager
+def _interruptible() -> Iterator[ShouldStop]:
+    """Whether Ctrl-C has been pressed. A second one is as rude as ever."""
+    stopping = threading.Event()
+
+    def stop(*_: object) -> None:
+        stopping.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopping.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _tokenised(file: Path, renderer: Renderer, spec: TrainSpec) -> TokenisedSet:

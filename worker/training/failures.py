@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import torch
 
-from app.core.events import DISK_FULL, OUT_OF_MEMORY, Failed
+from app.core.events import DISK_FULL, INTERNAL_ERROR, OUT_OF_MEMORY, Failed
 from worker.model import directory
 from worker.model.base import BaseRefused
 
@@ -39,7 +39,7 @@ def failed(error: BaseException) -> Failed:
         case _ if directory.is_full(error):
             path = error.filename if isinstance(error, OSError) else None
             return Failed(code=DISK_FULL, message="the trainer's disk is full", is_user_error=False, path=path)
-    return Failed(code="internal_error", message=f"the trainer failed unexpectedly ({type(error).__name__})", is_user_error=False)
+    return Failed(code=INTERNAL_ERROR, message=f"the trainer failed unexpectedly ({type(error).__name__})", is_user_error=False)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

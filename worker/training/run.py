@@ -59,31 +59,57 @@ def run(
         raise NothingToTrain("no row of the training file can be trained on")
     loaded = base_model or bases.load(base, paths.cache, quantization=spec.quantization, for_training=True)
     tokens_at_once = micro_batch_tokens or spec.micro_batch_tokens
-
-    def attempt(rate_scale: float) -> Finished | Stopped:
-        with adapted(loaded, spec, is_checkpointing=is_checkpointing) as trainee:
-            data = TrainData(examples, spec, micro_batch_tokens=tokens_at_once)
-            optimizer = Optimizer(trainee.parameters, spec.optimizer)
-            identity, validation = Identity(spec, loaded, examples.sha256), _open_validation(paths.validation, tokens_at_once)
-            measure = partial(_measured, optimizer.device, tokens_at_once, is_checkpointing)
-            keeper = _Keeper(identity, paths, trainee, optimizer, validation, measure, on_event, should_stop)
-            state = keeper.restore().slowed(rate_scale)
-            on_event(Started(total_steps=data.total_steps, resumed_from=state.step, trainable_parameters=optimizer.parameters))
-            state = loop.train(
-                trainee, data, optimizer, state, spec, keep=keeper.keep, on_event=on_event, should_stop=should_stop
-            )
-            return keeper.finish(state) if state.step == data.total_steps else keeper.stop(state)
-
+    attempt = partial(
+        _attempt,
+        Identity(spec, loaded, examples.sha256),
+        paths,
+        TrainData(examples, spec, micro_batch_tokens=tokens_at_once),
+        _open_validation(paths.validation, tokens_at_once),
+        on_event,
+        should_stop,
+        is_checkpointing=is_checkpointing,
+    )
     result, reason = None, ""
     try:
-        result = attempt(1.0)
+        result = attempt(rate_scale=1.0)
     except Diverged as error:
         reason = str(error)  # the error itself would hold all that its attempt had in memory
     if result is None:
         on_event(Noted(level="warn", message=f"Rolled back to the last checkpoint, to go on at half the rate: {reason}."))
-        result = attempt(_ROLLED_BACK)
+        result = attempt(rate_scale=_ROLLED_BACK)
     on_event(result)
     return result
+
+
+def _attempt(
+    identity: Identity,
+    paths: Paths,
+    data: TrainData,
+    validation: tuple[MicroBatch, ...],
+    on_event: OnEvent,
+    should_stop: ShouldStop,
+    *,
+    is_checkpointing: bool,
+    rate_scale: float,
+) -> Finished | Stopped:
+    """From the newest checkpoint, or from the start, to the end, or to where it is told to stop. Raises Diverged."""
+    spec = identity.spec
+    with adapted(identity.base, spec, is_checkpointing=is_checkpointing) as trainee:
+        optimizer = Optimizer(trainee.parameters, spec.optimizer)
+        measure = partial(_measured, optimizer.device, data.micro_batch_tokens, is_checkpointing)
+        keeper = _Keeper(identity, paths, trainee, optimizer, validation, measure, on_event, should_stop)
+        state = keeper.restore().slowed(rate_scale)
+        on_event(
+            Started(
+                total_steps=data.total_steps,
+                resumed_from=state.step,
+                trainable_parameters=optimizer.parameters,
+                checkpoint_every_steps=spec.checkpoint_every_steps,
+                evaluation_tokens=sum(len(batch.tokens_T) for batch in validation),
+            )
+        )
+        state = loop.train(trainee, data, optimizer, state, spec, keep=keeper.keep, on_event=on_event, should_stop=should_stop)
+        return keeper.finish(state) if state.step == data.total_steps else keeper.stop(state)
 
 
 class _Keeper:
