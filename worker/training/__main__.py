@@ -22,8 +22,7 @@ from worker.training import fused
 from worker.training.failures import failed
 from worker.training.loop import ShouldStop
 from worker.training.run import Paths, run
-from worker.training.split import split
-from worker.training.tokenise import TokenisedSet, tokenise
+from worker.training.tokenise import tokenise
 from worker.training.workspace import keep_pages
 
 
@@ -50,13 +49,9 @@ def _train(asked: argparse.Namespace, should_stop: ShouldStop) -> None:
     base = catalog.load(asked.catalog).resolve(spec.base)
     renderer = Renderer.open(card.prepared(base, asked.cache_dir))
     asked.out.mkdir(parents=True, exist_ok=True)
-    training = _tokenised(asked.data, renderer, spec)
-    validation = _tokenised(asked.validation, renderer, spec) if asked.validation else None
-    if spec.validation_split is not None:
-        training, validation = split(training, spec.validation_split, seed=spec.seed)
     paths = Paths(
-        dataset=_written(training, asked.out / "training.safetensors"),
-        validation=_written(validation, asked.out / "validation.safetensors") if validation else None,
+        dataset=_tokenised(asked.data, renderer, spec, asked.out / "training.safetensors"),
+        validation=asked.validation and _tokenised(asked.validation, renderer, spec, asked.out / "validation.safetensors"),
         output=asked.out / "adapter",
         checkpoints=asked.out / "checkpoints",
         cache=asked.cache_dir,
@@ -100,19 +95,14 @@ def _interruptible() -> Iterator[ShouldStop]:
         signal.signal(signal.SIGINT, before)
 
 
-def _tokenised(file: Path, renderer: Renderer, spec: TrainSpec) -> TokenisedSet:
+def _tokenised(file: Path, renderer: Renderer, spec: TrainSpec, into: Path) -> Path:
     with file.open("rb") as lines:
-        made = tokenise(data.read(lines), renderer, max_seq_length=spec.max_seq_length, long_rows=spec.long_rows)
+        made = tokenise(data.read(lines), renderer, max_seq_length=spec.max_seq_length)
     print(
-        f"{file}: {made.examples} examples, {made.tokens} tokens, {made.labelled_tokens} labelled,",
-        f"{made.dropped_count} dropped, {made.truncated_count} truncated",
+        f"{file}: {made.examples} examples, {made.tokens} tokens, {made.labelled_tokens} labelled, {made.dropped_count} dropped"
     )
-    for problem in (*made.dropped, *made.truncated):
+    for problem in made.dropped:
         print(f"  line {problem.line}: {problem.message}")
-    return made
-
-
-def _written(made: TokenisedSet, into: Path) -> Path:
     made.write(into)
     return into
 
