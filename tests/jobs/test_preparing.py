@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import func, orm, select
 
 from app.accounts.caller import Caller
-from app.core import catalog, data, spec
+from app.core import catalog, data
 from app.core.errors import BadRequest, Conflict, NotFound
 from app.files import service as files
 from app.jobs import preparing
@@ -125,10 +125,8 @@ def test_a_job_that_is_to_stop_while_it_is_tokenised_is_never_queued(
     ask(session, organization, job.id)
     if end == JobState.CANCELLED:  # nobody waits for the tokeniser
         assert job.state == end
-    resolved = spec.resolve(spec.Requested(), catalog.load()[make.TINY], seed=job.seed, examples=12, longest=90)
-    preparing.finish(
-        session, job.id, resolved=resolved, plan={}, datasets=Datasets(training=Dataset(key="nowhere", sha256="0" * 64))
-    )
+    datasets = Datasets(training=Dataset(key="nowhere", sha256="0" * 64))
+    preparing.finish(session, job.id, admitted=make.admitted(), datasets=datasets)
 
     assert make.reread(session, job).state == end
 
