@@ -263,7 +263,8 @@ def test_rows_that_nothing_is_trained_on_yet_are_valid_and_refused_with_what_is(
     else:
         job = client.fine_tuning.jobs.create(model=make.TINY, training_file=file.id)
         assert validate.validate_next(services)
-        assert not prepare.prepare_next(services)
+        while prepare.prepare_next(services):
+            pass  # jobs of other tests, older than this one
         error = client.fine_tuning.jobs.retrieve(job.id).error
         assert error is not None
         told = error.model_dump()
