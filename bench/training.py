@@ -37,6 +37,7 @@ from app.core.render import Renderer
 from app.core.spec import TARGETS, OptimizerSpec, TrainSpec
 from worker.model import base as bases
 from worker.model import card
+from worker.trainers import LARGE_PAGES
 from worker.training import fused
 from worker.training.data import TrainData, micro_batches
 from worker.training.decoder import Decoder
@@ -107,6 +108,8 @@ def _in_process(cell: str, folder: Path, steps: int, cache_dir: Path) -> dict[st
     ]
     command += ["--started-at", str(time.time())]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    if cell.startswith("ours"):
+        environment = LARGE_PAGES | environment
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{cell} failed:\n{done.stderr[-4000:]}")
@@ -242,8 +245,7 @@ def _ours(trainee: Trainee, examples: Any, spec: Any, steps: int, times: Times) 
 
     def run(step: Any) -> None:
         for batch in step.micro_batches:
-            loss = trainee.loss(batch)
-            torch.autograd.backward(loss.loss_sum / step.labelled_tokens)
+            trainee.backward(batch, scale=1 / step.labelled_tokens)
         optimizer.clip()
         optimizer.step(learning_rate(step.number, steps, spec.optimizer))
         optimizer.zero_grad()

@@ -8,6 +8,7 @@ warm starts are interleaved. Memory is what a trainer holds while it waits. Resu
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from app.core.spec import OptimizerSpec, TrainSpec
 from worker import wire
 from worker.model import base as bases
 from worker.model import card
+from worker.trainers import LARGE_PAGES
 from worker.training.tokenise import tokenise
 
 BASE, TARGET_SECONDS = "smollm2-135m-instruct", 1.5
@@ -109,7 +111,7 @@ def _started(job: wire.TrainerJob, cache_dir: Path, *, is_warm: bool) -> tuple[f
 @contextmanager
 def _trainer(cache_dir: Path, *more: str) -> Iterator[Trainer]:
     command = [sys.executable, "-m", "worker.trainer", "--cache-dir", str(cache_dir), *more]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=LARGE_PAGES | os.environ) as process:
         assert process.stdout is not None
         if process.stdout.readline() != wire.READY:
             raise SystemExit("the trainer did not get ready; its words are above")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import hypothesis
 import pytest
 import uvicorn
 from openai import OpenAI
@@ -19,7 +20,7 @@ from app.accounts import keys
 from app.accounts.bootstrap import create_organization
 from app.accounts.caller import Caller
 from app.core import ids
-from app.core.chat import Report
+from app.core.data import Report
 from app.core.settings import Settings
 from app.core.storage import Storage, open_storage
 from app.files import service as files
@@ -27,6 +28,9 @@ from app.main import create_app
 from migrations.upgrade import upgrade
 from tests import make
 from worker.embedded import Servers
+
+hypothesis.settings.register_profile("here", deadline=None)  # a machine may be busy
+hypothesis.settings.load_profile("here")
 
 CACHE = Path(__file__).parent.parent / ".tunesmith" / "test-cache"  # quantized bases, kept between runs
 

@@ -7,13 +7,15 @@ from datetime import timedelta
 from sqlalchemy import func, orm, select
 
 from app.accounts.caller import Caller
-from app.core import catalog, chat, ids, spec
+from app.core import catalog, data, ids, spec
+from app.core.events import MeasuredMemory
 from app.core.manifest import BaseEntry, Manifest
-from app.core.settings import LeaseSettings
+from app.core.settings import GpuSettings, LeaseSettings
 from app.core.storage import Stored
 from app.files import service as files
-from app.jobs import leases, preparing
+from app.jobs import admission, leases, preparing
 from app.jobs import service as jobs
+from app.jobs.admission import Admission, Data
 from app.jobs.leases import Lease
 from app.jobs.preparing import Dataset, Datasets
 from app.jobs.schemas import JobCreate
@@ -48,7 +50,7 @@ def uploaded_file(session: orm.Session, caller: Caller) -> File:
 
 def valid_file(session: orm.Session, caller: Caller) -> File:
     file = uploaded_file(session, caller)
-    files.finish_validation(session, file.id, chat.Report(rows=12, problem_count=0))
+    files.finish_validation(session, file.id, data.Report(rows=12, problem_count=0))
     return file
 
 
@@ -62,12 +64,18 @@ def job(session: orm.Session, caller: Caller, *, training_file: File | None = No
 def queued_job(session: orm.Session, caller: Caller) -> Job:
     """A job that a worker may take, in a queue of its own so that no other test's worker does."""
     made = job(session, caller)
-    resolved = spec.resolve(spec.Requested(), catalog.load()[TINY], seed=made.seed, examples=12, longest=90)
     datasets = Datasets(training=Dataset(key="nowhere", sha256="0" * 64))
-    preparing.finish(session, made.id, resolved=resolved, plan={}, datasets=datasets)
+    preparing.finish(session, made.id, admitted=admitted(), datasets=datasets)
     made.queue = f"train.{made.id}"
     session.flush()
     return made
+
+
+def admitted(*, tokens: int = 600) -> Admission:
+    """A dozen short rows of the tiny base, in the cpu tier."""
+    data = Data(examples=12, dropped=0, tokens=tokens, trained_tokens=tokens // 2, longest=90)
+    known = catalog.load()
+    return admission.admit(known[TINY], spec.Requested(), data, seed=1, among=CPU, gpu=GpuSettings(), catalog=known)
 
 
 def claim(session: orm.Session, of: Job, *, owner: str = "worker") -> Lease:
@@ -99,7 +107,7 @@ def complete(session: orm.Session, lease: Lease) -> None:
         prefix=f"somewhere/{lease.job_id}/a{lease.attempt}",
         manifest=manifest(lease.job_id),
         trained_tokens=100,
-        peak_bytes=1,
+        memory=MeasuredMemory(peak_bytes=1, measured_as="rss", micro_batch_tokens=2048, is_checkpointing=False),
         result_key=f"results/{lease.job_id}",
         result=Stored(size_bytes=1, sha256="0" * 64),
     )

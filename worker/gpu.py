@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 import structlog
 
 from app.core import tiers
+from app.core.planner import Room
 from app.core.settings import GpuSettings
 
 log = structlog.get_logger()
@@ -157,6 +158,13 @@ def _is_split(nvml: Nvml, handle: Any) -> bool:
         return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
     except nvml.NVMLError:  # most cards cannot be
         return False
+
+
+def room(gpu: GpuSettings) -> Room | None:
+    """What a trainer may take of this process's card; None without one. Never run on a GPU: see docs/gpu.md."""
+    import torch
+
+    return tiers.room_of_card(torch.cuda.get_device_properties(0).total_memory, gpu) if torch.cuda.is_available() else None
 
 
 def limit_trainer(gpu: GpuSettings) -> None:

@@ -217,7 +217,7 @@ class _Attempt:
         if smaller is None:
             message = f"a micro-batch of {job.micro_batch_tokens} tokens does not fit; lower max_seq_length or the rank"
             return events.Failed(code=events.OUT_OF_MEMORY, message=message, is_user_error=True)
-        message = f"Out of memory: going on with {smaller.micro_batch_tokens} tokens at once, the same steps."
+        message = f"Out of memory: going on with {smaller.micro_batch_tokens} tokens at once, more slowly, the same steps."
         self._heart.say(events.Noted(level="warn", message=message))
         return self._train(smaller, keep)
 
@@ -293,12 +293,12 @@ class _Attempt:
                 prefix=prefix,
                 manifest=adapter,
                 trained_tokens=finished.trained_tokens,
-                peak_bytes=finished.peak_rss_bytes,
+                memory=finished.memory,
                 result_key=result_key,
                 result=result,
             )
         )
-        log.info("job_succeeded", peak_rss_bytes=finished.peak_rss_bytes)
+        log.info("job_succeeded", peak_bytes=finished.memory.peak_bytes, measured_as=finished.memory.measured_as)
 
     def _upload(self, directory: Path, prefix: str) -> manifest.Manifest:
         return self._patiently(lambda: _upload_directory(self._to.storage, directory, prefix))

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from app.core import catalog
+from app.core import catalog, planner
 from app.core.events import Checkpointed, Event
+from app.core.planner import Room, Run
 from app.core.settings import GpuSettings
 from app.core.spec import QuantizationSpec
 from worker import gpu, wire
@@ -45,7 +46,27 @@ def main() -> int:
     said.write(wire.READY)
     said.flush()
     job = wire.TrainerJob.model_validate_json(jobs.get())
+    job = job.model_copy(update={"is_checkpointing": job.is_checkpointing or must_checkpoint(job, gpu.room(asked.gpu))})
     return _run(job, warm, asked.cache_dir, said, stopping)
+
+
+def must_checkpoint(job: wire.TrainerJob, room: Room | None) -> bool:
+    """Whether layers must be computed again in the room of this card, which may be more than the job's tier promised.
+
+    Not a bit of the result depends on it.
+    """
+    if room is None:
+        return False
+    run = Run(
+        model=job.base.architecture,
+        lora=job.spec.lora,
+        double_quant=job.spec.quantization.double_quant,
+        longest_tokens=1,
+        mean_tokens=1,
+        batch_size=1,
+        micro_batch_tokens=job.micro_batch_tokens,
+    )
+    return planner.plan(run, (room,)).is_checkpointing
 
 
 def _run(job: wire.TrainerJob, warm: "_Warm | None", cache_dir: Path, said: BinaryIO, stopping: threading.Event) -> int:
@@ -71,6 +92,7 @@ def _run(job: wire.TrainerJob, warm: "_Warm | None", cache_dir: Path, said: Bina
             job.base,
             base_model=base_model,
             micro_batch_tokens=job.micro_batch_tokens,
+            is_checkpointing=job.is_checkpointing,
             on_event=say,
             should_stop=stopping.is_set,
         )

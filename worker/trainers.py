@@ -19,6 +19,7 @@ from worker import wire
 
 log = structlog.get_logger()
 
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for the heap that workspace.keep_pages keeps
 READY_SECONDS = 3600.0  # a first start may fetch the base and quantize it
 POLL_SECONDS = 0.5  # so soon a cancel, a drain or a lost lease is seen
 
@@ -144,4 +145,10 @@ class Bench:
         if settings.catalog_file:
             command += ["--catalog", str(settings.catalog_file)]
         environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=LARGE_PAGES | environment,
+            start_new_session=True,
+        )

@@ -20,7 +20,8 @@ class TrainerJob(BaseModel):
     """One run. Checkpoints go to, and are resumed from, `checkpoints_dir`; the adapter is written to `output_dir`.
 
     The run deletes old checkpoints. Those that the trainer names in `Checkpointed` lie in `handover_dir`: the supervisor's own.
-    `micro_batch_tokens` is how many tokens are in memory at once: the spec's, or fewer where those did not fit.
+    `micro_batch_tokens` is how many tokens are in memory at once: the spec's, or fewer where those did not fit. With
+    `is_checkpointing` layers are computed again in the backward, whether or not the trainer's card seems to have room.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -33,8 +34,10 @@ class TrainerJob(BaseModel):
     checkpoints_dir: Path
     handover_dir: Path
     micro_batch_tokens: int
+    is_checkpointing: bool = False
 
     def smaller(self) -> "TrainerJob | None":
-        """The same steps with half the tokens at once; None where that would not help."""
+        """The same steps with half the tokens at once, layers computed again; None where that would not help."""
         half = self.micro_batch_tokens // 2
-        return self.model_copy(update={"micro_batch_tokens": half}) if half >= FEWEST_TOKENS else None
+        changes = {"micro_batch_tokens": half, "is_checkpointing": True}
+        return self.model_copy(update=changes) if half >= FEWEST_TOKENS else None

@@ -72,14 +72,26 @@ class Noted(_Event):
     message: str
 
 
+class MeasuredMemory(_Event):
+    """The most that a trainer process has had, and how it trained then.
+
+    `rss` counts all of its memory; `cuda` what torch had allocated on the card, which is less than the card had lost.
+    """
+
+    peak_bytes: int
+    measured_as: Literal["rss", "cuda"]
+    micro_batch_tokens: int
+    is_checkpointing: bool
+
+
 class Finished(_Event):
-    """The run is over and `directory` holds the adapter. `peak_rss_bytes` is the trainer process's own maximum."""
+    """The run is over and `directory` holds the adapter."""
 
     kind: Literal["finished"] = "finished"
     step: int
     trained_tokens: int
     directory: str
-    peak_rss_bytes: int
+    memory: MeasuredMemory
 
 
 class Stopped(_Event):

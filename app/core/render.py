@@ -3,19 +3,22 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from app.core.chat import Message
+from app.core.chat import Message, ToolCall
 from app.core.manifest import TokenVector
 
 TOKENIZER, CARD = "tokenizer.json", "base.json"
+# Llama 3.1 and 3.2 tell the date. Ours is the first's own default, for ever: tokens must not change from day to day
+DATE = {"date_string": "26 Jul 2024"}
 
 _PROBES: tuple[tuple[dict[str, str], ...], ...] = (
     ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi, how can I help?"}),
@@ -26,6 +29,24 @@ _PROBES: tuple[tuple[dict[str, str], ...], ...] = (
         {"role": "user", "content": " and  double?"},
         {"role": "assistant", "content": '{"size_cm": 24}'},
     ),
+)
+_TOOLS: tuple[dict[str, Any], ...] = (
+    {
+        "type": "function",
+        "function": {
+            "name": "size_of",
+            "description": "Measures.",
+            "parameters": {"type": "object", "properties": {"what": {"type": "string"}}, "required": ["what"]},
+        },
+    },
+)
+_TOOL_PROBE = (
+    Message("user", "Wie groß?"),
+    Message("assistant", "", tool_calls=(ToolCall("a1B2c3D4e", "size_of", {"what": "日本", "unit": None}),)),
+    Message("tool", '{"size_cm": 12}', tool_call_id="a1B2c3D4e"),
+    Message("assistant", "12 cm"),
+    Message("user", "Thanks"),
+    Message("assistant", "Welcome."),
 )
 
 
@@ -46,11 +67,27 @@ def marked_template(family: str) -> str:
     return (files("app.core") / "templates" / f"{family}.jinja").read_text().removesuffix("\n")
 
 
-class Renderer:
-    """One base's tokenizer and chat template. Thread-safe: nothing is kept between calls."""
+def marked_tools_template(family: str) -> str | None:
+    """The same for conversations with tools, if the family knows them."""
+    file = files("app.core") / "templates" / f"{family}.tools.jinja"
+    return file.read_text().removesuffix("\n") if file.is_file() else None
 
-    def __init__(self, tokenizer: Tokenizer, template: str, stop_ids: Sequence[int], context_length: int) -> None:
-        self.tokenizer, self.template = tokenizer, template
+
+class Renderer:
+    """One base's tokenizer and chat template. Thread-safe: nothing is kept between calls.
+
+    `tools_template` writes conversations with tools; without it they are refused. All others keep to `template`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        stop_ids: Sequence[int],
+        context_length: int,
+        tools_template: str | None = None,
+    ) -> None:
+        self.tokenizer, self.template, self.tools_template = tokenizer, template, tools_template
         self.stop_ids = frozenset(stop_ids)
         special = (token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
@@ -65,7 +102,13 @@ class Renderer:
     def parse(cls, tokenizer: bytes, card: bytes) -> "Renderer":
         """From the card's two files, as a worker publishes them."""
         facts = json.loads(card)
-        return cls(Tokenizer.from_str(tokenizer.decode()), facts["template"], facts["stop_ids"], facts["context_length"])
+        return cls(
+            Tokenizer.from_str(tokenizer.decode()),
+            facts["template"],
+            facts["stop_ids"],
+            facts["context_length"],
+            facts.get("tools_template"),  # cards of release 0.1.0 have none
+        )
 
     @property
     def template_sha256(self) -> str:
@@ -73,7 +116,7 @@ class Renderer:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to and with the words that open the assistant's turn. Raises RenderError."""
-        text, _ = self._render(messages, opens_turn=True)
+        text, _ = self._render(messages, (), opens_turn=True)
         _require_whole(text)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -82,12 +125,13 @@ class Renderer:
         _require_whole(text)
         return list(self.tokenizer.encode(text).ids)
 
-    def example(self, messages: Sequence[Message]) -> Example:
+    def example(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Example:
         """Token ids and which of them are trained on: assistant turns of weight 1, each with its end-of-turn token.
 
-        Raises RenderError when the template hides an assistant turn or its end: the model would never learn to stop.
+        What the assistant says is its text and its calls of tools. Raises RenderError when the template hides an
+        assistant turn or its end: the model would never learn to stop.
         """
-        text, spans = self._render(messages, opens_turn=False)
+        text, spans = self._render(messages, tools, opens_turn=False)
         said = [message for message in messages if message.role == "assistant"]
         if len(spans) != len(said):
             raise RenderError("the chat template does not show every assistant message")
@@ -118,33 +162,97 @@ class Renderer:
 
     def differs_from_template(self, stock: str, variables: Mapping[str, str]) -> bool:
         """Whether the base's own template writes the probes differently from ours. `variables`: bos_token and the like."""
-        for probe in _PROBES:
-            texts: Any = render_jinja_template([list(probe)], chat_template=stock, **variables)[0]
-            theirs = self.tokenizer.encode(texts[0], add_special_tokens=False).ids
-            if theirs != self._tokens_of(probe):
-                return True
-        return False
+        probes = [_messages_of(probe) for probe in _PROBES]
+        return any(self._differs(messages, (), stock, variables) for messages in probes)
+
+    def differs_on_tools(self, stock: str, variables: Mapping[str, str]) -> bool:
+        """Whether the base's own template writes a conversation with tools differently from ours, or not at all."""
+        try:
+            return self._differs(_TOOL_PROBE, _TOOLS, stock, variables)
+        except TemplateError:
+            return True
+
+    def _differs(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], stock: str, variables: Mapping[str, str]
+    ) -> bool:
+        texts: Any = render_jinja_template(
+            [_conversation(messages)], tools=list(tools) or None, chat_template=stock, **DATE, **variables
+        )[0]
+        theirs = self.tokenizer.encode(texts[0], add_special_tokens=False).ids
+        return bool(theirs != self.example(messages, tools).tokens)
 
     def _tokens_of(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return self.example([Message(role=m["role"], content=m["content"]) for m in messages]).tokens
+        return self.example(_messages_of(messages)).tokens
 
-    def _render(self, messages: Sequence[Message], *, opens_turn: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, opens_turn: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The text and the character spans of what the assistant says. Raises RenderError.
 
         Special tokens in what people write would end turns and forge others; and some templates drop what they do not expect.
         """
-        for message in messages:
-            if found := self._special.search(message.content):
-                raise RenderError(f"a message holds the special token {found[0]}; write it differently")
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
-        rendered: Any = render_jinja_template(
-            [conversation], chat_template=self.template, add_generation_prompt=opens_turn, return_assistant_tokens_mask=True
-        )
-        (text,), (spans,) = rendered
-        for message in messages:
-            if message.content.strip() not in text:
-                raise RenderError(f"the chat template leaves out a message of role {message.role}; move its text into another")
+        for what, piece in (*_pieces(messages, tools), ("a tool", json.dumps(list(tools), ensure_ascii=False))):
+            if found := self._special.search(piece):
+                raise RenderError(f"{what} holds the special token {found[0]}; write it differently")
+        template = self.template
+        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
+            if self.tools_template is None:
+                raise RenderError("the chat template of this base has no tools; choose another base, or remove them")
+            template = self.tools_template
+        try:
+            (text,), (spans,) = render_jinja_template(
+                [_conversation(messages)],
+                tools=list(tools) or None,
+                chat_template=template,
+                add_generation_prompt=opens_turn,
+                return_assistant_tokens_mask=True,
+            )
+        except TemplateError as error:
+            raise RenderError(f"the chat template refuses it: {error}") from None
+        for what, piece in _pieces(messages, tools):
+            if piece not in text and json.dumps(piece, ensure_ascii=False)[1:-1] not in text:
+                raise RenderError(f"the chat template leaves out {what}; move its text into another")
         return text, [(start, end) for start, end in spans]
+
+
+def _pieces(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Everything that must be seen in a rendered text, and what to call it: templates trim, and one quotes what tools say."""
+    for tool in tools:
+        yield "the tools", tool["function"]["name"]
+    for message in messages:
+        yield f"a message of role {message.role}", message.content.strip()
+        for call in message.tool_calls:
+            yield "a tool call", call.name
+            yield "a tool call", json.dumps(call.arguments, ensure_ascii=False)
+
+
+def _messages_of(probe: Sequence[Mapping[str, str]]) -> list[Message]:
+    return [Message(role=message["role"], content=message["content"]) for message in probe]
+
+
+def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """As chat templates expect it; keys that say nothing are left away, since some templates ask whether they are there."""
+    conversation = list[dict[str, Any]]()
+    for message in messages:
+        said: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            said["tool_calls"] = [
+                {
+                    "id": _short(call.id),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in message.tool_calls
+            ]
+        if message.tool_call_id is not None:
+            said["tool_call_id"] = _short(message.tool_call_id)
+        conversation.append(said)
+    return conversation
+
+
+def _short(call_id: str) -> str:
+    """Mistral wants nine letters and digits; no other template shows ids."""
+    return call_id if re.fullmatch(r"[A-Za-z0-9]{9}", call_id) else hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
 def _require_whole(text: str) -> None:

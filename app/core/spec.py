@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.core.catalog import Base
 
+LongRows = Literal["drop", "truncate"]
+Part = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(strict=True, ge=1)]  # of all rows, or rows
+
 AUTO: Final = "auto"
 Auto = Literal["auto"]
 Number = TypeVar("Number", int, float)
@@ -26,6 +29,11 @@ class LoraSpec(_Frozen):
     alpha: float = Field(default=32, gt=0, le=512)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | Annotated[tuple[Target, ...], Field(min_length=1)] = "all-linear"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The modules of a layer that it changes, by name."""
+        return TARGETS if self.target_modules == "all-linear" else self.target_modules
 
 
 class QuantizationSpec(_Frozen):
@@ -75,9 +83,11 @@ class Hyperparameters(_Frozen):
 
 
 class TrainingOptions(_Frozen):
-    """What the API does not know and we offer."""
+    """What the API does not know and we offer. `long_rows` and `validation_split` decide the data, and so are in no TrainSpec."""
 
     max_seq_length: Auto | Annotated[int, Field(strict=True, ge=8, le=1_048_576)] = AUTO
+    long_rows: LongRows = "drop"
+    validation_split: Part | None = None
     learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = AUTO
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
@@ -95,7 +105,7 @@ class Requested(_Frozen):
 
 
 def max_seq_length(requested: Requested, base: Base) -> int:
-    """Longer rows are not trained on. `auto` is what the base can hold, up to 4,096 tokens."""
+    """Longer rows are left out, or lose their beginning (`long_rows`). `auto` is what the base can hold, up to 4,096 tokens."""
     return min(base.context_length, _given(requested.training.max_seq_length, 4096))
 
 
@@ -115,7 +125,7 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
         batch_size=batch_size,
         seed=seed,
         max_seq_length=max_seq_length(requested, base),
-        micro_batch_tokens=max(longest, 2048),  # examples are never cut
+        micro_batch_tokens=max(longest, 2048),  # an example is never spread over two
         checkpoint_every_steps=_given(options.checkpoint_every_steps, math.ceil(total_steps / 4)),
         lora=requested.adapter,
         quantization=requested.quantization,

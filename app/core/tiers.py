@@ -5,19 +5,21 @@ from typing import get_args
 
 from app.core.catalog import Base, Tier
 from app.core.memory import GIB
+from app.core.planner import Room
 from app.core.settings import GpuSettings
 
 CPU = "cpu"
 # ECC in line takes a sixteenth of a GDDR6 card and the driver a little more: NVML says 15,360 MiB of a T4, 23,028 of an A10,
 # 46,068 of an L40S. Cards with HBM or without ECC say 99 %.
 REPORTED = 0.93
-_LARGEST_FIRST: tuple[str, ...] = tuple(sorted((tier for tier in get_args(Tier) if tier != CPU), key=int, reverse=True))
+GPUS = tuple(sorted((tier for tier in get_args(Tier) if tier != CPU), key=int))
+_LARGEST_FIRST = GPUS[::-1]
 
 
 def of_card(total_bytes: int, gpu: GpuSettings) -> tuple[str, ...]:
     """The tiers whose promise a card of this size keeps, largest first; none for one that is too small."""
-    room = trainer_bytes(total_bytes, gpu)
-    return tuple(tier for tier in _LARGEST_FIRST if _promised(tier, gpu) <= room)
+    available = trainer_bytes(total_bytes, gpu)
+    return tuple(tier for tier in _LARGEST_FIRST if _promised(tier, gpu) <= available)
 
 
 def up_to(tier: str) -> tuple[str, ...]:
@@ -35,9 +37,9 @@ def engine_bytes(total_bytes: int, gpu: GpuSettings) -> int:
     return int(total_bytes * gpu.engine_share) if gpu.has_engine else total_bytes - _reserve(total_bytes, gpu)
 
 
-def usable_bytes(tier: str, gpu: GpuSettings) -> int | None:
-    """The largest predicted peak that is let into the tier's queue; None where memory is not planned."""
-    return None if tier == CPU else _promised(tier, gpu)
+def shared_bytes(tier: str, gpu: GpuSettings) -> int:
+    """What an engine beside a trainer takes of the smallest card that is sold under this name."""
+    return int(REPORTED * int(tier) * GIB * gpu.engine_share)
 
 
 def holding(base: Base, tiers: Iterable[str]) -> list[str]:
@@ -45,13 +47,18 @@ def holding(base: Base, tiers: Iterable[str]) -> list[str]:
     return sorted((tier for tier in tiers if _size(tier) >= _size(base.tier)), key=_size)
 
 
-def smallest_with_room(base: Base, tiers: Iterable[str], gpu: GpuSettings, *, predicted_bytes: int) -> str | None:
-    """The smallest of the tiers that holds the base and a run of this peak; None when no tier does."""
-    for tier in holding(base, tiers):
-        usable = usable_bytes(tier, gpu)
-        if usable is None or predicted_bytes <= usable:
-            return tier
-    return None
+def room(tier: str, gpu: GpuSettings, *, beside_bytes: int = 0) -> Room:
+    """What a run let into the tier's queue may count on. `beside_bytes` are for what shares the card with it."""
+    if tier == CPU:
+        return Room(tier=tier, device="cpu", usable_bytes=None, reserved_bytes=beside_bytes)
+    reserved_bytes = _reserve(int(tier) * GIB, gpu) + beside_bytes
+    return Room(tier=tier, device="cuda", usable_bytes=_promised(tier, gpu) - beside_bytes, reserved_bytes=reserved_bytes)
+
+
+def room_of_card(total_bytes: int, gpu: GpuSettings) -> Room:
+    """What a trainer has of this very card, which may be more than its tier promises."""
+    usable_bytes = trainer_bytes(total_bytes, gpu)
+    return Room(tier="card", device="cuda", usable_bytes=usable_bytes, reserved_bytes=total_bytes - usable_bytes)
 
 
 def _promised(tier: str, gpu: GpuSettings) -> int:

@@ -11,7 +11,7 @@ from app import outbox
 from app.adapters import service as adapters
 from app.core import ids
 from app.core.errors import AppError
-from app.core.events import DISK_FULL, Event
+from app.core.events import DISK_FULL, Event, MeasuredMemory
 from app.core.manifest import Manifest
 from app.core.settings import LeaseSettings
 from app.core.storage import Stored
@@ -157,7 +157,7 @@ def complete(
     prefix: str,
     manifest: Manifest,
     trained_tokens: int,
-    peak_bytes: int,
+    memory: MeasuredMemory,
     result_key: str,
     result: Stored,
 ) -> None:
@@ -171,7 +171,7 @@ def complete(
         return
     job.fine_tuned_model = adapters.name_of(job)
     job.trained_tokens = trained_tokens
-    job.plan = {**(job.plan or {}), "measured_peak_bytes": peak_bytes}
+    job.plan = {**(job.plan or {}), "measured_peak_bytes": memory.peak_bytes, "measured": memory.model_dump(mode="json")}
     job.result_file_id = files.add_result(session, job, storage_key=result_key, stored=result).id
     adapter = adapters.publish(session, job, name=job.fine_tuned_model, step=None, prefix=prefix, manifest=manifest)
     events.append(session, job, f"New fine-tuned model created: {job.fine_tuned_model}")

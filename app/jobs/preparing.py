@@ -3,18 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import func, orm, select
 
 from app import outbox
-from app.core import memory, spec
-from app.core.catalog import Base
-from app.core.chat import Problem
+from app.core import spec
+from app.core.data import Problem
+from app.core.errors import Conflict
 from app.core.settings import LeaseSettings
 from app.files import service as files
 from app.jobs import events, states
+from app.jobs.admission import Admission
 from app.models import Desired, File, FileStatus, Job, JobState
 
 POSTPONED = timedelta(seconds=5)
@@ -74,8 +74,11 @@ def claim(session: orm.Session) -> ToPrepare | None:
     job, training_file, validation_file = row
     job.not_before = func.clock_timestamp() + files.time_to_read(training_file, validation_file)
     for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
-        if file is not None and file.status == FileStatus.ERROR:
-            _reject(session, job, code="invalid_file", message=f"{file.id} is not valid: {file.status_details}", param=param)
+        try:
+            if file is not None:
+                files.require_trainable(file, param=param)
+        except Conflict as refused:
+            _reject(session, job, code=str(refused.code), message=str(refused), param=param)
             return claim(session)
     return ToPrepare(
         id=job.id,
@@ -93,23 +96,24 @@ def finish(
     session: orm.Session,
     job_id: str,
     *,
-    resolved: spec.TrainSpec,
-    plan: dict[str, Any],
+    admitted: Admission,
     datasets: Datasets,
     dropped: Sequence[Problem] = (),
-    queue: str | None = None,
+    truncated: Sequence[Problem] = (),
 ) -> None:
-    """Let the workers of `queue` have it; None keeps the one it has. A job that was cancelled meanwhile stays so."""
+    """Let the workers of its tier have it. A job that was cancelled meanwhile stays so."""
     job = _validating(session, job_id)
     if job is None:
         return
-    job.spec = resolved.model_dump(mode="json")
-    job.plan = plan
+    job.spec = admitted.spec.model_dump(mode="json")
+    job.plan = plan = admitted.shown()
     job.datasets = datasets.model_dump(mode="json")
-    job.queue = queue or job.queue
+    job.queue = admitted.queue
     job.queued_at = job.not_before = func.clock_timestamp()
     for problem in dropped:
         events.append(session, job, f"Line {problem.line} is left out: {problem.message}", level="warn")
+    for problem in truncated:
+        events.append(session, job, f"Line {problem.line} is cut: {problem.message}", level="warn")
     states.move(session, job, JobState.QUEUED, "Files validated, moving job to queued state", data=plan)
     if job.desired == Desired.PAUSE:
         states.move(session, job, JobState.PAUSED, states.PAUSED)
@@ -140,22 +144,6 @@ def failed(session: orm.Session, job_id: str, *, reason: str, settings: LeaseSet
     else:
         message = f"the job could not be prepared: {reason}"
         _reject(session, job, code="preparation_failed", message=message, param=None)
-
-
-def plan_of(
-    base: Base, resolved: spec.TrainSpec, *, examples: int, dropped: int, tokens: int, trained_tokens: int
-) -> dict[str, Any]:
-    """What the job will do, in numbers its owner can check."""
-    predicted = memory.predict(base.architecture, resolved.lora, micro_batch_tokens=resolved.micro_batch_tokens)
-    return {
-        "examples": examples,
-        "dropped_examples": dropped,
-        "tokens_per_epoch": tokens,
-        "trained_tokens_per_epoch": trained_tokens,
-        "total_steps": resolved.total_steps(examples),
-        "adapter_parameters": memory.adapter_parameters(base.architecture, resolved.lora),
-        "predicted_peak_bytes": predicted.peak_bytes,
-    }
 
 
 def _validating(session: orm.Session, job_id: str) -> Job | None:

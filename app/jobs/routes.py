@@ -24,7 +24,7 @@ def create_job(
 ) -> JobOut:
     """Queue a fine-tuning job."""
     tiers, is_retry = settings.training.tiers, x_stainless_retry_count > 0
-    return JobOut.of(jobs.create(session, caller, catalog, request=body, tiers=tiers, is_retry=is_retry))
+    return JobOut.of(jobs.create(session, caller, catalog, request=body, tiers=tiers, gpu=settings.gpu, is_retry=is_retry))
 
 
 @router.get("/jobs")

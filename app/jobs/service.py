@@ -9,11 +9,12 @@ from sqlalchemy import Select, func, orm, select
 
 from app import outbox, pages
 from app.accounts.caller import Caller
-from app.core import ids, tiers
-from app.core.catalog import Base, Catalog
-from app.core.errors import BadRequest, NotFound
+from app.core import ids
+from app.core.catalog import Catalog
+from app.core.errors import NotFound
+from app.core.settings import GpuSettings
 from app.files import service as files
-from app.jobs import states
+from app.jobs import admission, states
 from app.jobs.schemas import JobCreate
 from app.models import Desired, File, FileStatus, Job, JobCheckpoint, JobEvent, JobState
 
@@ -22,11 +23,18 @@ OVERDUE = timedelta(seconds=5)
 
 
 def create(
-    session: orm.Session, caller: Caller, catalog: Catalog, *, request: JobCreate, tiers: frozenset[str], is_retry: bool = False
+    session: orm.Session,
+    caller: Caller,
+    catalog: Catalog,
+    *,
+    request: JobCreate,
+    tiers: frozenset[str],
+    gpu: GpuSettings = GpuSettings(),
+    is_retry: bool = False,
 ) -> Job:
     """Queue a fine-tuning job. `is_retry`: the SDK repeats a request it got no answer to; the first one's job is the answer."""
     base = catalog.resolve(request.model)
-    queue = _queue_for(base, tiers)
+    queue = admission.first_queue(base, request.requested(), among=tiers, gpu=gpu, catalog=catalog)
     training_file = files.get_for_training(session, caller, request.training_file, param="training_file")
     validation_file = None
     if request.validation_file:
@@ -158,18 +166,6 @@ def due_queues(session: orm.Session) -> set[str]:
     if session.scalar(files_waiting) or session.scalar(jobs_waiting):
         queues.add(files.CPU_QUEUE)
     return queues
-
-
-def _queue_for(base: Base, among: frozenset[str]) -> str:
-    """The smallest tier of this installation that holds the base; a run that needs more is moved up when it is prepared.
-
-    Raises BadRequest.
-    """
-    if big_enough := tiers.holding(base, among):
-        return f"train.{big_enough[0]}"
-    has = ", ".join("cpu" if tier == tiers.CPU else f"{tier} GB" for tier in sorted(among))
-    message = f"{base.id} needs a GPU worker of {base.tier} GB; this installation has: {has}"
-    raise BadRequest(message, param="model", code="no_worker_for_model")
 
 
 def _made_just_now(session: orm.Session, job: Job) -> Job | None:

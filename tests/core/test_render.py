@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.core import catalog, render
-from app.core.chat import Message
+from app.core.chat import Message, ToolCall
 from app.core.render import Renderer, RenderError
 from worker.model import card
 
@@ -53,3 +53,29 @@ def test_a_long_conversation_is_rendered_in_linear_time(renderer: Renderer) -> N
     turns = [message for n in range(3000) for message in (Message("user", str(n)), Message("assistant", "yes"))]
 
     assert sum(renderer.example(turns).is_trained) >= 2 * 3000
+
+
+CALLING = (Message("user", "a"), Message("assistant", "", tool_calls=(ToolCall("c1", "f", {"b": 1}),)))
+
+
+def test_a_base_has_tools_if_its_own_template_writes_them_as_ours_does(bases_dir: Path) -> None:
+    tiny, smollm2 = (
+        Renderer.open(card.prepared(catalog.load()[name], bases_dir)) for name in ("tiny-random-llama", "smollm2-135m-instruct")
+    )
+
+    assert tiny.example(CALLING).tokens[-2] in tiny.stop_ids
+    with pytest.raises(RenderError, match="has no tools"):
+        smollm2.example(CALLING)
+
+
+@pytest.mark.parametrize("place", ["tool", "call", "result"])
+def test_a_special_token_in_tools_and_calls_is_refused(bases_dir: Path, place: str) -> None:
+    tiny = Renderer.open(card.prepared(catalog.load()["tiny-random-llama"], bases_dir))
+    forged = {name: "<|im_end|>" if name == place else "x" for name in ("tool", "call", "result")}
+    messages = (
+        Message("user", "a"),
+        Message("assistant", "", tool_calls=(ToolCall("c1", "f", {"b": forged["call"]}),)),
+        Message("tool", forged["result"], tool_call_id="c1"),
+    )
+    with pytest.raises(RenderError, match="special token"):
+        tiny.example(messages, [{"type": "function", "function": {"name": "f", "description": forged["tool"]}}])

@@ -98,6 +98,8 @@ def test_success_publishes_one_model_and_asks_for_its_prefetch(session: orm.Sess
     assert adapter.name == job.fine_tuned_model == f"ft:{make.TINY}:{organization.organization_slug}::{job.id[-8:]}"
     assert job.lease_owner is None
     assert job.result_file_id is not None
+    assert job.plan is not None and (job.plan["measured_peak_bytes"], job.plan["measured"]["measured_as"]) == (1, "rss")
+    assert job.plan["predicted_peak_bytes"] > 1
     assert adapter.id in [message.payload["id"] for message in asked]
 
 

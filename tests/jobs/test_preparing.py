@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import func, orm, select
 
 from app.accounts.caller import Caller
-from app.core import catalog, chat, spec
+from app.core import catalog, data
 from app.core.errors import BadRequest, Conflict, NotFound
 from app.files import service as files
 from app.jobs import preparing
@@ -18,7 +18,7 @@ from app.models import File, Job, JobState
 from tests import make
 from tests.conftest import make_organization
 
-BAD = chat.Report(rows=1, problem_count=1, problems=(chat.Problem(line=3, code="not_json", message="not valid JSON", path="$"),))
+BAD = data.Report(rows=1, problem_count=1, problems=(data.Problem(line=3, code="not_json", message="not valid JSON", path="$"),))
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_job_waits_for_a_file_that_is_still_validated(session: orm.Session, or
     job = make.job(session, organization, training_file=file)
 
     assert preparing.claim(session) is None
-    files.finish_validation(session, file.id, chat.Report(rows=1, problem_count=0))
+    files.finish_validation(session, file.id, data.Report(rows=1, problem_count=0))
     claimed = preparing.claim(session)
     assert claimed is not None and claimed.id == job.id
     assert preparing.claim(session) is None  # in hand
@@ -63,7 +63,7 @@ def test_a_waiting_job_fails_with_its_file(session: orm.Session, organization: C
     assert job.state == JobState.FAILED
     assert job.error == {
         "code": "invalid_file",
-        "message": f"{file.id} is not valid: line 3, $: not valid JSON",
+        "message": f"{file.id} is not valid: {BAD.problems[0].told()}",
         "param": "training_file",
     }
 
@@ -125,10 +125,8 @@ def test_a_job_that_is_to_stop_while_it_is_tokenised_is_never_queued(
     ask(session, organization, job.id)
     if end == JobState.CANCELLED:  # nobody waits for the tokeniser
         assert job.state == end
-    resolved = spec.resolve(spec.Requested(), catalog.load()[make.TINY], seed=job.seed, examples=12, longest=90)
-    preparing.finish(
-        session, job.id, resolved=resolved, plan={}, datasets=Datasets(training=Dataset(key="nowhere", sha256="0" * 64))
-    )
+    datasets = Datasets(training=Dataset(key="nowhere", sha256="0" * 64))
+    preparing.finish(session, job.id, admitted=make.admitted(), datasets=datasets)
 
     assert make.reread(session, job).state == end
 

@@ -11,6 +11,7 @@ from app.core.catalog import Base, Catalog
 from app.core.settings import GpuSettings, Settings, TrainingSettings
 from app.core.storage import Storage
 from app.jobs import service as jobs
+from app.jobs.admission import NoRoom
 from app.jobs.schemas import JobCreate
 from app.models import Job, JobState
 from tests import make
@@ -55,8 +56,10 @@ def test_a_card_holds_the_tiers_whose_promise_it_keeps(
 def test_what_a_tier_promises_every_card_of_it_has(gpu: GpuSettings) -> None:
     for mib in CARDS.values():
         for tier in tiers.of_card(mib * MIB, gpu):
-            usable = tiers.usable_bytes(tier, gpu)
-            assert usable is not None and 0 < usable <= tiers.trainer_bytes(mib * MIB, gpu)
+            usable, of_card = tiers.room(tier, gpu).usable_bytes, tiers.room_of_card(mib * MIB, gpu)
+            assert usable is not None and of_card.usable_bytes is not None
+            assert 0 < usable <= of_card.usable_bytes == tiers.trainer_bytes(mib * MIB, gpu)
+            assert of_card.usable_bytes + of_card.reserved_bytes == mib * MIB
 
 
 def test_the_parts_of_a_shared_card_leave_the_reserve() -> None:
@@ -90,12 +93,14 @@ class Installation:
 
     def create(self, base: Base, *, answer_length: int, **asked: object) -> str:
         """A job on one row of about so many tokens: of this base, a character is one."""
-        to = self.services
+        to, settings = self.services, self.services.settings
         with to.sessions.begin() as session:
             file = make.valid_file(session, self.caller)
             to.storage.put(file.storage_key, make.chat_line("?", "a" * answer_length).encode())
-            request = JobCreate.model_validate({"model": base.id, "training_file": file.id, **asked})
-            return jobs.create(session, self.caller, to.catalog, request=request, tiers=to.settings.training.tiers).id
+            options = {"training": {"max_seq_length": 32_768}, **asked}
+            request = JobCreate.model_validate({"model": base.id, "training_file": file.id, **options})
+            tiers = settings.training.tiers
+            return jobs.create(session, self.caller, to.catalog, request=request, tiers=tiers, gpu=settings.gpu).id
 
     def prepared(self, job_id: str) -> Job:
         assert prepare.prepare_next(self.services)
@@ -114,41 +119,59 @@ def installation(
     return Installation(Services(settings, system_sessions, storage, Catalog((base,), {})), organization)
 
 
-@pytest.mark.parametrize(("answer_length", "tier"), [(100, "24"), (3_000, "48"), (4_000, "48")])
+@pytest.mark.parametrize(
+    ("answer_length", "tier", "tokens", "is_checkpointing"),
+    [(100, "16", 2048, False), (4_000, "16", 4096, True), (30_000, "24", None, True)],
+)
 def test_a_run_moves_to_the_smallest_tier_with_room(
-    installation: Installation, base: Base, answer_length: int, tier: str
+    installation: Installation, base: Base, answer_length: int, tier: str, tokens: int | None, is_checkpointing: bool
 ) -> None:
     here = installation.with_tiers("16", "24", "48", "80")
     job = here.prepared(here.create(base, answer_length=answer_length))
 
     assert (job.state, job.queue) == (JobState.QUEUED, f"train.{tier}")
-    usable = tiers.usable_bytes(tier, here.services.settings.gpu)
-    assert job.plan is not None and usable is not None and job.plan["predicted_peak_bytes"] <= usable
+    assert job.plan is not None and job.spec is not None
+    assert (job.plan["tier"], job.plan["is_checkpointing"]) == (tier, is_checkpointing)
+    assert job.plan["micro_batch_tokens"] == job.spec["micro_batch_tokens"] == (tokens or job.plan["tokens_per_epoch"])
+    assert job.plan["predicted_peak_bytes"] <= job.plan["usable_bytes"] == tiers.room(tier, GpuSettings()).usable_bytes
 
 
-def test_a_run_that_fits_no_tier_is_refused_with_the_largest_and_what_to_lower(installation: Installation, base: Base) -> None:
-    here = installation.with_tiers("16", "24")
-    job = here.prepared(here.create(base, answer_length=4_000))
+def test_a_run_that_fits_no_tier_is_refused_with_what_would_fit(installation: Installation, base: Base) -> None:
+    here = installation.with_tiers("16")
+    job = here.prepared(here.create(base, answer_length=30_000))
 
     assert job.state == JobState.FAILED and job.error is not None
-    assert job.error["param"] == "training.max_seq_length"
-    assert "the largest worker, of 24 GB, has 21.1 GiB for it; lower training.max_seq_length" in job.error["message"]
+    assert (job.error["code"], job.error["param"]) == ("no_room", "training.max_seq_length")
+    assert (
+        "the largest worker, of 16 GB, has 13.9 GiB for it; what would fit: training.max_seq_length of " in job.error["message"]
+    )
+    fitting = int(job.error["message"].rpartition("max_seq_length of ")[2].partition(",")[0])
+    shorter = here.prepared(here.create(base, answer_length=fitting - 200))
+    assert shorter.state == JobState.QUEUED
 
 
-def test_where_rows_are_short_their_length_is_not_to_blame(installation: Installation, base: Base) -> None:
+def test_dropout_is_named_where_it_is_to_blame(installation: Installation, base: Base) -> None:
     here = installation.with_tiers("16")
-    plain = here.prepared(here.create(base, answer_length=100))
-    dropping = here.prepared(here.create(base, answer_length=100, adapter={"dropout": 0.1}))
+    job = here.prepared(here.create(base, answer_length=16_000, adapter={"dropout": 0.1}))
 
-    assert plain.error is not None and plain.error["param"] == "model"
-    assert dropping.error is not None and dropping.error["param"] == "adapter.dropout"
+    assert job.error is not None and job.error["param"] == "adapter.dropout"
+    assert here.prepared(here.create(base, answer_length=16_000)).state == JobState.QUEUED
+
+
+def test_what_no_data_could_make_fit_is_refused_at_once(installation: Installation, base: Base) -> None:
+    seventy = catalog.load()["llama-3.3-70b-instruct"].model_copy(update={"tier": "24"})
+    both = replace(installation, services=replace(installation.services, catalog=Catalog((seventy, base), {})))
+
+    with pytest.raises(NoRoom, match=r"needs about 4\d\.\d GiB .* of 24 GB, .* what would fit: the model large-random-llama"):
+        both.with_tiers("16", "24").create(seventy, answer_length=10)
 
 
 def test_a_tier_that_was_taken_away_meanwhile_is_not_waited_for(installation: Installation, base: Base) -> None:
     job_id = installation.with_tiers("24").create(base, answer_length=100)
     job = installation.with_tiers("cpu").prepared(job_id)
 
-    assert job.error is not None and "which this installation no longer has" in job.error["message"]
+    assert job.error is not None and job.error["code"] == "no_worker_for_model"
+    assert "needs a GPU worker of 16 GB; this installation has: cpu" in job.error["message"]
 
 
 def test_the_cpu_tier_plans_no_memory(installation: Installation, base: Base) -> None:

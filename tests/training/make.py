@@ -70,14 +70,22 @@ class Runner:
             cache=self.folder,
         )
 
-    def go(self, asked: specs.TrainSpec, *, should_stop: ShouldStop = lambda: False) -> events.Finished | events.Stopped:
-        base = catalog.load()[TINY]
-
+    def go(
+        self, asked: specs.TrainSpec, *, should_stop: ShouldStop = lambda: False, is_checkpointing: bool = False
+    ) -> events.Finished | events.Stopped:
         def hear(event: events.Event) -> None:
             self.said.append(event)
             self.listener(event)
 
-        return runs.run(asked, self.paths, base, base_model=self.base, on_event=hear, should_stop=should_stop)
+        return runs.run(
+            asked,
+            self.paths,
+            catalog.load()[TINY],
+            base_model=self.base,
+            is_checkpointing=is_checkpointing,
+            on_event=hear,
+            should_stop=should_stop,
+        )
 
     def stop_after(self, step: int) -> ShouldStop:
         return lambda: any(isinstance(event, events.Stepped) and event.step == step for event in self.said)

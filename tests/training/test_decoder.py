@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,18 @@ def computed(model: Any, of: Callable[[Any], Decoder | StockDecoder], lengths: t
     tokens_T = torch.randint(0, 120, (sum(lengths),), generator=torch.Generator().manual_seed(7))
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     rows_N = torch.arange(0, len(tokens_T), 3)
-    hidden_ND = of(model.get_decoder()).hidden_at(rows_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
-    weights_ND = torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(8))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return hidden_ND.detach(), list(torch.autograd.grad((hidden_ND * weights_ND).sum(), parameters))
+    hidden_ND, backward = of(model.get_decoder()).forward(rows_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
+    backward(torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(8)))
+    return hidden_ND, taken_gradients(model)
+
+
+def taken_gradients(model: Any) -> list[Tensor]:
+    """Of all trained parameters, which have none afterwards."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [parameter.grad for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    return gradients
 
 
 def assert_same(model: Any, lengths: tuple[int, ...] = LENGTHS) -> None:
@@ -109,15 +118,56 @@ def test_a_second_forward_does_not_take_what_the_first_one_keeps() -> None:
     model = model_of(FAMILIES["llama"])
     both = Decoder(model.get_decoder())
     tokens_T, positions_T, rows_N = torch.arange(60) % 120, torch.arange(60), torch.arange(60)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def forward(shift: int) -> Tensor:
-        return both.hidden_at(rows_N, tokens_T=(tokens_T + shift) % 120, positions_T=positions_T, lengths=(60,)).sum()
+    def forward(shift: int) -> tuple[Tensor, Callable[[Tensor], None]]:
+        return both.forward(rows_N, tokens_T=(tokens_T + shift) % 120, positions_T=positions_T, lengths=(60,))
 
-    alone = torch.autograd.grad(forward(0), parameters)
-    first, _ = forward(0), forward(50)
+    hidden_ND, backward = forward(0)
+    backward(hidden_ND)
+    alone = taken_gradients(model)
+    (_, backward), _other = forward(0), forward(50)
+    backward(hidden_ND)
 
-    assert all(map(torch.equal, torch.autograd.grad(first, parameters), alone))
+    assert all(map(torch.equal, taken_gradients(model), alone))
+
+
+def test_gradients_are_added_to_those_that_are_there() -> None:
+    model = model_of(FAMILIES["llama"])
+    _, once = computed(model, Decoder, (20, 9))
+    for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), once, strict=True):
+        parameter.grad = gradient.clone()
+    _, twice = computed(model, Decoder, (20, 9))
+
+    torch.testing.assert_close(twice, [2 * gradient for gradient in once])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3, with norms in heads"])
+def test_layers_computed_again_in_the_backward_change_no_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls, honest = model_of(FAMILIES[family]), [], decoder.Layer.forward
+
+    def counted(*args: Any, **named: Any) -> Any:
+        calls.append(1)
+        return honest(*args, **named)
+
+    monkeypatch.setattr(decoder.Layer, "forward", counted)
+    kept = computed(model, Decoder, LENGTHS)
+    again = computed(model, partial(Decoder, is_checkpointing=True), LENGTHS)
+
+    assert torch.equal(kept[0], again[0])
+    assert all(map(torch.equal, kept[1], again[1]))
+    assert len(calls) == 2 + 2 * 2
+
+
+def test_transformers_layers_computed_again_change_no_bit() -> None:
+    model, calls = model_of(FAMILIES["llama"]), []
+    counted = model.get_decoder().layers[0].mlp.gate_proj.register_forward_hook(lambda *_: calls.append(1))
+    kept = computed(model, StockDecoder, LENGTHS)
+    again = computed(model, partial(StockDecoder, is_checkpointing=True), LENGTHS)
+    counted.remove()
+
+    assert torch.equal(kept[0], again[0])
+    assert all(map(torch.equal, kept[1], again[1]))
+    assert len(calls) == 1 + 2
 
 
 def test_what_it_does_not_know_is_left_to_transformers() -> None:

@@ -23,6 +23,7 @@ from tests.training.make import Runner
 from worker.model import adapter
 from worker.model.base import LoadedBase
 from worker.training import __main__ as command
+from worker.training.data import MicroBatch
 from worker.training.failures import Diverged, NothingToTrain, failed
 from worker.training.loss import LabelledLoss
 from worker.training.tokenise import tokenise
@@ -79,6 +80,19 @@ def test_a_stopped_and_resumed_run_gives_the_same_bits(tiny: LoadedBase, tmp_pat
     assert isinstance(finished, Finished) and finished.trained_tokens == straight.of(Finished)[0].trained_tokens
     assert halting.weights == straight.weights
     assert [event.train_loss for event in halting.of(Stepped)] == [event.train_loss for event in straight.of(Stepped)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_run_that_computes_layers_again_gives_the_same_bits(tiny: LoadedBase, tmp_path: Path, dropout: float) -> None:
+    asked = make.spec(lora={"dropout": dropout})
+    keeping, again = Runner(tiny, tmp_path / "a", True), Runner(tiny, tmp_path / "b", True)
+    kept, computed = keeping.go(asked), again.go(asked, is_checkpointing=True)
+
+    assert again.weights == keeping.weights
+    assert [event.train_loss for event in again.of(Stepped)] == [event.train_loss for event in keeping.of(Stepped)]
+    assert [event.valid_loss for event in again.of(Evaluated)] == [event.valid_loss for event in keeping.of(Evaluated)]
+    assert isinstance(kept, Finished) and isinstance(computed, Finished)
+    assert (kept.memory.is_checkpointing, computed.memory.is_checkpointing) == (False, True)
 
 
 def test_stopping_between_micro_batches_loses_only_the_step(runner: Runner) -> None:
@@ -178,14 +192,14 @@ def test_a_checkpoint_is_itself_an_adapter(runner: Runner, tiny: LoadedBase) -> 
 
 def poison(monkeypatch: pytest.MonkeyPatch, is_poisoned: Callable[[int], bool]) -> None:
     """Make the loss of some micro-batches, counted from 1, infinite."""
-    calls, honest = [], Trainee.loss
+    calls, honest = [], Trainee.backward
 
-    def loss(trainee: Trainee, batch: object) -> LabelledLoss:
+    def backward(trainee: Trainee, batch: MicroBatch, *, scale: float) -> LabelledLoss:
         calls.append(1)
-        found = honest(trainee, batch)
+        found = honest(trainee, batch, scale=scale)
         return LabelledLoss(found.loss_sum * math.inf, found.correct) if is_poisoned(len(calls)) else found
 
-    monkeypatch.setattr(Trainee, "loss", loss)
+    monkeypatch.setattr(Trainee, "backward", backward)
 
 
 def test_a_step_without_a_finite_gradient_never_reaches_the_weights(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.nn.modules import has_avx512bf16
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from app.core import catalog
 from app.core.spec import TrainSpec
@@ -16,12 +17,13 @@ from tests.make import TINY
 from tests.training import make
 from worker.model import base as bases
 from worker.model.base import LoadedBase
+from worker.training import fused
 from worker.training import loss as losses
 from worker.training.data import MicroBatch, TrainData, micro_batches
 from worker.training.evaluate import evaluate
 from worker.training.optim import Optimizer
 from worker.training.stock import StockDecoder
-from worker.training.trainee import Trainee, adapted
+from worker.training.trainee import Trainee, adapted, meaningless, warm_up
 
 
 @pytest.fixture
@@ -46,15 +48,16 @@ def packed(base: LoadedBase, *, max_tokens: int) -> tuple[MicroBatch, ...]:
 def hidden_of(trainee: Trainee, batch: MicroBatch) -> Tensor:
     tokens_T, positions_T = torch.from_numpy(batch.tokens_T), torch.from_numpy(batch.positions_T)
     every_T = torch.arange(len(tokens_T))
-    return trainee.decoder.hidden_at(every_T, tokens_T=tokens_T, positions_T=positions_T, lengths=batch.lengths)
+    return trainee.decoder.forward(every_T, tokens_T=tokens_T, positions_T=positions_T, lengths=batch.lengths)[0]
 
 
 def gradient_of(trainee: Trainee, batches: tuple[MicroBatch, ...]) -> tuple[float, Tensor]:
     """Loss and gradient of one step, as the loop takes them."""
     labelled = sum(len(batch.labelled_N) for batch in batches)
-    losses = [trainee.loss(batch).loss_sum / labelled for batch in batches]
-    gradients = torch.autograd.grad(sum(losses), trainee.parameters)
-    return float(sum(loss.detach() for loss in losses)), torch.cat([gradient.flatten() for gradient in gradients])
+    for parameter in trainee.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    loss = sum(float(trainee.backward(batch, scale=1 / labelled).loss_sum) for batch in batches) / labelled
+    return loss, torch.cat([parameter.grad.flatten() for parameter in trainee.parameters])
 
 
 def test_packed_documents_do_not_see_each_other(trainee: Trainee, exact: LoadedBase) -> None:
@@ -118,18 +121,10 @@ def test_an_evaluation_computes_the_same_loss_without_its_gradient(
     trainee: Trainee, exact: LoadedBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (together,) = packed(exact, max_tokens=10_000)
-    computed, gradients = losses.cross_entropy, list[Tensor | None]()
-
-    def noted(*args: Tensor, **wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        found = computed(*args, **wanted)
-        gradients.append(found[2])
-        return found
-
-    monkeypatch.setattr(losses, "cross_entropy", noted)
-    trained = float(trainee.loss(together).loss_sum.detach()) / len(together.labelled_N)
+    trained = float(trainee.backward(together, scale=1.0).loss_sum) / len(together.labelled_N)
+    monkeypatch.setattr(losses, "cross_entropy_backward", None)
     evaluated = evaluate(trainee, [together], step=1, should_stop=lambda: False)
 
-    assert [gradient is None for gradient in gradients] == [False, True]
     assert evaluated is not None and evaluated.valid_loss == pytest.approx(trained, rel=1e-6)
 
 
@@ -189,3 +184,16 @@ def test_only_the_asked_for_modules_are_trained(tiny: LoadedBase) -> None:
 
     assert len(names) == 2 * 2 * 2
     assert all("q_proj.lora_" in name or "v_proj.lora_" in name for name in names)
+
+
+def test_after_warming_up_nothing_is_left_to_compile(tiny: LoadedBase) -> None:
+    if not fused.can_compile():
+        pytest.skip("no C++ compiler here: everything runs as it is written")
+    warm_up(tiny)
+    compiled = counters["stats"]["unique_graphs"]
+    with adapted(tiny, make.spec(max_seq_length=700)) as trainee:
+        for lengths in ((600, 90, 80, 7), (257,), (33, 32, 31)):
+            trainee.backward(meaningless(lengths), scale=1.0)
+            trainee.backward(meaningless(lengths[::-1]), scale=1.0)
+
+    assert counters["stats"]["unique_graphs"] == compiled

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -13,10 +14,13 @@ import pytest
 
 from app.core import catalog, events, manifest
 from app.core.events import Checkpointed, Finished, Stepped, Stopped
+from app.core.memory import GIB
+from app.core.planner import Room
 from tests.make import TINY
 from tests.training import make
 from worker import wire
 from worker.model.base import LoadedBase
+from worker.trainer import must_checkpoint
 
 Trainer = subprocess.Popen[bytes]
 
@@ -70,7 +74,8 @@ def test_it_trains_the_job_it_is_given_and_ends(trainer: Trainer, tiny: LoadedBa
     *said, last = words_of(trainer)
 
     assert isinstance(last, Finished) and (tmp_path / "adapter" / "manifest.json").exists()
-    assert last.peak_rss_bytes > 50_000_000
+    assert last.memory.measured_as == "rss" and last.memory.peak_bytes > 50_000_000
+    assert (last.memory.micro_batch_tokens, last.memory.is_checkpointing) == (160, False)
     assert trainer.wait(10) == 0
     handed_over = [Path(event.directory) for event in said if isinstance(event, Checkpointed)]
     assert len(handed_over) == 5 and len(list((tmp_path / "checkpoints").iterdir())) == 2
@@ -137,6 +142,24 @@ def test_killed_at_any_step_and_taken_over_it_ends_with_the_same_bits(tiny: Load
 
     assert left_by(once) == left_by(straight), (early, late)
     assert left_by(twice) == left_by(straight), (early, late)
+
+
+def test_a_card_with_less_room_than_the_run_takes_has_its_layers_computed_again(tiny: LoadedBase, tmp_path: Path) -> None:
+    asked = wire.TrainerJob.model_validate_json(job(tiny, tmp_path)).model_copy(update={"micro_batch_tokens": 4096})
+    large = asked.model_copy(update={"base": catalog.load()["llama-3.1-8b-instruct"]})
+    card = partial(Room, tier="card", device="cuda", reserved_bytes=0)
+
+    assert [must_checkpoint(large, card(usable_bytes=gib * GIB)) for gib in (40, 21, 12, 1)] == [False, False, True, True]
+    assert not must_checkpoint(large, None)  # a CPU's memory is not planned
+
+
+def test_a_job_without_memory_is_tried_with_half_the_tokens_and_layers_computed_again(tiny: LoadedBase, tmp_path: Path) -> None:
+    asked = wire.TrainerJob.model_validate_json(job(tiny, tmp_path)).model_copy(update={"micro_batch_tokens": 600})
+    smaller = asked.smaller()
+
+    assert smaller is not None and (smaller.micro_batch_tokens, smaller.is_checkpointing) == (300, True)
+    assert smaller.spec == asked.spec
+    assert (half := smaller.smaller()) is not None and half.smaller() is None
 
 
 def test_a_trainer_that_is_short_of_memory_says_so(trainer: Trainer, tiny: LoadedBase, tmp_path: Path) -> None:

@@ -37,12 +37,3 @@ def test_what_is_let_go_of_is_used_again_and_what_is_held_is_not() -> None:
 
 def test_a_piece_larger_than_a_block_gets_one_of_its_own() -> None:
     assert Workspace().open(CPU).empty((20_000_000,), torch.float32).shape == (20_000_000,)
-
-
-def test_a_change_of_one_piece_is_no_change_of_another() -> None:
-    kept = Workspace().open(CPU)
-    one, other = kept.empty((4,), torch.float32), kept.empty((4,), torch.float32)
-    version = one._version
-    other.fill_(1)
-
-    assert one._version == version

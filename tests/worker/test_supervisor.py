@@ -73,7 +73,9 @@ def queued(to: Services, organization: Caller, tiny: LoadedBase, folder: Path, a
         job = make.job(session, organization)
         key = f"orgs/{organization.organization_id}/datasets/{job.id}.safetensors"
         stored = Dataset(key=key, sha256=to.storage.put_file(key, folder / "tokens.safetensors").sha256)
-        preparing.finish(session, job.id, resolved=asked, plan={}, datasets=Datasets(training=stored), queue=f"train.{job.id}")
+        admitted = make.admitted().model_copy(update={"spec": asked})
+        preparing.finish(session, job.id, admitted=admitted, datasets=Datasets(training=stored))
+        job.queue = f"train.{job.id}"
     return job
 
 

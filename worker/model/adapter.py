@@ -21,7 +21,7 @@ from torch import Tensor
 from app.core import manifest
 from app.core.manifest import BaseEntry, Manifest
 from app.core.render import Renderer
-from app.core.spec import TARGETS, LoraSpec, TrainSpec
+from app.core.spec import LoraSpec, TrainSpec
 from worker.model.base import LoadedBase
 from worker.model.directory import written_whole
 
@@ -57,11 +57,6 @@ class AdapterWeights:
     rank: int
     scaling: float
     modules: Mapping[str, tuple[Tensor, Tensor]]
-
-
-def targets_of(lora: LoraSpec) -> tuple[str, ...]:
-    """Names of the linear modules that this spec adapts in every layer."""
-    return TARGETS if lora.target_modules == "all-linear" else lora.target_modules
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
@@ -132,7 +127,7 @@ def _config_of(base: BaseEntry, lora: LoraSpec) -> AdapterConfig:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(targets_of(lora)),
+        target_modules=list(lora.targets),
     )
 
 

@@ -11,7 +11,7 @@ from worker.model import source
 from worker.model.directory import locked, written_whole
 from worker.model.source import BaseRefused
 
-_FORMAT = 1  # another number makes every card anew
+_FORMAT = 2  # another number makes every card anew
 
 
 def prepared(base: Base, cache_dir: Path) -> Path:
@@ -39,7 +39,8 @@ def revision_of(directory: Path) -> str:
 
 
 def _directory(base: Base, template: str, cache_dir: Path) -> Path:
-    key = hashlib.sha256(f"{_FORMAT} {source.fingerprint(base)} {template}".encode()).hexdigest()
+    said = f"{_FORMAT} {source.fingerprint(base)} {template} {render.marked_tools_template(base.family)}"
+    key = hashlib.sha256(said.encode()).hexdigest()
     return cache_dir / "cards" / f"{base.id}-{key[:16]}"
 
 
@@ -54,9 +55,18 @@ def _write_card(base: Base, template: str, vocabulary: source.Vocabulary, direct
         "id": base.id,
         "revision": vocabulary.revision,
         "template": template,
+        "tools_template": _tools_template(base, renderer, vocabulary),
         "stop_ids": list(vocabulary.stop_ids),
         "context_length": base.context_length,
     }
     with written_whole(directory) as partial:
         (partial / render.TOKENIZER).write_text(vocabulary.tokenizer.to_str())
         (partial / render.CARD).write_text(json.dumps(facts))
+
+
+def _tools_template(base: Base, plain: Renderer, vocabulary: source.Vocabulary) -> str | None:
+    """The family's template for conversations with tools, if the base's own one agrees: else it has none."""
+    if (template := render.marked_tools_template(base.family)) is None:
+        return None
+    renderer = Renderer(plain.tokenizer, plain.template, vocabulary.stop_ids, base.context_length, template)
+    return None if renderer.differs_on_tools(vocabulary.template, vocabulary.variables) else template

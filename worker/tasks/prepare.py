@@ -6,19 +6,18 @@ from pathlib import Path
 
 import structlog
 
-from app.core import chat, memory, spec, tiers
-from app.core.catalog import Base
-from app.core.errors import Unavailable
+from app.core import data, spec
+from app.core.errors import BadRequest, Unavailable
 from app.core.render import Renderer
-from app.core.settings import Settings
-from app.core.spec import TrainSpec
-from app.jobs import preparing
+from app.jobs import admission, preparing
+from app.jobs.admission import Data
 from app.jobs.preparing import Dataset, Datasets, ToPrepare
 from worker import patience
 from worker.model import card
 from worker.model.source import BaseRefused
 from worker.services import Services
 from worker.training import tokenise
+from worker.training.split import NothingLeft, split
 from worker.training.tokenise import TokenisedSet
 
 log = structlog.get_logger()
@@ -41,10 +40,23 @@ class _Tokeniser:
     renderer: Renderer
     max_seq_length: int
 
+    def training_and_validation(self) -> tuple[TokenisedSet, TokenisedSet | None]:
+        """From two files, or from one that is split. Raises Unusable."""
+        training = self.read(self.job.training_key, param="training_file")
+        part = self.job.requested.training.validation_split
+        if part is None:
+            key = self.job.validation_key
+            return training, self.read(key, param="validation_file") if key else None
+        try:
+            return split(training, part, seed=self.job.seed)
+        except NothingLeft as error:
+            raise Unusable("training.validation_split", f"{error}; lower training.validation_split") from None
+
     def read(self, key: str, *, param: str) -> TokenisedSet:
         """Raises Unusable when no row is left."""
-        lines = chat.split_lines(self.to.storage.stream(key))
-        tokenised = tokenise.tokenise(chat.read(lines), self.renderer, max_seq_length=self.max_seq_length)
+        lines = data.split_lines(self.to.storage.stream(key))
+        long_rows = self.job.requested.training.long_rows
+        tokenised = tokenise.tokenise(data.read(lines), self.renderer, max_seq_length=self.max_seq_length, long_rows=long_rows)
         if tokenised.examples == 0:
             first = tokenised.dropped[0]
             raise Unusable(param, f"no row can be trained on; line {first.line}: {first.message}")
@@ -71,6 +83,9 @@ def prepare_next(to: Services) -> bool:
         patience.say(
             to.sessions, lambda session: preparing.reject(session, job.id, code="invalid_file", message=message, param=param)
         )
+    except BadRequest as error:
+        refused = {"code": error.code or "invalid_value", "message": str(error), "param": error.param or "model"}
+        patience.say(to.sessions, lambda session: preparing.reject(session, job.id, **refused))
     except Unavailable:
         log.warning("preparation_postponed", job_id=job.id)
         patience.say(to.sessions, lambda session: preparing.postpone(session, job.id))
@@ -87,51 +102,25 @@ def _prepare(to: Services, job: ToPrepare) -> None:
     base = to.catalog[job.base]
     renderer = Renderer.open(card.prepared(base, to.settings.cache_dir))
     tokeniser = _Tokeniser(to, job, renderer, spec.max_seq_length(job.requested, base))
-    training = tokeniser.read(job.training_key, param="training_file")
-    validation = tokeniser.read(job.validation_key, param="validation_file") if job.validation_key else None
-    datasets = Datasets(training=tokeniser.store(training), validation=tokeniser.store(validation) if validation else None)
-    longest = max(training.longest, validation.longest if validation else 0)
-    resolved = spec.resolve(job.requested, base, seed=job.seed, examples=training.examples, longest=longest)
-    plan = preparing.plan_of(
-        base,
-        resolved,
+    training, validation = tokeniser.training_and_validation()
+    known = Data(
         examples=training.examples,
         dropped=training.dropped_count,
+        truncated=training.truncated_count,
+        validation=validation.examples if validation else 0,
         tokens=training.tokens,
         trained_tokens=training.labelled_tokens,
+        longest=max(training.longest, validation.longest if validation else 0),
     )
-    queue = _queue_with_room(base, resolved, to.settings, predicted_bytes=plan["predicted_peak_bytes"], longest=longest)
-    dropped = training.dropped
+    settings = to.settings
+    admitted = admission.admit(
+        base, job.requested, known, seed=job.seed, among=settings.training.tiers, gpu=settings.gpu, catalog=to.catalog
+    )
+    datasets = Datasets(training=tokeniser.store(training), validation=tokeniser.store(validation) if validation else None)
     patience.say(
         to.sessions,
         lambda session: preparing.finish(
-            session, job.id, resolved=resolved, plan=plan, datasets=datasets, dropped=dropped, queue=queue
+            session, job.id, admitted=admitted, datasets=datasets, dropped=training.dropped, truncated=training.truncated
         ),
     )
-    log.info("job_prepared", job_id=job.id, queue=queue, examples=training.examples, tokens=training.tokens)
-
-
-def _queue_with_room(base: Base, resolved: TrainSpec, settings: Settings, *, predicted_bytes: int, longest: int) -> str:
-    """That of the smallest tier with room. Refuses here what a GPU would refuse after an hour in its queue. Raises Unusable."""
-    among = settings.training.tiers
-    if tier := tiers.smallest_with_room(base, among, settings.gpu, predicted_bytes=predicted_bytes):
-        return f"train.{tier}"
-    held = tiers.holding(base, among)
-    if not held:  # the operator has taken it away since the job was created
-        raise Unusable("model", f"{base.id} needs a GPU worker of {base.tier} GB, which this installation no longer has")
-    usable = (tiers.usable_bytes(held[-1], settings.gpu) or 0) / memory.GIB
-    param, advice = _what_to_lower(resolved, longest)
-    message = (
-        f"this run needs about {predicted_bytes / memory.GIB:.1f} GiB and the largest worker, of {held[-1]} GB, "
-        f"has {usable:.1f} GiB for it; {advice}"
-    )
-    raise Unusable(param, message)
-
-
-def _what_to_lower(resolved: TrainSpec, longest: int) -> tuple[str, str]:
-    """A parameter and what to do about it, the most effective first."""
-    if resolved.micro_batch_tokens == longest:  # shorter rows share a micro-batch, whose size they do not decide
-        return "training.max_seq_length", "lower training.max_seq_length, which leaves longer rows out"
-    if resolved.lora.dropout:
-        return "adapter.dropout", "set adapter.dropout to 0"
-    return "model", "choose a smaller base model"
+    log.info("job_prepared", job_id=job.id, queue=admitted.queue, examples=training.examples, tokens=training.tokens)

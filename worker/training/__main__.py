@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from app.core import catalog, chat, events
+from app.core import catalog, data, events
 from app.core.errors import AppError
 from app.core.render import Renderer
 from app.core.spec import TrainSpec
@@ -33,7 +33,7 @@ def main() -> None:
     try:
         with _interruptible() as should_stop:
             _train(asked, should_stop)
-    except chat.RowError as error:
+    except data.RowError as error:
         sys.exit(f"line {error.problem.line}: {error}")
     except (AppError, OSError, ValidationError) as error:
         sys.exit(str(error))
@@ -95,11 +95,11 @@ def _interruptible() -> Iterator[ShouldStop]:
         signal.signal(signal.SIGINT, before)
 
 
-def _tokenised(data: Path, renderer: Renderer, spec: TrainSpec, into: Path) -> Path:
-    with data.open("rb") as lines:
-        made = tokenise(chat.read(lines), renderer, max_seq_length=spec.max_seq_length)
+def _tokenised(file: Path, renderer: Renderer, spec: TrainSpec, into: Path) -> Path:
+    with file.open("rb") as lines:
+        made = tokenise(data.read(lines), renderer, max_seq_length=spec.max_seq_length)
     print(
-        f"{data}: {made.examples} examples, {made.tokens} tokens, {made.labelled_tokens} labelled, {made.dropped_count} dropped"
+        f"{file}: {made.examples} examples, {made.tokens} tokens, {made.labelled_tokens} labelled, {made.dropped_count} dropped"
     )
     for problem in made.dropped:
         print(f"  line {problem.line}: {problem.message}")

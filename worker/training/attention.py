@@ -3,14 +3,14 @@
 On a GPU torch's varlen attention does it. On a CPU there is no such thing, and the backward of torch's own attention takes longer
 than a layer's products: here documents of like lengths are laid side by side, the forward is torch's, the backward is products.
 
-Axes: T time, H heads, K key-value heads, G = H/K, W width of a head, B documents of a bucket, S the longest's length.
+Axes: T time, H heads, K key-value heads, W width of a head, U = W/2, I = H·W, B documents of a bucket, S the longest's length,
+t rows of a bucket's documents, P queries of all its heads.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from worker.training.workspace import Kept
 _PADDED = 1.2  # documents share a bucket while it holds no more than this times their tokens
 _LENGTHS = 32  # lengths of buckets are multiples of it: each new size costs a CPU's products new machine code
 _QUERIES_AT_ONCE = 256  # in the backward, of each head
+_LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -92,34 +93,33 @@ def _bucketed(lengths: Sequence[int]) -> Iterator[int]:
         yield count
 
 
-def attend(q_THW: Tensor, k_TKW: Tensor, v_TKW: Tensor, documents: Documents, kept: Kept) -> Tensor:
-    """Rotary positions, then attention within each document; gives [T, H·W]."""
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # the gradient of what came out; those of q, k and v, to be filled
+
+
+def attend(q_THW: Tensor, k_TKW: Tensor, v_TKW: Tensor, documents: Documents, kept: Kept) -> tuple[Tensor, Backward]:
+    """Rotary positions, then attention within each document: [T, H·W], and the way back."""
     if q_THW.is_cuda:
         return _varlen(q_THW, k_TKW, v_TKW, documents)
-    out: Tensor = _Bucketed.apply(q_THW, k_TKW, v_TKW, documents, kept)  # type: ignore[no-untyped-call]  # as torch has it
-    return out
+    return _bucketed_attention(q_THW, k_TKW, v_TKW, documents, kept)
 
 
-class _Rotated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_THW: Tensor, cos_T1U: Tensor, sin_T1U: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_T1U, sin_T1U)
-        return rotate(x_THW, cos_T1U, sin_T1U)
+def _varlen(q_THW: Tensor, k_TKW: Tensor, v_TKW: Tensor, documents: Documents) -> tuple[Tensor, Backward]:
+    """Its backward is torch's own: of this one operation autograd keeps account."""
+    cos_T1U, sin_T1U, ends_B1, longest = documents.cos_T1U, documents.sin_T1U, documents.ends_B1, max(documents.lengths)
+    q_THW, k_TKW = rotate(q_THW, cos_T1U, sin_T1U), rotate(k_TKW, cos_T1U, sin_T1U)
+    inputs = q, k, v = [x.detach().requires_grad_() for x in (q_THW, k_TKW, v_TKW)]
+    is_grouped = q.shape[1] != k.shape[1]
+    with torch.enable_grad():
+        out_THW = varlen_attn(q, k, v, ends_B1, ends_B1, longest, longest, window_size=(-1, 0), enable_gqa=is_grouped)
+    assert isinstance(out_THW, Tensor)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        cos_T1U, sin_T1U = ctx.saved_tensors
-        return rotate(gradients[0], cos_T1U, -sin_T1U), None, None
+    def backward(d_out_TI: Tensor, d_q_THW: Tensor, d_k_TKW: Tensor, d_v_TKW: Tensor) -> None:
+        d_q, d_k, d_v = torch.autograd.grad(out_THW, inputs, d_out_TI.view_as(out_THW))
+        d_q_THW.copy_(rotate(d_q, cos_T1U, -sin_T1U))
+        d_k_TKW.copy_(rotate(d_k, cos_T1U, -sin_T1U))
+        d_v_TKW.copy_(d_v)
 
-
-def _varlen(q_THW: Tensor, k_TKW: Tensor, v_TKW: Tensor, documents: Documents) -> Tensor:
-    turn, ends_B1, longest = (documents.cos_T1U, documents.sin_T1U), documents.ends_B1, max(documents.lengths)
-    q_THW, k_TKW = (_Rotated.apply(x, *turn) for x in (q_THW, k_TKW))  # type: ignore[no-untyped-call]
-    out = varlen_attn(
-        q_THW, k_TKW, v_TKW, ends_B1, ends_B1, longest, longest, window_size=(-1, 0), enable_gqa=q_THW.shape[1] != k_TKW.shape[1]
-    )
-    assert isinstance(out, Tensor)
-    return out.flatten(1)
+    return out_THW.detach().flatten(1), backward
 
 
 @Fused
@@ -165,57 +165,49 @@ def _take_up_gradients(
     sin_T1U: Tensor,
     rows_BS: Tensor,
     slots_t: Tensor,
-    d_q_tHW: Tensor,
-    d_k_tKW: Tensor,
-    d_v_tKW: Tensor,
+    d_q_tI: Tensor,
+    d_k_tI: Tensor,
+    d_v_tI: Tensor,
 ) -> None:
     """Write a bucket's documents one after the other, q and k turned back."""
     length, rows_t = rows_BS.shape[1], rows_BS.flatten()[slots_t]
     which_t, at_t, cos, sin = slots_t // length, slots_t % length, cos_T1U[rows_t], sin_T1U[rows_t]
-    for x_BHSW, x_tHW in ((d_q_BHSW, d_q_tHW), (d_k_BKSW, d_k_tKW)):
-        x_tHW.copy_(turned(x_BHSW.permute(0, 2, 1, 3)[which_t, at_t], cos, -sin))
-    d_v_tKW.copy_(d_v_BKSW.permute(0, 2, 1, 3)[which_t, at_t])
+    for x_BHSW, x_tI in ((d_q_BHSW, d_q_tI), (d_k_BKSW, d_k_tI)):
+        x_tI.copy_(turned(x_BHSW.permute(0, 2, 1, 3)[which_t, at_t], cos, -sin).flatten(1))
+    d_v_tI.copy_(d_v_BKSW.permute(0, 2, 1, 3)[which_t, at_t].flatten(1))
 
 
 @Fused
 def _softmax_backward(
-    scores_BQS: Tensor, d_weights_BQS: Tensor, log_total_BQ1: Tensor, delta_BQ1: Tensor, at_Q1: Tensor, scale: float
-) -> None:
-    """In place: of the unscaled scores their gradient, of the weights' gradient the weights. Q are queries of a group's heads."""
-    seen_QS = torch.arange(scores_BQS.shape[2], device=scores_BQS.device, dtype=torch.float32) <= at_Q1
-    weights_BQS = torch.where(seen_QS, (scores_BQS.float() * scale - log_total_BQ1).exp(), 0)
-    d_scores_BQS = weights_BQS * (d_weights_BQS.float() - delta_BQ1) * scale
-    scores_BQS.copy_(d_scores_BQS)
-    d_weights_BQS.copy_(weights_BQS)
+    scores_PS: Tensor, d_weights_PS: Tensor, log_total_P1: Tensor, delta_P1: Tensor, at_P1: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The weights, and the gradient of the scores before `scale`."""
+    seen_PS = torch.arange(scores_PS.shape[1], device=scores_PS.device, dtype=torch.float32) <= at_P1
+    logits_PS = (scores_PS.float() * scale - log_total_P1) * _LOG2_E
+    weights_PS = torch.where(seen_PS, logits_PS.exp2(), 0)  # an exp that is used twice torch.compile would write to memory
+    d_scores_PS = weights_PS * (d_weights_PS.float() - delta_P1) * scale
+    return weights_PS.to(scores_PS.dtype), d_scores_PS.to(scores_PS.dtype)
 
 
-class _Bucketed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q_THW: Tensor, k_TKW: Tensor, v_TKW: Tensor, documents: Documents, kept: Kept) -> Tensor:
-        kind, turn, saved = q_THW.dtype, (documents.cos_T1U, documents.sin_T1U), list[Tensor]()
-        out_THW = kept.empty(tuple(q_THW.shape), dtype=kind)
-        for bucket in documents.buckets:
-            batch, length = bucket.rows_BS.shape
-            laid = [kept.empty((batch, x.shape[1], length, x.shape[2]), dtype=kind) for x in (q_THW, k_TKW, v_TKW)]
-            _lay_out(q_THW, k_TKW, v_TKW, *turn, bucket.rows_BS, *laid)
-            out_BHSW, log_total_BHS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*laid, is_causal=True)
-            _take_up(out_BHSW, bucket.slots_t, out_THW[bucket.span])
-            saved += [*laid, log_total_BHS]
-        ctx.documents, ctx.kept = documents, kept
-        ctx.save_for_backward(out_THW, *saved)
-        return out_THW.flatten(1)
+def _bucketed_attention(q_THW: Tensor, k_TKW: Tensor, v_TKW: Tensor, documents: Documents, kept: Kept) -> tuple[Tensor, Backward]:
+    kind, turn, saved = q_THW.dtype, (documents.cos_T1U, documents.sin_T1U), list[tuple[Tensor, ...]]()
+    out_THW = kept.empty(tuple(q_THW.shape), dtype=kind)
+    for bucket in documents.buckets:
+        batch, length = bucket.rows_BS.shape
+        laid = [kept.empty((batch, x.shape[1], length, x.shape[2]), dtype=kind) for x in (q_THW, k_TKW, v_TKW)]
+        _lay_out(q_THW, k_TKW, v_TKW, *turn, bucket.rows_BS, *laid)
+        out_BHSW, log_total_BHS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*laid, is_causal=True)
+        _take_up(out_BHSW, bucket.slots_t, out_THW[bucket.span])
+        saved.append((*laid, log_total_BHS))
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        documents, (out_THW, *saved), ctx.kept = ctx.documents, ctx.saved_tensors, None
-        d_out_THW, turn = gradients[0].view_as(out_THW), (documents.cos_T1U, documents.sin_T1U)
-        kv_shape = (len(out_THW), *saved[1].shape[1::2])
-        whole = torch.empty_like(out_THW), out_THW.new_empty(kv_shape), out_THW.new_empty(kv_shape)
-        for bucket, q, k, v, log_total in zip(documents.buckets, saved[::4], saved[1::4], saved[2::4], saved[3::4], strict=True):
+    def backward(d_out_TI: Tensor, d_q_THW: Tensor, d_k_TKW: Tensor, d_v_TKW: Tensor) -> None:
+        d_out_THW, whole = d_out_TI.view_as(out_THW), [x.flatten(1) for x in (d_q_THW, d_k_TKW, d_v_TKW)]
+        for bucket, (q, k, v, log_total) in zip(documents.buckets, saved, strict=True):
             d_out, delta = _lay_out_gradient(d_out_THW, out_THW, bucket.rows_BS, bucket.is_row_BS1)
-            laid = _backward(d_out, delta, q, k, v, log_total)
-            _take_up_gradients(*laid, *turn, bucket.rows_BS, bucket.slots_t, *(x[bucket.span] for x in whole))
-        return *whole, None, None
+            d_laid = _backward(d_out, delta, q, k, v, log_total)
+            _take_up_gradients(*d_laid, *turn, bucket.rows_BS, bucket.slots_t, *(x[bucket.span] for x in whole))
+
+    return out_THW.flatten(1), backward
 
 
 def _backward(
@@ -228,18 +220,25 @@ def _backward(
     batch, heads, length, width = q_BHSW.shape
     kv_heads = k_BKSW.shape[1]
     k_BSW, v_BSW = k_BKSW.flatten(0, 1), v_BKSW.flatten(0, 1)
-    d_q_BHSW, d_k_BSW, d_v_BSW = torch.empty_like(q_BHSW), torch.zeros_like(k_BSW), torch.zeros_like(v_BSW)
-    for start in range(0, length, _QUERIES_AT_ONCE):
+    d_q_BHSW, d_k_BSW, d_v_BSW = torch.empty_like(q_BHSW), torch.empty_like(k_BSW), torch.empty_like(v_BSW)
+    for start in reversed(range(0, length, _QUERIES_AT_ONCE)):  # the last one first: it sees all keys
         end = min(start + _QUERIES_AT_ONCE, length)
         q, d_out, delta, log_total = (
             x[:, :, start:end].reshape(batch * kv_heads, -1, x.shape[-1])
             for x in (q_BHSW, d_out_BHSW, delta_BHS1, log_total_BHS[..., None])
         )
         k, v = k_BSW[:, :end], v_BSW[:, :end]
-        at_Q1 = torch.arange(start, end, device=q.device, dtype=torch.float32).repeat(heads // kv_heads)[:, None]
-        d_scores, weights = q @ k.transpose(1, 2), d_out @ v.transpose(1, 2)
-        _softmax_backward(d_scores, weights, log_total, delta, at_Q1, 1 / math.sqrt(width))
-        d_v_BSW[:, :end].baddbmm_(weights.transpose(1, 2), d_out)
-        d_k_BSW[:, :end].baddbmm_(d_scores.transpose(1, 2), q)
+        scores_PS, d_weights_PS = (q @ k.transpose(1, 2)).flatten(0, 1), (d_out @ v.transpose(1, 2)).flatten(0, 1)
+        per_row = log_total.flatten(0, 1), delta.flatten(0, 1), _positions(start, end, batch * heads)
+        of_rows = _softmax_backward(scores_PS, d_weights_PS, *per_row, 1 / math.sqrt(width))
+        weights, d_scores = (x.view(len(q), -1, end) for x in of_rows)
+        beta = float(end < length)  # nothing is there yet
+        d_v_BSW[:, :end].baddbmm_(weights.transpose(1, 2), d_out, beta=beta)
+        d_k_BSW[:, :end].baddbmm_(d_scores.transpose(1, 2), q, beta=beta)
         d_q_BHSW[:, :, start:end] = (d_scores @ k).view(batch, heads, end - start, width)
     return d_q_BHSW, d_k_BSW.view_as(k_BKSW), d_v_BSW.view_as(v_BKSW)
+
+
+@lru_cache(maxsize=64)  # every layer asks for the same ones
+def _positions(start: int, end: int, times: int) -> Tensor:
+    return torch.arange(start, end, dtype=torch.float32).repeat(times)[:, None]

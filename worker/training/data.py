@@ -45,7 +45,7 @@ class TrainData:
 
     def __init__(self, examples: TokenisedSet, spec: TrainSpec, *, micro_batch_tokens: int | None = None) -> None:
         self._examples, self._spec = examples, spec
-        self._max_tokens = micro_batch_tokens or spec.micro_batch_tokens
+        self.micro_batch_tokens = micro_batch_tokens or spec.micro_batch_tokens
         self.total_steps = spec.total_steps(examples.examples)
 
     def steps_after(self, step: int) -> Iterator[Step]:
@@ -53,7 +53,7 @@ class TrainData:
         for number in range(step + 1, self.total_steps + 1):
             epoch, within = divmod(number - 1, self._steps_per_epoch)
             chosen = self._order_E(epoch)[within * self._spec.batch_size :][: self._spec.batch_size]
-            yield Step(number, micro_batches(self._examples, chosen, max_tokens=self._max_tokens))
+            yield Step(number, micro_batches(self._examples, chosen, max_tokens=self.micro_batch_tokens))
 
     def tokens_after(self, step: int) -> int:
         """How many are still to be trained on once `step` is done."""

@@ -5,6 +5,7 @@ torch.compile makes them one: C++ on a CPU, Triton on a GPU. TORCH_COMPILE_DISAB
 """
 
 import hashlib
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -20,20 +21,28 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_varying: set[str] = set()  # axes of parameters of all that is decorated, as torch's settings name them
+_VARYING = "TtNBPS"  # axes as parameters' names say them: time, labelled positions, documents, their queries, their length
+
+
 class Fused(Generic[P, T]):
     """A decorator for what runs within a forward or backward of ours: no gradient flows through it.
 
-    What is compiled is kept on disk: see `keep_in`.
+    Parameters' names carry their axes. Those of the model's widths are compiled as the numbers they are: the compiler joins
+    loops only where it sees that they are of one length. What is compiled is kept on disk: see `keep_in`.
     """
 
     def __init__(self, function: Callable[P, T]) -> None:
         self.as_written = function
         self._compiled: Callable[P, T] | None = None
+        for name in inspect.signature(function).parameters:
+            _, _, axes = name.rpartition("_")
+            _varying.update(f"L['{name}']:{position}" for position, axis in enumerate(axes) if axis in _VARYING)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         if self._compiled is None:
             self._compiled = _compiled(self.as_written) if can_compile() else self.as_written
-        return self._compiled(*map(_detached, args), **kwargs)
+        return self._compiled(*args, **kwargs)
 
 
 def keep_in(cache_dir: Path) -> None:
@@ -63,22 +72,19 @@ def _probe(values_N: torch.Tensor) -> torch.Tensor:
     return values_N + 1
 
 
-def _detached(value: Any) -> Any:
-    """A tensor that wants a gradient would be another case to compile for."""
-    return value.detach() if isinstance(value, torch.Tensor) else value
-
-
 def _compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """For all sizes at once: a size of its own for every length would compile for ever. 1 stays a case of its own."""
+    """For all sizes of varying axes at once: one for every length would compile for ever. 1 stays a case of its own."""
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
     from torch.fx.experimental import _config as shapes
 
     settings: Any = shapes
     settings.use_duck_shape = False  # two sizes that happen to be equal are still two sizes
-    dynamo.recompile_limit = 64  # types times ones
+    torch.compiler.config.dynamic_sources = ",".join(sorted(_varying))
+    dynamo.automatic_dynamic_shapes = False  # another width is another case, not a varying one
+    dynamo.recompile_limit = 64  # types times widths times ones
     inductor.compile_threads = 1  # here, not in processes that would outlive a trainer that is killed
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, fullgraph=True)
 
 
 def _cpu_flags() -> str:

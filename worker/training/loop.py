@@ -45,9 +45,8 @@ def train(
             if should_stop():
                 optimizer.zero_grad()
                 return state
-            loss = trainee.loss(batch)
-            torch.autograd.backward(loss.loss_sum / step.labelled_tokens)  # one mean over the step, however it was cut up
-            loss_sum, correct = loss_sum + loss.loss_sum.detach(), correct + loss.correct
+            loss = trainee.backward(batch, scale=1 / step.labelled_tokens)  # one mean over the step, however it was cut up
+            loss_sum, correct = loss_sum + loss.loss_sum, correct + loss.correct
 
         tokens_left -= step.tokens
         train_loss, accuracy = float(loss_sum) / step.labelled_tokens, float(correct) / step.labelled_tokens

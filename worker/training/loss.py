@@ -5,49 +5,36 @@ computed with the loss, chunk by chunk, as in Liger Kernel's fused linear cross-
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from worker.training.kernels import cross_entropy
+from worker.training.kernels import cross_entropy, cross_entropy_backward
 
 NO_TARGET = -1  # of a row that does not count
-_LOGITS_AT_ONCE = 2**25  # 64 MiB in 16 bits, and as much again for their gradient
+_LOGITS_AT_ONCE = 2**25  # 64 MiB in 16 bits
 
 
 @dataclass(frozen=True)
 class LabelledLoss:
-    """`loss_sum` is in nats over the labelled tokens, with its gradient; `correct` of them are the model's first choice."""
+    """`loss_sum` is in nats over the labelled tokens; `correct` of them are the model's first choice."""
 
     loss_sum: Tensor
     correct: Tensor
 
 
-def labelled_loss(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> LabelledLoss:
-    """Cross-entropy of labelled positions. A sum, not a mean: see loop.train."""
-    loss_sum, correct = _ChunkedCrossEntropy.apply(hidden_ND, head_VD, targets_N)  # type: ignore[no-untyped-call]  # as torch has it
+def labelled_loss(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, d_hidden_ND: Tensor | None = None) -> LabelledLoss:
+    """Cross-entropy of labelled positions. A sum, not a mean: see loop.train. Its gradient is written to `d_hidden_ND`."""
+    rows = max(1, _LOGITS_AT_ONCE // head_VD.shape[0])
+    loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+    correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
+    for start in range(0, len(hidden_ND), rows):
+        chunk = slice(start, start + rows)
+        logits_nV = hidden_ND[chunk] @ head_VD.T
+        if d_hidden_ND is None:
+            losses, hits = cross_entropy(logits_nV, targets_N[chunk])
+        else:
+            losses, hits = cross_entropy_backward(logits_nV, targets_N[chunk])
+            torch.mm(logits_nV, head_VD, out=d_hidden_ND[chunk])
+        loss_sum, correct = loss_sum + losses, correct + hits
     return LabelledLoss(loss_sum, correct)
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        rows = max(1, _LOGITS_AT_ONCE // head_VD.shape[0])
-        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
-        wants_gradient, gradients = ctx.needs_input_grad[0], []
-        for hidden_nD, targets_n in zip(torch.split(hidden_ND, rows), torch.split(targets_N, rows), strict=True):
-            losses, hits, d_logits_nV = cross_entropy(hidden_nD @ head_VD.T, targets_n, wants_gradient=wants_gradient)
-            loss_sum, correct = loss_sum + losses, correct + hits
-            if d_logits_nV is not None:
-                gradients.append(d_logits_nV @ head_VD)
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients))
-        ctx.mark_non_differentiable(correct)
-        return loss_sum, correct
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient_ND,) = ctx.saved_tensors
-        return gradient_ND * gradients[0], None, None

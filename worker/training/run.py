@@ -1,12 +1,15 @@
 """One training run: values in, events out. It knows no service and could run on a plane."""
 
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from app.core import catalog
-from app.core.events import Checkpointed, Finished, Noted, Started, Stopped
+from app.core.events import Checkpointed, Finished, MeasuredMemory, Noted, Started, Stopped
 from app.core.spec import TrainSpec
 from worker.model import base as bases
 from worker.model.base import LoadedBase
@@ -41,6 +44,7 @@ def run(
     *,
     base_model: LoadedBase | None = None,
     micro_batch_tokens: int | None = None,
+    is_checkpointing: bool = False,
     on_event: OnEvent,
     should_stop: ShouldStop,
 ) -> Finished | Stopped:
@@ -48,7 +52,7 @@ def run(
 
     A run that diverges is rolled back to there once, and goes on at half the rate. `base_model` is the base if it is in memory
     already, quantized as the spec says. `micro_batch_tokens` goes before the spec's: how a step is cut up changes nothing but
-    memory and the last bits. Raises TrainingFailed, BaseRefused.
+    memory and the last bits. `is_checkpointing` changes memory and time: see `adapted`. Raises TrainingFailed, BaseRefused.
     """
     examples = TokenisedSet.read(paths.dataset)
     if not examples.examples:
@@ -63,6 +67,7 @@ def run(
         _open_validation(paths.validation, tokens_at_once),
         on_event,
         should_stop,
+        is_checkpointing=is_checkpointing,
     )
     result, reason = None, ""
     try:
@@ -84,13 +89,15 @@ def _attempt(
     on_event: OnEvent,
     should_stop: ShouldStop,
     *,
+    is_checkpointing: bool,
     rate_scale: float,
 ) -> Finished | Stopped:
     """From the newest checkpoint, or from the start, to the end, or to where it is told to stop. Raises Diverged."""
     spec = identity.spec
-    with adapted(identity.base, spec) as trainee:
+    with adapted(identity.base, spec, is_checkpointing=is_checkpointing) as trainee:
         optimizer = Optimizer(trainee.parameters, spec.optimizer)
-        keeper = _Keeper(identity, paths, trainee, optimizer, validation, on_event, should_stop)
+        measure = partial(_measured, optimizer.device, data.micro_batch_tokens, is_checkpointing)
+        keeper = _Keeper(identity, paths, trainee, optimizer, validation, measure, on_event, should_stop)
         state = keeper.restore().slowed(rate_scale)
         on_event(
             Started(
@@ -115,11 +122,12 @@ class _Keeper:
         trainee: Trainee,
         optimizer: Optimizer,
         validation: tuple[MicroBatch, ...],
+        measure: Callable[[], MeasuredMemory],
         on_event: OnEvent,
         should_stop: ShouldStop,
     ) -> None:
         self._identity, self._paths, self._trainee, self._optimizer = identity, paths, trainee, optimizer
-        self._on_event, self._should_stop = on_event, should_stop
+        self._measure, self._on_event, self._should_stop = measure, on_event, should_stop
         self._validation = validation
         self._kept_step = 0
 
@@ -151,7 +159,7 @@ class _Keeper:
             step=evaluated.step,
             trained_tokens=evaluated.trained_tokens,
             directory=str(self._paths.output),
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            memory=self._measure(),
         )
 
     def _evaluated(self, state: TrainState) -> TrainState | None:
@@ -177,3 +185,14 @@ def _open_validation(path: Path | None, tokens_at_once: int) -> tuple[MicroBatch
         return ()
     examples = TokenisedSet.read(path)
     return micro_batches(examples, range(examples.examples), max_tokens=tokens_at_once)
+
+
+def _measured(device: torch.device, micro_batch_tokens: int, is_checkpointing: bool) -> MeasuredMemory:
+    is_cuda = device.type == "cuda"
+    rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return MeasuredMemory(
+        peak_bytes=torch.cuda.max_memory_allocated(device) if is_cuda else rss_bytes,
+        measured_as="cuda" if is_cuda else "rss",
+        micro_batch_tokens=micro_batch_tokens,
+        is_checkpointing=is_checkpointing,
+    )

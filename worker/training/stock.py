@@ -4,39 +4,63 @@ A mask of the whole pack would be T × T; the documents' own squares are much le
 D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _ATTENTION = "tunesmith_packed"
 
 
 class StockDecoder:
-    """`model` is transformers' decoder, with PEFT's layers in it."""
+    """`model` is transformers' decoder, with PEFT's layers in it. `is_checkpointing` is as `decoder.Decoder` has it."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, *, is_checkpointing: bool = False) -> None:
+        self._model, self._is_checkpointing = model, is_checkpointing
 
-    def hidden_at(self, rows_N: Tensor, *, tokens_T: Tensor, positions_T: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The last hidden states, normed, of the wanted rows only: [N, D].
+    @torch.enable_grad()
+    def forward(
+        self, rows_N: Tensor, *, tokens_T: Tensor, positions_T: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Callable[[Tensor], None]]:
+        """The last hidden states, normed, of the wanted rows only, [N, D]; and the way back from their gradient.
 
         The decoder sees neither cache nor mask: given either, transformers would let packed documents see each other.
         LoRA is computed in the base's own 16 bits, from fp32 masters.
         """
-        config, kind = self._model.config, self._model.embed_tokens.weight.dtype
+        kind, device = self._model.embed_tokens.weight.dtype, tokens_T.device.type
+        with self._packing(), self._checkpointing(), torch.autocast(device, torch.bfloat16, enabled=kind == torch.bfloat16):
+            hidden_1TD: Tensor = self._model(
+                input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, documents=tuple(lengths)
+            ).last_hidden_state
+        hidden_ND = hidden_1TD[0, rows_N]
+        return hidden_ND.detach(), lambda d_hidden_ND: torch.autograd.backward(hidden_ND, d_hidden_ND)
+
+    @contextmanager
+    def _packing(self) -> Iterator[None]:
+        config = self._model.config
         before, config._attn_implementation = config._attn_implementation, _ATTENTION
         try:
-            with torch.autocast(tokens_T.device.type, torch.bfloat16, enabled=kind == torch.bfloat16):
-                hidden_1TD: Tensor = self._model(
-                    input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, documents=tuple(lengths)
-                ).last_hidden_state
+            yield
         finally:
             config._attn_implementation = before
-        return hidden_1TD[0, rows_N]
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """transformers' own switch would leave a hook on the embeddings. What is computed again is computed in the backward."""
+        recomputed = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self._packing()))
+        for layer in self._model.layers:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func = self._is_checkpointing, recomputed
+        try:
+            yield
+        finally:
+            for layer in self._model.layers:
+                layer.gradient_checkpointing = False
 
 
 def _attend(

@@ -1,7 +1,7 @@
 """The frozen base with an adapter to be trained on it, and its forward."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from app.core.spec import OptimizerSpec, TrainSpec
-from worker.model.adapter import targets_of
 from worker.model.base import LoadedBase
 from worker.training import decoder
 from worker.training.data import MicroBatch
@@ -36,8 +35,23 @@ class Trainee:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    @torch.no_grad()
     def loss(self, batch: MicroBatch) -> LabelledLoss:
-        """Summed over the labelled positions of one micro-batch.
+        """Summed over the labelled positions of one micro-batch."""
+        head_VD, targets_N, hidden_ND, _ = self._forward(batch)
+        return labelled_loss(hidden_ND, head_VD, targets_N)
+
+    @torch.no_grad()
+    def backward(self, batch: MicroBatch, *, scale: float) -> LabelledLoss:
+        """The same loss; the gradient of `scale` times it is added to the parameters' own."""
+        head_VD, targets_N, hidden_ND, backward = self._forward(batch)
+        d_hidden_ND = torch.empty_like(hidden_ND)
+        loss = labelled_loss(hidden_ND, head_VD, targets_N, d_hidden_ND=d_hidden_ND)
+        backward(d_hidden_ND.mul_(scale))
+        return loss
+
+    def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], None]]:
+        """Head, targets, hidden states and the way back from these.
 
         Sizes are rounded up, by one more document and by labels that do not count: a CPU's products are compiled for each size,
         and the heap fits what it held before.
@@ -54,8 +68,8 @@ class Trainee:
             )
         )
         lengths = (*batch.lengths, padding) if padding else batch.lengths
-        hidden_ND = self.decoder.hidden_at(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
-        return labelled_loss(hidden_ND, head_VD, targets_N)
+        hidden_ND, backward = self.decoder.forward(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
+        return head_VD, targets_N, hidden_ND, backward
 
     @torch.no_grad()
     def load(self, modules: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -67,15 +81,18 @@ class Trainee:
 
 
 @contextmanager
-def adapted(base: LoadedBase, spec: TrainSpec) -> Iterator[Trainee]:
-    """Put a fresh adapter, drawn from the spec's seed, on the base; afterwards the base is as it was, bit for bit."""
+def adapted(base: LoadedBase, spec: TrainSpec, *, is_checkpointing: bool = False) -> Iterator[Trainee]:
+    """Put a fresh adapter, drawn from the spec's seed, on the base; afterwards the base is as it was, bit for bit.
+
+    `is_checkpointing` saves memory and costs time: layers are computed once more in the backward, to the same bits.
+    """
     if getattr(base.model.config, "final_logit_softcapping", None) is not None:
         raise BaseUnsupported("models that cap their logits cannot be trained here; choose another base")
     config = peft.LoraConfig(
         r=spec.lora.rank,
         lora_alpha=spec.lora.alpha,
         lora_dropout=spec.lora.dropout,
-        target_modules=list(targets_of(spec.lora)),
+        target_modules=list(spec.lora.targets),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(spec.seed)
@@ -85,7 +102,8 @@ def adapted(base: LoadedBase, spec: TrainSpec) -> Iterator[Trainee]:
     try:
         inner = base.model.get_decoder()
         is_known = spec.lora.dropout == 0 and decoder.knows(inner, longest=spec.max_seq_length)
-        yield Trainee(model, base, Decoder(inner) if is_known else StockDecoder(inner))
+        made: Decoder | StockDecoder = (Decoder if is_known else StockDecoder)(inner, is_checkpointing=is_checkpointing)
+        yield Trainee(model, base, made)
     finally:
         model.unload()
 
@@ -97,24 +115,25 @@ def warm_up(base: LoadedBase) -> None:
         n_epochs=1,
         batch_size=1,
         seed=0,
-        max_seq_length=_TOKENS,
-        micro_batch_tokens=_TOKENS,
+        max_seq_length=512,
+        micro_batch_tokens=512,
         checkpoint_every_steps=1,
         optimizer=OptimizerSpec(learning_rate=1e-4),
     )
     with adapted(base, spec) as trainee:
-        for lengths in ((100, 40, 40), (60, 60)):  # one document of a length and several, first in the pack and later
-            torch.autograd.backward(trainee.loss(_meaningless(lengths)).loss_sum)
-        with torch.no_grad():
-            trainee.loss(_meaningless((100, 40, 40)))  # as an evaluation does: without the logits' gradient
+        # one document of a length and several, first in the pack and later, in one block of attention's queries and in two
+        for lengths in ((300, 40, 40), (60, 60)):
+            trainee.backward(meaningless(lengths), scale=1.0)
+        trainee.loss(meaningless((100, 40, 40)))  # as an evaluation does: without the logits' gradient
 
 
-def _meaningless(lengths: tuple[int, ...]) -> MicroBatch:
+def meaningless(lengths: tuple[int, ...]) -> MicroBatch:
+    """Documents of these lengths that say nothing, every token of them trained on."""
     total = sum(lengths)
     return MicroBatch(
-        tokens_T=np.arange(total),
+        tokens_T=np.zeros(total, np.int64),
         positions_T=np.concatenate([np.arange(length) for length in lengths]),
         lengths=lengths,
         labelled_N=np.arange(total - 1),
-        targets_N=np.arange(1, total),
+        targets_N=np.zeros(total - 1, np.int64),
     )

@@ -38,7 +38,7 @@ class Kept:
             self._used = _ALIGNMENT  # never 0, which torch.compile takes for a case of its own
         piece = self._blocks[-1][self._used : self._used + needed]
         self._used += -(-needed // _ALIGNMENT) * _ALIGNMENT
-        return piece.view(dtype).view(shape).data  # of its own: torch counts changes of a tensor and its views together
+        return piece.view(dtype).view(shape)
 
     def _block(self, needed: int) -> Tensor:
         for position, block in enumerate(self._free):

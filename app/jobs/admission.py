@@ -1,0 +1,135 @@
+"""Whether a job can be trained here, where, and how: decided when its data is known, refused before where no data could help."""
+
+from collections.abc import Set
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from app.core import memory, planner, spec, tiers
+from app.core.catalog import Base, Catalog
+from app.core.errors import BadRequest
+from app.core.memory import GIB
+from app.core.planner import Plan, Run
+from app.core.settings import GpuSettings
+from app.core.spec import Requested, TrainSpec
+
+
+class NoRoom(BadRequest):
+    """No worker of this installation has the memory; the message says what would fit."""
+
+    code = "no_room"
+
+
+class Data(BaseModel):
+    """What of a tokenised data set decides a run, or is told of it. Lengths are in tokens; `longest` is that of all rows.
+
+    `examples`, `dropped`, `truncated` and tokens are those of training, `validation` counts the examples that are not trained on.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    examples: int
+    dropped: int = 0
+    truncated: int = 0
+    validation: int = 0
+    tokens: int
+    trained_tokens: int
+    longest: int
+
+
+class Admission(BaseModel):
+    """A job with every `auto` resolved, and its place."""
+
+    model_config = ConfigDict(frozen=True)
+
+    spec: TrainSpec
+    plan: Plan
+    data: Data
+    adapter_parameters: int
+
+    @property
+    def queue(self) -> str:
+        return f"train.{self.plan.room.tier}"
+
+    @property
+    def total_tokens(self) -> int:
+        return self.spec.n_epochs * self.data.tokens
+
+    def shown(self) -> dict[str, Any]:
+        """What the job will do, in numbers its owner can check: the `plan` of a job."""
+        plan, data = self.plan, self.data
+        return {
+            "examples": data.examples,
+            "dropped_examples": data.dropped,
+            "truncated_examples": data.truncated,
+            "validation_examples": data.validation,
+            "tokens_per_epoch": data.tokens,
+            "trained_tokens_per_epoch": data.trained_tokens,
+            "total_steps": self.spec.total_steps(data.examples),
+            "adapter_parameters": self.adapter_parameters,
+            "tier": plan.room.tier,
+            "micro_batch_tokens": plan.micro_batch_tokens,
+            "accumulation": plan.accumulation,
+            "is_checkpointing": plan.is_checkpointing,
+            "predicted_peak_bytes": plan.memory.peak_bytes,
+            "predicted_bytes": plan.memory.model_dump(),
+            "usable_bytes": plan.room.usable_bytes,
+            "reserved_bytes": plan.room.reserved_bytes,
+        }
+
+
+def admit(
+    base: Base, requested: Requested, data: Data, *, seed: int, among: Set[str], gpu: GpuSettings, catalog: Catalog
+) -> Admission:
+    """The smallest of the tiers `among` which this installation chooses that has room, and the run as it fits there.
+
+    A value from values: nothing is queued or kept by it. Raises NoRoom; BadRequest for a base that no worker holds.
+    """
+    resolved = spec.resolve(requested, base, seed=seed, examples=data.examples, longest=data.longest)
+    run = Run(
+        model=base.architecture,
+        lora=resolved.lora,
+        double_quant=resolved.quantization.double_quant,
+        longest_tokens=data.longest,
+        mean_tokens=data.tokens / data.examples,
+        batch_size=resolved.batch_size,
+    )
+    plan = _placed(run, base, among, gpu, catalog)
+    return Admission(
+        spec=resolved.model_copy(update={"micro_batch_tokens": plan.micro_batch_tokens}),
+        plan=plan,
+        data=data,
+        adapter_parameters=memory.adapter_parameters(base.architecture, resolved.lora),
+    )
+
+
+def first_queue(base: Base, requested: Requested, *, among: Set[str], gpu: GpuSettings, catalog: Catalog) -> str:
+    """Of the smallest tier that would hold the run if its rows were short: a larger one may be chosen once they are known.
+
+    Raises NoRoom; BadRequest for a base that no worker holds.
+    """
+    shortest = Run(model=base.architecture, lora=requested.adapter, longest_tokens=planner.FEWEST, mean_tokens=1, batch_size=1)
+    return f"train.{_placed(shortest, base, among, gpu, catalog).room.tier}"
+
+
+def _placed(run: Run, base: Base, among: Set[str], gpu: GpuSettings, catalog: Catalog) -> Plan:
+    rooms = [tiers.room(tier, gpu) for tier in tiers.holding(base, among)]
+    if not rooms:
+        has = ", ".join("cpu" if tier == tiers.CPU else f"{tier} GB" for tier in sorted(among))
+        message = f"{base.id} needs a GPU worker of {base.tier} GB; this installation has: {has}"
+        raise BadRequest(message, param="model", code="no_worker_for_model")
+    plan = planner.plan(run, rooms)
+    if not plan.fits:
+        raise _no_room(run, plan, catalog)
+    return plan
+
+
+def _no_room(run: Run, plan: Plan, catalog: Catalog) -> NoRoom:
+    largest = plan.room
+    usable, needed = (largest.usable_bytes or 0) / GIB, plan.memory.peak_bytes / GIB
+    held = [base for base in catalog.values() if tiers.holding(base, {largest.tier})]
+    would_fit = planner.remedies(run, largest, bases=held)
+    first = would_fit[0].param if would_fit else "model"
+    advice = f"what would fit: {', or '.join(map(str, would_fit))}" if would_fit else "choose a smaller base model"
+    has = f"the largest worker, of {largest.tier} GB, has {usable:.1f} GiB for it"
+    return NoRoom(f"this run needs about {needed:.1f} GiB and {has}; {advice}", param=first)
