@@ -41,7 +41,6 @@ def plain_loop(base: LoadedBase, spec: TrainSpec) -> Iterator[tuple[Any, Iterato
     model = peft.get_peft_model(base.model, lora)
     yield model, plain_steps(model, base, spec)
     model.unload()
-    base.model.__dict__.pop("peft_config", None)
 
 
 def plain_steps(model: Any, base: LoadedBase, spec: TrainSpec) -> Iterator[tuple[float, Tensor]]:

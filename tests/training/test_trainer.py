@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.core import catalog, events
+from app.core import catalog, events, manifest
 from app.core.events import Checkpointed, Finished, Stepped, Stopped
 from app.core.memory import GIB
 from app.core.planner import Room
@@ -70,13 +70,17 @@ def words_of(process: Trainer) -> Iterator[events.Event]:
 
 
 def test_it_trains_the_job_it_is_given_and_ends(trainer: Trainer, tiny: LoadedBase, tmp_path: Path) -> None:
-    send(trainer, job(tiny, tmp_path))
-    *_, last = words_of(trainer)
+    send(trainer, job(tiny, tmp_path, n_epochs=4))
+    *said, last = words_of(trainer)
 
     assert isinstance(last, Finished) and (tmp_path / "adapter" / "manifest.json").exists()
     assert last.memory.measured_as == "rss" and last.memory.peak_bytes > 50_000_000
     assert (last.memory.micro_batch_tokens, last.memory.is_checkpointing) == (160, False)
     assert trainer.wait(10) == 0
+    handed_over = [Path(event.directory) for event in said if isinstance(event, Checkpointed)]
+    assert len(handed_over) == 5 and len(list((tmp_path / "checkpoints").iterdir())) == 2
+    for directory in handed_over:  # the supervisor may take its time to upload them
+        assert manifest.read(directory / "adapter").kind == "checkpoint" and manifest.read(directory / "state").files
 
 
 def test_told_to_stop_it_keeps_a_checkpoint(trainer: Trainer, tiny: LoadedBase, tmp_path: Path) -> None:
@@ -160,7 +164,7 @@ def test_a_job_without_memory_is_tried_with_half_the_tokens_and_layers_computed_
 
 def test_a_trainer_that_is_short_of_memory_says_so(trainer: Trainer, tiny: LoadedBase, tmp_path: Path) -> None:
     held = psutil.Process(trainer.pid)
-    held.rlimit(psutil.RLIMIT_AS, (held.memory_info().vms + 20 * 2**20, psutil.RLIM_INFINITY))
+    held.rlimit(psutil.RLIMIT_AS, (held.memory_info().vms + 2**20, psutil.RLIM_INFINITY))
     send(trainer, job(tiny, tmp_path))
     *_, said = words_of(trainer)
 

@@ -186,11 +186,13 @@ def test_a_job_that_is_paused_before_its_trainer_is_ready_does_not_wait_for_it(
         trainer = of_this_process("worker.trainer")
         assert trainer is not None
         trainer.send_signal(signal.SIGSTOP)
-        with to.sessions.begin() as session:
-            jobs.pause(session, organization, job.id)
-        eventually(lambda: state_of(to, job) == JobState.PAUSED)
-        assert trainer.is_running()  # whoever comes next finds it warmer
-        trainer.send_signal(signal.SIGCONT)
+        try:
+            with to.sessions.begin() as session:
+                jobs.pause(session, organization, job.id)
+            eventually(lambda: state_of(to, job) == JobState.PAUSED)
+            assert trainer.is_running()  # whoever comes next finds it warmer
+        finally:
+            trainer.send_signal(signal.SIGCONT)
     with to.sessions.begin() as session:
         jobs.resume(session, organization, job.id)
     with at_work(to, job.queue):

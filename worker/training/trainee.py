@@ -106,7 +106,6 @@ def adapted(base: LoadedBase, spec: TrainSpec, *, is_checkpointing: bool = False
         yield Trainee(model, base, made)
     finally:
         model.unload()
-        base.model.__dict__.pop("peft_config", None)  # PEFT's mark: left there, it would take the next adapter for a second one
 
 
 def warm_up(base: LoadedBase) -> None:
