@@ -105,7 +105,8 @@ class Supervisor:
         directory = self._to.settings.work_dir / lease.job_id
         shutil.rmtree(directory, ignore_errors=True)  # an attempt that was killed here has left its own
         try:
-            _Attempt(self._to, lease, directory, self._bench, self._is_draining).run()
+            # a folder for each attempt: a transfer of the last one may still hang
+            _Attempt(self._to, lease, directory / f"a{lease.attempt}", self._bench, self._is_draining).run()
         except LeaseLost:
             log.warning("lease_lost")
         except (TrainerDied, StorageDamaged, AppError) as error:

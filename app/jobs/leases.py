@@ -112,7 +112,6 @@ def checkpoint(
         _replace(session, known, lease, prefix=prefix, manifest=manifest, metrics=metrics)
     else:
         _add(session, job, lease, step=step, prefix=prefix, manifest=manifest, metrics=metrics)
-    session.flush()
     checkpoints.drop_older_states(session, job, newest=step)
 
 
@@ -186,7 +185,10 @@ def fail(session: orm.Session, lease: Lease, *, code: str, message: str, param: 
 
 
 def release(session: orm.Session, lease: Lease, *, reason: str, code: str | None = None, settings: LeaseSettings) -> None:
-    """This attempt is over and the job is not: wait a little, then let another worker take it, unless too many have failed."""
+    """This attempt is over and the job is not: wait a little, then let another worker take it, unless too many have failed.
+
+    `code` goes with the event; a full disk is waited for longer.
+    """
     _give_back(session, holding(session, lease), reason=reason, code=code, settings=settings)
 
 

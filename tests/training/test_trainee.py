@@ -159,11 +159,10 @@ def test_training_leaves_embeddings_head_and_norms_in_16_bits(tiny: LoadedBase) 
 def test_the_base_is_left_as_it_was(tiny: LoadedBase) -> None:
     tokens = torch.arange(30)[None]
     before, hooks = tiny.model(tokens).logits, sum(len(module._forward_hooks) for module in tiny.model.modules())
-    with adapted(tiny, make.spec()) as trainee:
-        excite(trainee)
-    with adapted(tiny, make.spec()) as trainee:
-        excite(trainee)
-
+    for dropout, is_checkpointing in ((0.0, False), (0.0, True), (0.1, False), (0.1, True)):  # dropout: transformers' layers
+        with adapted(tiny, make.spec(lora={"dropout": dropout}), is_checkpointing=is_checkpointing) as trainee:
+            excite(trainee)
+            gradient_of(trainee, packed(tiny, max_tokens=160))
     assert torch.equal(tiny.model(tokens).logits, before)
     assert sum(len(module._forward_hooks) for module in tiny.model.modules()) == hooks
     assert not any("lora" in name for name, _ in tiny.model.named_modules())
