@@ -9,6 +9,7 @@ from app.core.catalog import Base
 
 AUTO: Final = "auto"
 Auto = Literal["auto"]
+LongRows = Literal["drop", "truncate"]
 Number = TypeVar("Number", int, float)
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -78,6 +79,7 @@ class TrainingOptions(_Frozen):
     """What the API does not know and we offer."""
 
     max_seq_length: Auto | Annotated[int, Field(strict=True, ge=8, le=1_048_576)] = AUTO
+    long_rows: LongRows = "drop"
     learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = AUTO
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
@@ -95,7 +97,7 @@ class Requested(_Frozen):
 
 
 def max_seq_length(requested: Requested, base: Base) -> int:
-    """Longer rows are not trained on. `auto` is what the base can hold, up to 4,096 tokens."""
+    """Longer rows are left out, or cut before their answers. `auto` is what the base can hold, up to 4,096 tokens."""
     return min(base.context_length, _given(requested.training.max_seq_length, 4096))
 
 

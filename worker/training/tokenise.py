@@ -1,11 +1,13 @@
-"""Chats to flat arrays of tokens, once per job. Needs numpy only: the cpu queue does this, and the API may look at it."""
+"""Chats to flat arrays of tokens, once for a file and a base. Needs numpy only: the cpu queue does this."""
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,16 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from app.core.chat import MAX_LISTED, Chat, Problem
-from app.core.render import Example, Renderer, RenderError
+from app.core.data_report import FileReport, LengthReport, SpeakerReport
+from app.core.fit import Limits, Row, fit
+from app.core.render import SPEAKERS, Example, Renderer
+from app.core.spec import LongRows
+from worker.training.token_file import TokenWriter
 
 _ARRAYS = ("tokens_N", "is_trained_N", "offsets_E1", "lines_E")
 _DROPPED = "dropped"
+CHUNK_BYTES = 256 * 1024
+_ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 256, 512 * 1024  # an encoding takes hundreds of times the room of its text
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,7 @@ class TokenisedSet:
         return digest.hexdigest()
 
     def write(self, path: Path) -> None:
-        facts = {"count": self.dropped_count, "listed": [problem.model_dump() for problem in self.dropped]}
-        save_file({name: getattr(self, name) for name in _ARRAYS}, path, metadata={_DROPPED: json.dumps(facts)})
+        save_file({name: getattr(self, name) for name in _ARRAYS}, path, metadata=_metadata(self.dropped, self.dropped_count))
 
     @classmethod
     def read(cls, path: Path) -> "TokenisedSet":
@@ -77,39 +84,121 @@ class TokenisedSet:
         return cls(**arrays, dropped=dropped, dropped_count=facts["count"])
 
 
-def tokenise(chats: Iterable[Chat], renderer: Renderer, *, max_seq_length: int) -> TokenisedSet:
-    """Render and tokenise every chat. Rows that cannot be trained on are left out, counted and named, never cut:
+def tokenise(chats: Iterable[Chat], renderer: Renderer, *, max_seq_length: int, long_rows: LongRows = "drop") -> TokenisedSet:
+    """Render and tokenise every chat. Rows that cannot be trained on are left out, counted and named (see `app.core.fit`)."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tokens.safetensors"
+        tokenise_to(path, chats, renderer, Limits(max_seq_length, long_rows))
+        return TokenisedSet.read(path)
 
-    a cut row would lose its answer, or teach a model that answers have no end.
-    """
-    examples, lines, dropped = list[Example](), list[int](), list[Problem]()
+
+def tokenise_to(path: Path, chats: Iterable[Chat], renderer: Renderer, limits: Limits) -> FileReport:
+    """The same into a file, a few rows at a time. Raises what `chats` raises, and leaves nothing then."""
+    tally = _Tally()
+    with TokenWriter(path) as writer:
+        for batch in _batches(chats):
+            rows = fit(batch, renderer, limits)
+            kept = [(row.example, row.chat.line) for row in rows if row.example is not None]
+            writer.append([example for example, _ in kept], [line for _, line in kept])
+            for row in rows:
+                tally.add(row, limits)
+        report = tally.report(limits)
+        writer.finish(_metadata(report.problems, report.left_out_count))
+    return report
+
+
+def _metadata(dropped: tuple[Problem, ...], count: int) -> dict[str, str]:
+    return {_DROPPED: json.dumps({"count": count, "listed": [problem.model_dump() for problem in dropped]})}
+
+
+def _batches(chats: Iterable[Chat]) -> Iterator[list[Chat]]:
+    batch, characters = list[Chat](), 0
     for chat in chats:
-        example = _example(chat, renderer, max_seq_length)
-        if isinstance(example, Problem):
-            dropped.append(example)
-        else:
-            examples.append(example)
-            lines.append(chat.line)
-    lengths = [len(example.tokens) for example in examples]
-    return TokenisedSet(
-        tokens_N=np.fromiter((token for example in examples for token in example.tokens), np.int32, sum(lengths)),
-        is_trained_N=np.fromiter((flag for example in examples for flag in example.is_trained), np.bool_, sum(lengths)),
-        offsets_E1=np.cumsum([0, *lengths], dtype=np.int64),
-        lines_E=np.array(lines, dtype=np.int32),
-        dropped=tuple(dropped[:MAX_LISTED]),
-        dropped_count=len(dropped),
+        length = sum(len(message.content) for message in chat.messages)
+        if batch and (len(batch) == _ROWS_AT_ONCE or characters + length > _CHARACTERS_AT_ONCE):
+            yield batch
+            batch, characters = [], 0
+        batch.append(chat)
+        characters += length
+    if batch:
+        yield batch
+
+
+@dataclass
+class _Tally:
+    """Counts of all rows so far. A row is at most a line's bytes long, so that each length can have a counter of its own."""
+
+    rows: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    rows_too_long: int = 0
+    rows_cut: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, row: Row, limits: Limits) -> None:
+        self.rows += 1
+        self.rows_too_long += row.length > limits.max_seq_length
+        self.rows_cut += row.is_cut
+        if row.length:
+            self.lengths[row.length] += 1
+        if row.problem is not None:
+            self.left_out[row.problem.code] += 1
+            if len(self.problems) < MAX_LISTED:
+                self.problems.append(row.problem)
+        if row.example is not None:
+            self._add_example(row, row.example)
+
+    def _add_example(self, row: Row, example: Example) -> None:
+        self.longest = max(self.longest, len(example.tokens))
+        self.trained_tokens += sum(example.is_trained)
+        for number, speaker in enumerate(SPEAKERS):
+            self.tokens[speaker] += example.speakers.count(number)
+        for message in row.chat.messages:
+            self.messages[message.role] += 1
+
+    def report(self, limits: Limits) -> FileReport:
+        return FileReport(
+            rows=self.rows,
+            examples=self.rows - self.left_out.total(),
+            tokens=self.tokens.total(),
+            trained_tokens=self.trained_tokens,
+            longest=self.longest,
+            max_seq_length=limits.max_seq_length,
+            long_rows=limits.long_rows,
+            rows_too_long=self.rows_too_long,
+            rows_cut=self.rows_cut,
+            left_out=dict(self.left_out),
+            problems=tuple(self.problems),
+            lengths=_lengths(self.lengths),
+            speakers={
+                speaker: SpeakerReport(messages=self.messages[speaker], tokens=self.tokens[speaker])
+                for speaker in SPEAKERS
+                if self.tokens[speaker]
+            },
+        )
+
+
+def _lengths(counts: Counter[int]) -> LengthReport | None:
+    if not counts:
+        return None
+    lengths = sorted(counts)
+    up_to = np.cumsum([counts[length] for length in lengths])
+
+    def quantile(part: float) -> int:
+        return lengths[int(np.searchsorted(up_to, part * up_to[-1]))]
+
+    histogram = Counter[int]()
+    for length, rows in counts.items():
+        histogram[1 << (length - 1).bit_length()] += rows
+    return LengthReport(
+        shortest=lengths[0],
+        median=quantile(0.5),
+        p90=quantile(0.9),
+        p99=quantile(0.99),
+        longest=lengths[-1],
+        histogram=dict(sorted(histogram.items())),
     )
-
-
-def _example(chat: Chat, renderer: Renderer, max_seq_length: int) -> Example | Problem:
-    try:
-        example = renderer.example(chat.messages)
-    except RenderError as error:
-        return Problem(line=chat.line, code="row_not_rendered", message=str(error))
-    if len(example.tokens) > max_seq_length:
-        message = f"the row has {len(example.tokens)} tokens; at most {max_seq_length} are trained on"
-        return Problem(line=chat.line, code="row_too_long", message=message)
-    example.is_trained[0] = False  # nothing stands before it to predict it from
-    if not any(example.is_trained):
-        return Problem(line=chat.line, code="nothing_to_train", message="no token of the row is to be predicted")
-    return example
