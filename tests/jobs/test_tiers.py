@@ -92,8 +92,7 @@ class Installation:
         """A job on one row of about so many tokens: of this base, a character is one."""
         to = self.services
         with to.sessions.begin() as session:
-            file = make.valid_file(session, self.caller)
-            to.storage.put(file.storage_key, make.chat_line("?", "a" * answer_length).encode())
+            file = make.stored_file(session, self.caller, to.storage, make.chat_line("?", "a" * answer_length).encode())
             request = JobCreate.model_validate({"model": base.id, "training_file": file.id, **asked})
             return jobs.create(session, self.caller, to.catalog, request=request, tiers=to.settings.training.tiers).id
 

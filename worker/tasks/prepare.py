@@ -1,61 +1,25 @@
 """Tokenise a job's files for its base, size the run, and queue it."""
 
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 
 import structlog
 
-from app.core import chat, memory, spec, tiers
+from app.core import memory, spec, tiers
 from app.core.catalog import Base
 from app.core.errors import Unavailable
-from app.core.render import Renderer
+from app.core.fit import Limits
 from app.core.settings import Settings
 from app.core.spec import TrainSpec
 from app.jobs import preparing
-from app.jobs.preparing import Dataset, Datasets, ToPrepare
-from worker import patience
+from app.jobs.preparing import ToPrepare
+from worker import datasets, patience
+from worker.datasets import Damaged, Unusable
 from worker.model import card
 from worker.model.source import BaseRefused
 from worker.services import Services
-from worker.training import tokenise
-from worker.training.tokenise import TokenisedSet
 
 log = structlog.get_logger()
-
-
-class Unusable(Exception):
-    """Nothing in the file can be trained on with this base and these settings."""
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-@dataclass(frozen=True)
-class _Tokeniser:
-    """Turns the files of one job into stored token arrays."""
-
-    to: Services
-    job: ToPrepare
-    renderer: Renderer
-    max_seq_length: int
-
-    def read(self, key: str, *, param: str) -> TokenisedSet:
-        """Raises Unusable when no row is left."""
-        lines = chat.split_lines(self.to.storage.stream(key))
-        tokenised = tokenise.tokenise(chat.read(lines), self.renderer, max_seq_length=self.max_seq_length)
-        if tokenised.examples == 0:
-            first = tokenised.dropped[0]
-            raise Unusable(param, f"no row can be trained on; line {first.line}: {first.message}")
-        return tokenised
-
-    def store(self, tokenised: TokenisedSet) -> Dataset:
-        key = f"orgs/{self.job.organization_id}/datasets/{tokenised.sha256}.safetensors"
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "tokens.safetensors"
-            tokenised.write(path)
-            return Dataset(key=key, sha256=self.to.storage.put_file(key, path).sha256)
+_publish = cache(card.publish)  # once for a worker
 
 
 def prepare_next(to: Services) -> bool:
@@ -77,7 +41,7 @@ def prepare_next(to: Services) -> bool:
         return False
     except Exception as error:  # a base that cannot be had, a full disk: another try may do, but not for ever
         log.exception("preparation_failed", job_id=job.id)
-        reason = str(error) if isinstance(error, BaseRefused) else type(error).__name__
+        reason = str(error) if isinstance(error, BaseRefused | Damaged) else type(error).__name__
         leases = to.settings.leases
         patience.say(to.sessions, lambda session: preparing.failed(session, job.id, reason=reason, settings=leases))
     return True
@@ -85,30 +49,36 @@ def prepare_next(to: Services) -> bool:
 
 def _prepare(to: Services, job: ToPrepare) -> None:
     base = to.catalog[job.base]
-    renderer = Renderer.open(card.prepared(base, to.settings.cache_dir))
-    tokeniser = _Tokeniser(to, job, renderer, spec.max_seq_length(job.requested, base))
-    training = tokeniser.read(job.training_key, param="training_file")
-    validation = tokeniser.read(job.validation_key, param="validation_file") if job.validation_key else None
-    datasets = Datasets(training=tokeniser.store(training), validation=tokeniser.store(validation) if validation else None)
+    written_card = card.prepared(base, to.settings.cache_dir)
+    _publish(to.storage, base.id, written_card)
+    limits = Limits(spec.max_seq_length(job.requested, base), job.requested.training.long_rows)
+    made = datasets.make(to, job, card=written_card, limits=limits)
+    training, validation = made.report.training, made.report.validation
     longest = max(training.longest, validation.longest if validation else 0)
     resolved = spec.resolve(job.requested, base, seed=job.seed, examples=training.examples, longest=longest)
     plan = preparing.plan_of(
         base,
         resolved,
         examples=training.examples,
-        dropped=training.dropped_count,
+        dropped=training.left_out_count,
         tokens=training.tokens,
-        trained_tokens=training.labelled_tokens,
+        trained_tokens=training.trained_tokens,
     )
     queue = _queue_with_room(base, resolved, to.settings, predicted_bytes=plan["predicted_peak_bytes"], longest=longest)
-    dropped = training.dropped
     patience.say(
         to.sessions,
         lambda session: preparing.finish(
-            session, job.id, resolved=resolved, plan=plan, datasets=datasets, dropped=dropped, queue=queue
+            session,
+            job.id,
+            resolved=resolved,
+            plan=plan,
+            datasets=made.datasets,
+            report=made.report,
+            reused=made.reused,
+            queue=queue,
         ),
     )
-    log.info("job_prepared", job_id=job.id, queue=queue, examples=training.examples, tokens=training.tokens)
+    log.info("job_prepared", job_id=job.id, queue=queue, examples=training.examples, reused=made.reused)
 
 
 def _queue_with_room(base: Base, resolved: TrainSpec, settings: Settings, *, predicted_bytes: int, longest: int) -> str:
