@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cli import config, demo, doctor, migrate, models, up, version
+from cli import config, data, demo, doctor, migrate, models, up, version
 
-COMMANDS = (up, demo, doctor, models, config, migrate, version)
+COMMANDS = (up, demo, data, doctor, models, config, migrate, version)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

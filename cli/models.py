@@ -1,12 +1,12 @@
 """`tunesmith models`: which base models there are, and bringing one onto this machine."""
 
 import argparse
-from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.failure import failed
+from cli.table import columns
 
 if TYPE_CHECKING:
     from app.core.catalog import Base, Catalog
@@ -52,7 +52,7 @@ def _list(_: argparse.Namespace, settings: "Settings", catalog: "Catalog") -> in
     for base in catalog.values():
         prepared = "yes" if is_prepared(base, settings.cache_dir) else "no"
         rows.append((base.id, base.tier, base.licence, base.source.kind, "yes" if base.gated else "no", prepared))
-    for line in _columns(rows):
+    for line in columns(rows):
         print(line)
     return 0
 
@@ -123,9 +123,3 @@ def _bar_class(shown: list[Any]) -> type[Any]:
 def _described(folder: Path) -> str:
     size_bytes = sum(path.stat().st_size for path in folder.iterdir())
     return f"{folder}, {size_bytes} bytes"
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -19,7 +19,7 @@ from app.accounts import keys
 from app.accounts.bootstrap import create_organization
 from app.accounts.caller import Caller
 from app.core import ids
-from app.core.chat import Report
+from app.core.data import Report
 from app.core.settings import Settings
 from app.core.storage import Storage, open_storage
 from app.files import service as files

@@ -7,7 +7,7 @@ from datetime import timedelta
 from sqlalchemy import func, orm, select
 
 from app.accounts.caller import Caller
-from app.core import catalog, chat, ids, spec
+from app.core import catalog, data, ids, spec
 from app.core.manifest import BaseEntry, Manifest
 from app.core.settings import LeaseSettings
 from app.core.storage import Storage, Stored
@@ -48,7 +48,7 @@ def uploaded_file(session: orm.Session, caller: Caller) -> File:
 
 def valid_file(session: orm.Session, caller: Caller) -> File:
     file = uploaded_file(session, caller)
-    files.finish_validation(session, file.id, chat.Report(rows=12, problem_count=0))
+    files.finish_validation(session, file.id, data.Report(rows=12, problem_count=0))
     return file
 
 

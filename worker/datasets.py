@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,25 +13,25 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 import structlog
+from pydantic import BaseModel
 
-from app.core.data_report import Comparison, DataReport, FileReport
+from app.core.data_report import Comparison, DataReport, FileReport, SetReport, SplitReport
 from app.core.errors import NotFound
-from app.core.fit import Limits
 from app.core.render import CARD
 from app.files import derived
 from app.files.derived import Known
 from app.jobs.preparing import Dataset, Datasets, SourceFile, ToPrepare
 from worker import limited, patience
 from worker.services import Services
-from worker.tokeniser import Answer, Order, SetOrder
+from worker.tokeniser import Answer, Order, SetOrder, SplitOrder
 from worker.training import duplicates, token_file
 
 log = structlog.get_logger()
 
 MEMORY_BYTES: Final = 1536 * 1024 * 1024  # bench/data_tokens.py shows what is really taken
 CPU_PER_WALL = 2  # seconds of the processor for each of the clock, after which another would take the job
-_PREFIX, _LEFT_BEHIND_SECONDS = "tokens-", 24 * 3600
 MASK = "assistant turns of weight 1, each with its end-of-turn token"  # another policy, another word
+_PREFIX, _LEFT_BEHIND_SECONDS = "tokens-", 24 * 3600
 
 
 class Unusable(Exception):
@@ -56,107 +56,126 @@ class Made:
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """The token set of one file of the job."""
+class _Set:
+    """A token set: by name and key, and the file whose bytes it comes from."""
 
-    param: str
-    file: SourceFile
+    name: str
     key: str
+    file: SourceFile
 
 
-def make(to: Services, job: ToPrepare, *, card: Path, limits: Limits) -> Made:
+def make(to: Services, job: ToPrepare, *, card: Path, max_seq_length: int) -> Made:
     """Raises Unusable, Damaged, Unavailable."""
-    return _Making(to, job, card, limits).make()
+    return _Making(to, job, card, max_seq_length).make()
 
 
-def keys_of(card: Path, limits: Limits, *shas: str) -> list[str]:
-    """What a token set is known by, for each file: its bytes, and all that decides what tokens they become."""
-    facts = (card / CARD).read_bytes()  # names tokenizer, template and stop tokens
-    recipe = [version("tunesmith"), token_file.FORMAT, hashlib.sha256(facts).hexdigest(), MASK, limits.max_seq_length]
-    return [_digest(sha256, *recipe, limits.long_rows) for sha256 in shas]
+def key_of(file_sha256: str, card: Path, *, max_seq_length: int, long_rows: str) -> str:
+    """What a file's token set is known by: its bytes, and all that decides what tokens they become."""
+    facts = (card / CARD).read_bytes()  # names tokenizer, templates and stop tokens
+    release = version("tunesmith"), token_file.FORMAT
+    return _digest(file_sha256, hashlib.sha256(facts).hexdigest(), max_seq_length, long_rows, MASK, *release)
 
 
 class _Making:
-    def __init__(self, to: Services, job: ToPrepare, card: Path, limits: Limits) -> None:
-        self._to, self._job, self._card, self._limits = to, job, card, limits
-        files = [("training_file", job.training_file), ("validation_file", job.validation_file)]
-        given = [(param, file) for param, file in files if file is not None]
-        keys = keys_of(card, limits, *(file.sha256 for _, file in given))
-        self._wanted = [_Wanted(param, file, key) for (param, file), key in zip(given, keys, strict=True)]
-        self._likeness_key = _digest("likeness", duplicates.FORMAT, *keys)
+    def __init__(self, to: Services, job: ToPrepare, card: Path, max_seq_length: int) -> None:
+        self._to, self._job, self._card, self._max_seq_length = to, job, card, max_seq_length
+        self._long_rows, self._part = job.requested.training.long_rows, job.requested.training.validation_split
+        given = {"training_file": job.training_file, "validation_file": job.validation_file}
+        self._files = [_Set(name, self._key(file), file) for name, file in given.items() if file is not None]
+        self._halves = [
+            _Set(name, _digest(name, self._files[0].key, self._part, job.seed), job.training_file)
+            for name in (("kept", "held_back") if self._part is not None else ())
+        ]
+        self._trained_on = self._halves or self._files
+        self._likeness_key = _digest("likeness", duplicates.FORMAT, *(one.key for one in self._trained_on))
+
+    def _key(self, file: SourceFile) -> str:
+        return key_of(file.sha256, self._card, max_seq_length=self._max_seq_length, long_rows=self._long_rows)
 
     def make(self) -> Made:
-        known = self._known()
-        missing = [wanted for wanted in self._wanted if wanted.key not in known or not self._is_intact(known[wanted.key])]
-        if missing or self._likeness_key not in known:
+        known, tokenised = self._known(), list[_Set]()
+        intact = self._intact(self._trained_on, known)
+        facts = {self._likeness_key, *(one.key for one in self._files)}
+        if len(intact) < len(self._trained_on) or not facts <= known.keys():
+            whole = self._intact(self._files, known) if self._halves else intact
+            tokenised = [one for one in self._files if one not in whole]
             with _folder(self._to.settings.work_dir) as folder:
-                known |= self._work(folder, known, missing)
-        sets = [known[wanted.key] for wanted in self._wanted]
-        datasets = [Dataset(key=str(one.storage_key), sha256=str(one.sha256)) for one in sets]
-        files = [FileReport.model_validate(one.facts) for one in sets]
-        likeness = Comparison.model_validate(known[self._likeness_key].facts)
+                known |= self._work(folder, known, tokenised)
+        sets = [known[one.key] for one in self._trained_on]
+        stored = [Dataset(key=str(one.storage_key), sha256=str(one.sha256)) for one in sets]
         return Made(
-            datasets=Datasets(training=datasets[0], validation=datasets[1] if datasets[1:] else None),
-            report=DataReport(training=files[0], validation=files[1] if files[1:] else None, likeness=likeness),
-            reused=tuple(wanted.param for wanted in self._wanted if wanted not in missing),
+            datasets=Datasets(training=stored[0], validation=stored[1] if stored[1:] else None),
+            report=self._report(known),
+            reused=tuple(one.name for one in self._files if one not in tokenised),
+        )
+
+    def _report(self, known: dict[str, Known]) -> DataReport:
+        files = [FileReport.model_validate(known[one.key].facts) for one in self._files]
+        halves = [SetReport.model_validate(known[one.key].facts) for one in self._halves]
+        return DataReport(
+            training=files[0],
+            validation=files[1] if files[1:] else None,
+            split=SplitReport(kept=halves[0], held_back=halves[1]) if halves else None,
+            likeness=Comparison.model_validate(known[self._likeness_key].facts),
         )
 
     def _known(self) -> dict[str, Known]:
-        keys = [*(wanted.key for wanted in self._wanted), self._likeness_key]
+        keys = [*(one.key for one in (*self._files, *self._halves)), self._likeness_key]
         return patience.say(self._to.sessions, lambda session: derived.find(session, self._job.organization_id, keys))
 
+    def _intact(self, sets: Sequence[_Set], known: dict[str, Known]) -> list[_Set]:
+        """Those that storage still holds. They are read once more: a job must not wait in a queue for what cannot be read."""
+        return [one for one in sets if one.key in known and self._is_intact(known[one.key])]
+
     def _is_intact(self, known: Known) -> bool:
-        """What lies in storage is read once more: a job must not wait in a queue for a set that cannot be trained on."""
-        assert known.storage_key is not None
         try:
-            is_intact = self._to.storage.sha256_of(known.storage_key) == known.sha256
+            is_intact = self._to.storage.sha256_of(str(known.storage_key)) == known.sha256
         except NotFound:
             is_intact = False
         if not is_intact:
             log.warning("token_set_damaged", key=known.storage_key)
         return is_intact
 
-    def _work(self, folder: Path, known: dict[str, Known], missing: list[_Wanted]) -> dict[str, Known]:
-        """Tokenise what is missing, compare all of it, and keep both."""
-        orders = [self._order(wanted, folder, None if wanted in missing else known[wanted.key]) for wanted in self._wanted]
-        answer = self._ask(orders)
-        reports = {"training_file": answer.training, "validation_file": answer.validation}
-        made = dict[str, Known]()
-        for wanted, order in zip(self._wanted, orders, strict=True):
-            if report := reports[wanted.param]:
-                made[wanted.key] = self._keep(wanted, order.tokens, report, known.get(wanted.key))
+    def _work(self, folder: Path, known: dict[str, Known], tokenised: list[_Set]) -> dict[str, Known]:
+        """Tokenise what is missing, split it if that was asked for, compare, and keep all of it."""
+        paths = {one.name: folder / f"{one.name}.safetensors" for one in (*self._files, *self._halves)}
+        orders = [self._order(one, paths[one.name], None if one in tokenised else known[one.key]) for one in self._files]
+        answer = self._ask(orders, paths)
+        reports: dict[str, BaseModel | None] = {"training_file": answer.training, "validation_file": answer.validation}
+        if answer.split:
+            reports |= {"kept": answer.split.kept, "held_back": answer.split.held_back}
+        made = {
+            one.key: self._keep(one, paths[one.name], report, known.get(one.key))
+            for one in (*self._files, *self._halves)
+            if (report := reports[one.name]) is not None
+        }
         assert answer.likeness is not None
-        facts = answer.likeness.model_dump(mode="json")
-        made[self._likeness_key] = Known(id="", storage_key=None, sha256=None, facts=facts)
-        organization_id, key, sha256 = self._job.organization_id, self._likeness_key, self._job.training_file.sha256
-        patience.say(
-            self._to.sessions,
-            lambda session: derived.remember(session, organization_id, key=key, file_sha256=sha256, facts=facts),
-        )
-        return made
+        return made | {self._likeness_key: self._remember(answer.likeness)}
 
-    def _order(self, wanted: _Wanted, folder: Path, known: Known | None) -> SetOrder:
+    def _order(self, wanted: _Set, tokens: Path, known: Known | None) -> SetOrder:
         """Bring here what the tokeniser reads. Raises Damaged."""
-        tokens = folder / f"{wanted.param}.safetensors"
-        if known is None:
-            source = folder / f"{wanted.param}.jsonl"
-            self._fetch(wanted.file.storage_key, wanted.file.sha256, source)
-            return SetOrder(tokens=tokens, source=source)
-        self._fetch(str(known.storage_key), str(known.sha256), tokens)
-        return SetOrder(tokens=tokens)
+        if known is not None:
+            self._fetch(str(known.storage_key), str(known.sha256), tokens)
+            return SetOrder(tokens=tokens)
+        source = tokens.with_suffix(".jsonl")
+        self._fetch(wanted.file.storage_key, wanted.file.sha256, source)
+        return SetOrder(tokens=tokens, source=source)
 
     def _fetch(self, key: str, sha256: str, path: Path) -> None:
         if self._to.storage.get_file(key, path).sha256 != sha256:
             raise Damaged(f"{path.stem} differs in storage from what was put there")
 
-    def _ask(self, orders: list[SetOrder]) -> Answer:
+    def _ask(self, orders: list[SetOrder], paths: dict[str, Path]) -> Answer:
         """Raises Unusable."""
         order = Order(
             card=self._card,
-            max_seq_length=self._limits.max_seq_length,
-            long_rows=self._limits.long_rows,
+            max_seq_length=self._max_seq_length,
+            long_rows=self._long_rows,
             training=orders[0],
             validation=orders[1] if orders[1:] else None,
+            split=SplitOrder(part=self._part, seed=self._job.seed, kept=paths["kept"], held_back=paths["held_back"])
+            if self._part is not None
+            else None,
         )
         try:
             said = limited.run(
@@ -168,21 +187,21 @@ class _Making:
             )
         except limited.TookTooMuch as error:
             message = f"tokenising took {error}: split rows that are very long, or the file"
-            raise Unusable(self._wanted[0].param, message) from None
+            raise Unusable("training_file", message) from None
         answer = Answer.model_validate_json(said)
         if answer.refused:
             raise Unusable(answer.refused.param, answer.refused.message)
         return answer
 
-    def _keep(self, wanted: _Wanted, path: Path, report: FileReport, damaged: Known | None) -> Known:
-        """Send a set to storage, read it back, and enter it. A damaged one is replaced where it lies: other jobs read it too."""
+    def _keep(self, made: _Set, path: Path, report: BaseModel, before: Known | None) -> Known:
+        """Send a set to storage, read it back, and enter it. One that is known goes where it lay: other jobs read it there."""
         organization_id, facts = self._job.organization_id, report.model_dump(mode="json")
-        if damaged is not None:
-            entry_id, storage_key = damaged.id, str(damaged.storage_key)
+        if before is not None:
+            entry_id, storage_key = before.id, str(before.storage_key)
         else:
             entry_id, storage_key = patience.say(
                 self._to.sessions,
-                lambda session: derived.begin(session, organization_id, key=wanted.key, file_sha256=wanted.file.sha256),
+                lambda session: derived.begin(session, organization_id, key=made.key, file_sha256=made.file.sha256),
             )
         sha256 = self._to.storage.put_file(storage_key, path).sha256
         if self._to.storage.sha256_of(storage_key) != sha256:
@@ -191,6 +210,15 @@ class _Making:
         if entry is None:
             raise Damaged("the tokens were removed from storage while they were made")
         return entry
+
+    def _remember(self, likeness: Comparison) -> Known:
+        organization_id, facts = self._job.organization_id, likeness.model_dump(mode="json")
+        key, sha256 = self._likeness_key, self._job.training_file.sha256
+        patience.say(
+            self._to.sessions,
+            lambda session: derived.remember(session, organization_id, key=key, file_sha256=sha256, facts=facts),
+        )
+        return Known(id="", storage_key=None, sha256=None, facts=facts)
 
 
 @contextmanager

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from app.core import chat
-from app.core.chat import RowError
-from app.core.data_report import Comparison, FileReport
-from app.core.fit import Limits
+from app.core import data
+from app.core.data import RowError
+from app.core.data_report import Comparison, FileReport, SplitReport
 from app.core.render import Renderer
 from app.core.spec import LongRows
 from worker import limited
 from worker.training import duplicates, tokenise
+from worker.training.split import NothingLeft, split
 from worker.training.token_file import TokenReader
 
 
@@ -28,6 +28,15 @@ class SetOrder(BaseModel):
     source: Path | None = None
 
 
+class SplitOrder(BaseModel):
+    """The training set is to be split: into what is trained on and what is held back for validation."""
+
+    part: float | int
+    seed: int
+    kept: Path
+    held_back: Path
+
+
 class Order(BaseModel):
     """`card` is the folder of the base's tokenizer and template."""
 
@@ -36,6 +45,7 @@ class Order(BaseModel):
     long_rows: LongRows
     training: SetOrder
     validation: SetOrder | None = None
+    split: SplitOrder | None = None
 
 
 class Refusal(BaseModel):
@@ -50,6 +60,7 @@ class Answer(BaseModel):
 
     training: FileReport | None = None
     validation: FileReport | None = None
+    split: SplitReport | None = None
     likeness: Comparison | None = None
     refused: Refusal | None = None
 
@@ -65,29 +76,42 @@ def main() -> int:
 
 
 def _answer(order: Order) -> Answer:
-    answer = Answer()
-    renderer = Renderer.open(order.card)
+    made, renderer = dict[str, FileReport](), Renderer.open(order.card)
     for param, asked in (("training_file", order.training), ("validation_file", order.validation)):
         if asked is None or asked.source is None:
             continue
         try:
-            report = _tokenise(asked.source, asked.tokens, renderer, Limits(order.max_seq_length, order.long_rows))
+            report = made[param.removesuffix("_file")] = _tokenise(asked.source, asked.tokens, renderer, order)
         except RowError as error:  # validated once, by a release that knew less
-            return Answer(refused=Refusal(param=param, message=f"line {error.problem.line}: {error}"))
+            return Answer(refused=Refusal(param=param, message=str(error)))
         if report.examples == 0:
             reasons = [f"; line {problem.line}: {problem.message}" for problem in report.problems[:1]]
             return Answer(refused=Refusal(param=param, message="".join(["no row can be trained on", *reasons])))
-        answer = answer.model_copy(update={param.removesuffix("_file"): report})
+    paths, split_report = [asked.tokens for asked in (order.training, order.validation) if asked], None
+    if order.split is not None:
+        try:
+            split_report = _split(order.training.tokens, order.split)
+        except NothingLeft as error:
+            message = f"{error}; lower training.validation_split"
+            return Answer(refused=Refusal(param="training.validation_split", message=message))
+        paths = [order.split.kept, order.split.held_back]
     with ExitStack() as stack:
-        readers = [stack.enter_context(TokenReader(of.tokens)) for of in (order.training, order.validation) if of]
+        readers = [stack.enter_context(TokenReader(path)) for path in paths]
         likeness = duplicates.compare(*readers, folder=order.training.tokens.parent)
-        return answer.model_copy(update={"likeness": likeness})
+    return Answer(training=made.get("training"), validation=made.get("validation"), split=split_report, likeness=likeness)
 
 
-def _tokenise(source: Path, tokens: Path, renderer: Renderer, limits: Limits) -> FileReport:
+def _tokenise(source: Path, tokens: Path, renderer: Renderer, order: Order) -> FileReport:
     with source.open("rb") as file:
-        chunks = iter(lambda: file.read(tokenise.CHUNK_BYTES), b"")
-        return tokenise.tokenise_to(tokens, chat.read(chat.split_lines(chunks)), renderer, limits)
+        lines = data.split_lines(iter(lambda: file.read(tokenise.CHUNK_BYTES), b""))
+        return tokenise.tokenise_to(
+            tokens, data.read(lines), renderer, max_seq_length=order.max_seq_length, long_rows=order.long_rows
+        )
+
+
+def _split(tokens: Path, asked: SplitOrder) -> SplitReport:
+    with TokenReader(tokens) as examples:
+        return split(examples, asked.part, seed=asked.seed, kept=asked.kept, held_back=asked.held_back)
 
 
 if __name__ == "__main__":

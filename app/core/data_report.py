@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel, ConfigDict
 
-from app.core.chat import MAX_LISTED, Problem
+from app.core.data import MAX_LISTED, Problem
 from app.core.spec import LongRows
 
 _SHOWN_IN_A_SENTENCE = 5
@@ -32,20 +32,28 @@ class SpeakerReport(_Frozen):
     tokens: int
 
 
-class FileReport(_Frozen):
-    """One file with one base. `left_out` counts rows by the code of the reason, of which `problems` lists the first."""
+class SetReport(_Frozen):
+    """A set of examples. `longest` is in tokens, as all lengths are."""
 
-    rows: int
     examples: int
     tokens: int
     trained_tokens: int
     longest: int
+
+
+class FileReport(SetReport):
+    """What one file becomes with one base. `left_out` counts rows by the code of the reason, of which `problems` lists the first;
+    `cut` lists the first rows that lost their beginning.
+    """
+
+    rows: int
     max_seq_length: int
     long_rows: LongRows
     rows_too_long: int
     rows_cut: int
     left_out: dict[str, int]
     problems: tuple[Problem, ...]
+    cut: tuple[Problem, ...]
     lengths: LengthReport | None
     speakers: dict[str, SpeakerReport]
 
@@ -89,41 +97,59 @@ class Comparison(_Frozen):
     boilerplate: float
 
 
+class SplitReport(_Frozen):
+    """The training file's examples in two parts."""
+
+    kept: SetReport
+    held_back: SetReport
+
+
 class DataReport(_Frozen):
-    """The second look at a job's data; the first is each file's own report."""
+    """The second look at a job's data; the first is each file's own report. `training` and `validation` are of whole files."""
 
     training: FileReport
     validation: FileReport | None = None
-    likeness: Comparison | None = None
+    split: SplitReport | None = None
+    likeness: Comparison
+
+    @property
+    def trained_on(self) -> SetReport:
+        return self.split.kept if self.split else self.training
+
+    @property
+    def validated_on(self) -> SetReport | None:
+        return self.split.held_back if self.split else self.validation
 
     def warnings(self) -> Iterator[str]:
         """What the job's owner should know before it trains, a sentence each."""
-        for name, file in (("training", self.training), ("validation", self.validation)):
-            if file is not None:
-                yield from _of_file(file, name)
-        if self.likeness is not None:
-            yield from _of_likeness(self.likeness)
+        yield from _of_file(self.training, "")
+        if self.validation is not None:
+            yield from _of_file(self.validation, " of the validation file")
+        yield from _of_likeness(self.likeness)
 
 
-def _of_file(file: FileReport, name: str) -> Iterator[str]:
-    for problem in file.problems:
-        yield f"Line {problem.line} of the {name} file is left out: {problem.message}"
-    if (unlisted := file.left_out_count - len(file.problems)) > 0:
-        yield f"{unlisted} more rows of the {name} file are left out; the first {MAX_LISTED} are listed"
-    if file.rows_cut:
-        yield f"{file.rows_cut} rows of the {name} file have more than {file.max_seq_length} tokens: their beginnings are cut off"
+def _of_file(file: FileReport, of_which: str) -> Iterator[str]:
+    for fate, listed, count in (("left out", file.problems, file.left_out_count), ("cut", file.cut, file.rows_cut)):
+        for problem in listed:
+            yield f"Line {problem.line}{of_which} is {fate}: {problem.message}"
+        if count > MAX_LISTED:
+            yield f"{count - MAX_LISTED} more lines{of_which} are {fate}; the first {MAX_LISTED} are listed"
 
 
 def _of_likeness(found: Comparison) -> Iterator[str]:
     sentences = [
-        (found.training.exact, "rows of the training file are the same as an earlier one", "each is trained on again"),
-        (found.training.near, "rows of the training file are nearly the same as an earlier one", "look whether they should be"),
+        (
+            found.training.exact,
+            "rows that are trained on are the same as an earlier one",
+            "leave one, unless it is to count more",
+        ),
+        (found.training.near, "rows that are trained on are nearly the same as an earlier one", "look whether they should be"),
     ]
     if found.leaked is not None:
-        advice = "what they measure is memory; take them out of one of the files"
+        advice = "what they measure is memory; take them out of one side"
         sentences += [
-            (found.leaked.exact, "rows of the validation file are trained on too", advice),
-            (found.leaked.near, "rows of the validation file are nearly the same as one that is trained on", advice),
+            (found.leaked.exact, "rows for validation are trained on too", advice),
+            (found.leaked.near, "rows for validation are nearly the same as one that is trained on", advice),
         ]
     for matches, what, advice in sentences:
         if matches.count:

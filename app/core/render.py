@@ -4,24 +4,24 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from jinja2.exceptions import TemplateError
+from jinja2 import TemplateError
 from tokenizers import Encoding, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from app.core.chat import Message
+from app.core.chat import Message, ToolCall
 from app.core.manifest import TokenVector
 
 TOKENIZER, CARD = "tokenizer.json", "base.json"
-SPEAKERS: Final = ("template", "system", "user", "assistant")  # whose a token is, by number; all else is the template's
+SPEAKERS: Final = ("template", "system", "user", "assistant", "tool")  # whose a token is, by number
+# Llama 3.1 and 3.2 tell the date. Ours is the first's own default, for ever: tokens must not change from day to day
+DATE = {"date_string": "26 Jul 2024"}
 
-# for templates that date their prompts: tokens must be the same tomorrow, and this is the day they fall back to
-_VARIABLES = {"date_string": "26 Jul 2024"}
 _PROBES: tuple[tuple[dict[str, str], ...], ...] = (
     ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi, how can I help?"}),
     (
@@ -32,6 +32,24 @@ _PROBES: tuple[tuple[dict[str, str], ...], ...] = (
         {"role": "assistant", "content": '{"size_cm": 24}'},
     ),
     ({"role": "user", "content": "  white \n"}, {"role": "assistant", "content": "\n space  "}),  # some templates trim
+)
+_TOOLS: tuple[dict[str, Any], ...] = (
+    {
+        "type": "function",
+        "function": {
+            "name": "size_of",
+            "description": "Measures.",
+            "parameters": {"type": "object", "properties": {"what": {"type": "string"}}, "required": ["what"]},
+        },
+    },
+)
+_TOOL_PROBE = (
+    Message("user", "Wie groß?"),
+    Message("assistant", "", tool_calls=(ToolCall("a1B2c3D4e", "size_of", {"what": "日本", "unit": None}),)),
+    Message("tool", '{"size_cm": 12}', tool_call_id="a1B2c3D4e"),
+    Message("assistant", "12 cm"),
+    Message("user", "Thanks"),
+    Message("assistant", "Welcome."),
 )
 
 
@@ -49,6 +67,14 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """What is rendered: messages, and the tools they may call."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
 class _Rendered:
     """A conversation's text, and where in it each message lies: an assistant's with its end-of-turn token."""
 
@@ -62,13 +88,29 @@ def marked_template(family: str) -> str:
     return (files("app.core") / "templates" / f"{family}.jinja").read_text().removesuffix("\n")
 
 
-class Renderer:
-    """One base's tokenizer and chat template. Thread-safe: nothing is kept between calls."""
+def marked_tools_template(family: str) -> str | None:
+    """The same for conversations with tools, if the family knows them."""
+    file = files("app.core") / "templates" / f"{family}.tools.jinja"
+    return file.read_text().removesuffix("\n") if file.is_file() else None
 
-    def __init__(self, tokenizer: Tokenizer, template: str, stop_ids: Sequence[int], context_length: int) -> None:
+
+class Renderer:
+    """One base's tokenizer and chat template. Thread-safe: nothing is kept between calls.
+
+    `tools_template` writes conversations with tools; without it they are refused. All others keep to `template`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        stop_ids: Sequence[int],
+        context_length: int,
+        tools_template: str | None = None,
+    ) -> None:
         tokenizer.no_padding()  # some bases' tokenizer.json cuts and fills up by itself
         tokenizer.no_truncation()
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template, self.tools_template = tokenizer, template, tools_template
         self.stop_ids = frozenset(stop_ids)
         special = (token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
@@ -83,7 +125,13 @@ class Renderer:
     def parse(cls, tokenizer: bytes, card: bytes) -> "Renderer":
         """From the card's two files, as a worker publishes them."""
         facts = json.loads(card)
-        return cls(Tokenizer.from_str(tokenizer.decode()), facts["template"], facts["stop_ids"], facts["context_length"])
+        return cls(
+            Tokenizer.from_str(tokenizer.decode()),
+            facts["template"],
+            facts["stop_ids"],
+            facts["context_length"],
+            facts.get("tools_template"),  # cards of release 0.1.0 have none
+        )
 
     @property
     def template_sha256(self) -> str:
@@ -91,7 +139,7 @@ class Renderer:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to and with the words that open the assistant's turn. Raises RenderError."""
-        text, _ = self._text(messages, opens_turn=True)
+        text, _ = self._text(messages, (), opens_turn=True)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def plain(self, text: str) -> list[int]:
@@ -99,28 +147,29 @@ class Renderer:
         _require_whole(text)
         return list(self.tokenizer.encode(text).ids)
 
-    def example(self, messages: Sequence[Message]) -> Example:
+    def example(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Example:
         """Token ids and which of them are trained on: assistant turns of weight 1, each with its end-of-turn token.
 
-        Raises RenderError when the template hides an assistant turn or its end: the model would never learn to stop.
+        What the assistant says is its text and its calls of tools. Raises RenderError when the template hides an
+        assistant turn or its end: the model would never learn to stop.
         """
-        (made,) = self.examples([messages])
+        (made,) = self.examples([Conversation(messages, tools)])
         if isinstance(made, RenderError):
             raise made
         return made
 
-    def examples(self, conversations: Sequence[Sequence[Message]]) -> list[Example | RenderError]:
+    def examples(self, conversations: Sequence[Conversation]) -> list[Example | RenderError]:
         """`example` of each, or why there is none. They are encoded side by side on all cores."""
-        rendered = [self._try_render(messages) for messages in conversations]
+        rendered = [self._try_render(conversation) for conversation in conversations]
         texts = [made.text for made in rendered if isinstance(made, _Rendered)]
         encodings = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
         return [made if isinstance(made, RenderError) else self._example(made, next(encodings)) for made in rendered]
 
-    def pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+    def pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """The text of `example`, cut where tokens to be predicted begin and end. Raises RenderError."""
-        rendered = self._render(messages)
+        rendered = self._render(conversation)
         encoding = self.tokenizer.encode(rendered.text, add_special_tokens=False)
-        flags = self.example(messages).is_trained
+        flags = self.example(conversation.messages, conversation.tools).is_trained
         firsts = [i for i in range(len(flags)) if i == 0 or flags[i] != flags[i - 1]]
         starts = [_start_of(encoding, i) for i in firsts]
         ends = [*starts[1:], len(rendered.text)]
@@ -142,66 +191,56 @@ class Renderer:
 
         Conversations are compared, and the prompts before their last answers.
         """
-        asked = [(probe, False) for probe in _PROBES] + [(probe[:-1], True) for probe in _PROBES]
+        probes = [_messages_of(probe) for probe in _PROBES]
+        asked = [(Conversation(probe), False) for probe in probes] + [(Conversation(probe[:-1]), True) for probe in probes]
+        return self._differs(asked, stock, variables)
+
+    def differs_on_tools(self, stock: str, variables: Mapping[str, str]) -> bool:
+        """Whether the base's own template writes a conversation with tools differently from ours, or not at all."""
+        return self._differs([(Conversation(_TOOL_PROBE, _TOOLS), False)], stock, variables)
+
+    def _differs(self, asked: Sequence[tuple[Conversation, bool]], stock: str, variables: Mapping[str, str]) -> bool:
+        """Whether the stock template writes any of these differently, or none at all. The flag opens the assistant's turn."""
         compared = [
-            self.tokenizer.encode(text, add_special_tokens=False).ids == self._tokens_of(messages, opens_turn=opens_turn)
-            for messages, opens_turn in asked
-            if (text := _stock_text(stock, messages, opens_turn=opens_turn, variables=variables)) is not None
+            self.tokenizer.encode(text, add_special_tokens=False).ids == self._ids(conversation, opens_turn=opens_turn)
+            for conversation, opens_turn in asked
+            if (text := _stock_text(stock, conversation, opens_turn=opens_turn, variables=variables)) is not None
         ]
         return not (compared and all(compared))
 
-    def _tokens_of(self, conversation: Sequence[Mapping[str, str]], *, opens_turn: bool = False) -> list[int]:
-        messages = [Message(role=m["role"], content=m["content"]) for m in conversation]
-        return self.prompt(messages) if opens_turn else self.example(messages).tokens
+    def _ids(self, conversation: Conversation, *, opens_turn: bool) -> list[int]:
+        return (
+            self.prompt(conversation.messages) if opens_turn else self.example(conversation.messages, conversation.tools).tokens
+        )
 
-    def _try_render(self, messages: Sequence[Message]) -> _Rendered | RenderError:
+    def _tokens_of(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return self.example(_messages_of(messages)).tokens
+
+    def _try_render(self, conversation: Conversation) -> _Rendered | RenderError:
         try:
-            return self._render(messages)
+            return self._render(conversation)
         except RenderError as error:
             return error
 
-    def _render(self, messages: Sequence[Message]) -> _Rendered:
+    def _render(self, conversation: Conversation) -> _Rendered:
         """A whole conversation. Raises RenderError."""
-        text, generated = self._text(messages, opens_turn=False)
-        said = iter(generated)
+        messages = conversation.messages
+        text, generated = self._text(messages, conversation.tools, opens_turn=False)
         if len(generated) != sum(message.role == "assistant" for message in messages):
             raise RenderError("the chat template does not show every assistant message")
-        spans, position = list[tuple[int, int]](), 0
+        said, spans, position = iter(generated), list[tuple[int, int]](), 0
         for message in messages:
             start, end = next(said) if message.role == "assistant" else _found(text, message.content.strip(), position)
             spans.append((start, end))
             position = end
         return _Rendered(messages, text, spans)
 
-    def _text(self, messages: Sequence[Message], *, opens_turn: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The text and the character spans of what the assistant says. Raises RenderError.
-
-        Special tokens in what people write would end turns and forge others; and some templates drop what they do not expect.
-        """
-        for message in messages:
-            if found := self._special.search(message.content):
-                raise RenderError(f"a message holds the special token {found[0]}; write it differently")
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            rendered: Any = render_jinja_template(
-                [conversation], chat_template=self.template, add_generation_prompt=opens_turn, return_assistant_tokens_mask=True
-            )
-        except TemplateError as error:
-            raise RenderError(f"the chat template refuses the conversation: {error}") from None
-        (text,), (spans,) = rendered
-        _require_whole(text)
-        for message in messages:
-            if message.content.strip() not in text:
-                raise RenderError(f"the chat template leaves out a message of role {message.role}; move its text into another")
-        return text, [(start, end) for start, end in spans]
-
     def _example(self, rendered: _Rendered, encoding: Encoding) -> Example | RenderError:
         ids = encoding.ids
         is_trained, speakers = [False] * len(ids), bytearray(len(ids))
         for message, (start, end) in zip(rendered.messages, rendered.spans, strict=True):
             first, last = _token_at(encoding, start), _token_at(encoding, end)
-            if message.role in SPEAKERS:
-                speakers[first:last] = bytes([SPEAKERS.index(message.role)]) * (last - first)
+            speakers[first:last] = bytes([SPEAKERS.index(message.role)]) * (last - first)
             if message.role != "assistant":
                 continue
             if first == last or ids[last - 1] not in self.stop_ids:
@@ -209,29 +248,113 @@ class Renderer:
             is_trained[first:last] = [bool(message.weight)] * (last - first)
         return Example(ids, is_trained, bytes(speakers))
 
+    def _text(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, opens_turn: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text and the character spans of what the assistant says. Raises RenderError.
 
-def _stock_text(
-    stock: str, conversation: Sequence[Mapping[str, str]], *, opens_turn: bool, variables: Mapping[str, str]
-) -> str | None:
+        Special tokens in what people write would end turns and forge others; and some templates drop what they do not expect.
+        """
+        for what, piece in (*_pieces(messages, tools), ("a tool", json.dumps(list(tools), ensure_ascii=False))):
+            if found := self._special.search(piece):
+                raise RenderError(f"{what} holds the special token {found[0]}; write it differently")
+        template = self.template
+        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
+            if self.tools_template is None:
+                raise RenderError("the chat template of this base has no tools; choose another base, or remove them")
+            template = self.tools_template
+        try:
+            (text,), (spans,) = render_jinja_template(
+                [_conversation(messages)],
+                tools=list(tools) or None,
+                chat_template=template,
+                add_generation_prompt=opens_turn,
+                return_assistant_tokens_mask=True,
+            )
+        except TemplateError as error:
+            raise RenderError(f"the chat template refuses it: {error}") from None
+        _require_whole(text)
+        for what, piece in _pieces(messages, tools):
+            if not _shows(text, piece):
+                raise RenderError(f"the chat template leaves out {what}; move its text into another")
+        return text, [(start, end) for start, end in spans]
+
+
+def _pieces(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Everything that must be seen in a rendered text, and what to call it: templates trim."""
+    for tool in tools:
+        yield "the tools", tool["function"]["name"]
+    for message in messages:
+        yield f"a message of role {message.role}", message.content.strip()
+        for call in message.tool_calls:
+            yield "a tool call", call.name
+            yield "a tool call", json.dumps(call.arguments, ensure_ascii=False)
+
+
+def _messages_of(probe: Sequence[Mapping[str, str]]) -> list[Message]:
+    return [Message(role=message["role"], content=message["content"]) for message in probe]
+
+
+def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """As chat templates expect it; keys that say nothing are left away, since some templates ask whether they are there."""
+    conversation = list[dict[str, Any]]()
+    for message in messages:
+        said: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            said["tool_calls"] = [
+                {
+                    "id": _short(call.id),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in message.tool_calls
+            ]
+        if message.tool_call_id is not None:
+            said["tool_call_id"] = _short(message.tool_call_id)
+        conversation.append(said)
+    return conversation
+
+
+def _short(call_id: str) -> str:
+    """Mistral wants nine letters and digits; no other template shows ids."""
+    return call_id if re.fullmatch(r"[A-Za-z0-9]{9}", call_id) else hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+
+def _stock_text(stock: str, conversation: Conversation, *, opens_turn: bool, variables: Mapping[str, str]) -> str | None:
     """What a base's own template makes of it; None if it refuses the conversation or leaves a message out.
 
     Mistral's, for one, shows a system message only as long as the last question has no answer.
     """
     try:
-        rendered: Any = render_jinja_template(
-            [list(conversation)], chat_template=stock, add_generation_prompt=opens_turn, **_VARIABLES, **variables
+        (text,), _ = render_jinja_template(
+            [_conversation(conversation.messages)],
+            tools=list(conversation.tools) or None,
+            chat_template=stock,
+            add_generation_prompt=opens_turn,
+            **DATE,
+            **variables,
         )
     except TemplateError:
         return None
-    text = str(rendered[0][0])
-    return text if all(message["content"].strip() in text for message in conversation) else None
+    return str(text) if all(_shows(text, message.content.strip()) for message in conversation.messages) else None
+
+
+def _shows(text: str, said: str) -> bool:
+    """As it is, or quoted: one template quotes what tools say."""
+    return said in text or _quoted(said) in text
+
+
+def _quoted(said: str) -> str:
+    return json.dumps(said, ensure_ascii=False)[1:-1]
 
 
 def _found(text: str, content: str, position: int) -> tuple[int, int]:
-    """Where a message's words lie: after those before it, unless the template puts them elsewhere."""
-    start = text.find(content, position)
-    start = text.find(content) if start < 0 else start
-    return start, start + len(content)
+    """Where a message's words lie, perhaps quoted: after those before it, unless the template puts them elsewhere."""
+    for said in (content, _quoted(content)):
+        for after in (position, 0):
+            if (start := text.find(said, after)) >= 0:
+                return start, start + len(said)
+    return position, position
 
 
 def _token_at(encoding: Encoding, position: int) -> int:

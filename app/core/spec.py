@@ -7,9 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.core.catalog import Base
 
+LongRows = Literal["drop", "truncate"]
+Part = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(strict=True, ge=1)]  # of all rows, or rows
+
 AUTO: Final = "auto"
 Auto = Literal["auto"]
-LongRows = Literal["drop", "truncate"]
 Number = TypeVar("Number", int, float)
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -58,6 +60,8 @@ class TrainSpec(_Frozen):
     max_seq_length: int = Field(ge=8)
     micro_batch_tokens: int = Field(ge=8)
     checkpoint_every_steps: int = Field(ge=1)
+    long_rows: LongRows = "drop"
+    validation_split: Part | None = None
     lora: LoraSpec = LoraSpec()
     quantization: QuantizationSpec = QuantizationSpec()
     optimizer: OptimizerSpec
@@ -80,6 +84,7 @@ class TrainingOptions(_Frozen):
 
     max_seq_length: Auto | Annotated[int, Field(strict=True, ge=8, le=1_048_576)] = AUTO
     long_rows: LongRows = "drop"
+    validation_split: Part | None = None
     learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = AUTO
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
@@ -97,7 +102,7 @@ class Requested(_Frozen):
 
 
 def max_seq_length(requested: Requested, base: Base) -> int:
-    """Longer rows are left out, or cut before their answers. `auto` is what the base can hold, up to 4,096 tokens."""
+    """Longer rows are left out, or lose their beginning (`long_rows`). `auto` is what the base can hold, up to 4,096 tokens."""
     return min(base.context_length, _given(requested.training.max_seq_length, 4096))
 
 
@@ -117,8 +122,10 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
         batch_size=batch_size,
         seed=seed,
         max_seq_length=max_seq_length(requested, base),
-        micro_batch_tokens=max(longest, 2048),  # examples are never cut
+        micro_batch_tokens=max(longest, 2048),  # an example is never spread over two
         checkpoint_every_steps=_given(options.checkpoint_every_steps, math.ceil(total_steps / 4)),
+        long_rows=options.long_rows,
+        validation_split=options.validation_split,
         lora=requested.adapter,
         quantization=requested.quantization,
         optimizer=OptimizerSpec(

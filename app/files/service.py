@@ -9,8 +9,7 @@ from sqlalchemy import Select, func, or_, orm, select
 
 from app import outbox, pages
 from app.accounts.caller import Caller
-from app.core import ids
-from app.core.chat import Report
+from app.core import data, ids
 from app.core.errors import Conflict, NotFound
 from app.core.storage import Stored
 from app.files import derived
@@ -30,6 +29,7 @@ class ToValidate:
     id: str
     storage_key: str
     sha256: str
+    cpu_seconds: int
 
 
 def key_for(caller: Caller, file_id: str) -> str:
@@ -108,9 +108,18 @@ def get_for_training(session: orm.Session, caller: Caller, file_id: str, *, para
         raise Conflict(
             f"{file_id} has purpose {file.purpose!r}; upload it with purpose 'fine-tune'", param=param, code="wrong_purpose"
         )
-    if file.status == FileStatus.ERROR:
-        raise Conflict(f"{file_id} is not valid: {file.status_details}", param=param, code="invalid_file")
+    require_trainable(file, param=param)
     return file
+
+
+def require_trainable(file: File, *, param: str) -> None:
+    """Raises Conflict for a file that is not valid, or whose rows nothing here can be trained on. One not yet read passes."""
+    if file.status == FileStatus.ERROR:
+        raise Conflict(f"{file.id} is not valid: {file.status_details}", param=param, code="invalid_file")
+    held = (file.report or {}).get("format")
+    if held is not None and held not in data.TRAINED:
+        message = f"{file.id} holds {held} rows, which this release does not train on; it trains on {', '.join(data.TRAINED)}"
+        raise Conflict(message, param=param, code="format_not_trained")
 
 
 def list_page(
@@ -150,7 +159,7 @@ def claim_to_validate(session: orm.Session) -> ToValidate | None:
     if file is None:
         return None
     file.not_before = func.clock_timestamp() + time_to_read(file)
-    return ToValidate(file.id, file.storage_key, file.sha256)
+    return ToValidate(file.id, file.storage_key, file.sha256, round(time_to_read(file).total_seconds()))
 
 
 def time_to_read(*files: File | None) -> timedelta:
@@ -158,7 +167,7 @@ def time_to_read(*files: File | None) -> timedelta:
     return LEAST_TO_READ + timedelta(seconds=sum(file.size_bytes for file in files if file) / SLOWEST_BYTES_PER_SECOND)
 
 
-def finish_validation(session: orm.Session, file_id: str, report: Report) -> None:
+def finish_validation(session: orm.Session, file_id: str, report: data.Report) -> None:
     """Store the verdict, and wake whoever prepares the jobs that waited for it. A file deleted meanwhile is no error."""
     file = session.scalar(select(File).where(File.id == file_id).with_for_update())
     if file is None:

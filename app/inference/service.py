@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
-from jinja2.exceptions import TemplateError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -147,7 +146,7 @@ def _tokens_of(target: Target, request: ChatRequest | CompletionRequest) -> list
     if isinstance(request, ChatRequest):
         try:
             return target.renderer.prompt([message.to_message() for message in request.messages])
-        except (RenderError, TemplateError) as error:
+        except RenderError as error:
             raise BadRequest(f"{target.base.id} cannot be told these messages: {error}", param="messages") from None
     prompt = request.one_prompt
     if isinstance(prompt, str):

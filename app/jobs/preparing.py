@@ -12,6 +12,7 @@ from app import outbox
 from app.core import memory, spec
 from app.core.catalog import Base
 from app.core.data_report import DataReport
+from app.core.errors import Conflict
 from app.core.settings import LeaseSettings
 from app.files import service as files
 from app.jobs import events, states
@@ -84,8 +85,11 @@ def claim(session: orm.Session) -> ToPrepare | None:
     seconds = files.time_to_read(training_file, validation_file)
     job.not_before = func.clock_timestamp() + seconds
     for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
-        if file is not None and file.status == FileStatus.ERROR:
-            _reject(session, job, code="invalid_file", message=f"{file.id} is not valid: {file.status_details}", param=param)
+        try:
+            if file is not None:
+                files.require_trainable(file, param=param)
+        except Conflict as refused:
+            _reject(session, job, code=str(refused.code), message=str(refused), param=param)
             return claim(session)
     return ToPrepare(
         id=job.id,
@@ -159,13 +163,23 @@ def failed(session: orm.Session, job_id: str, *, reason: str, settings: LeaseSet
 
 
 def plan_of(
-    base: Base, resolved: spec.TrainSpec, *, examples: int, dropped: int, tokens: int, trained_tokens: int
+    base: Base,
+    resolved: spec.TrainSpec,
+    *,
+    examples: int,
+    dropped: int,
+    truncated: int,
+    validation: int,
+    tokens: int,
+    trained_tokens: int,
 ) -> dict[str, Any]:
     """What the job will do, in numbers its owner can check."""
     predicted = memory.predict(base.architecture, resolved.lora, micro_batch_tokens=resolved.micro_batch_tokens)
     return {
         "examples": examples,
         "dropped_examples": dropped,
+        "truncated_examples": truncated,
+        "validation_examples": validation,
         "tokens_per_epoch": tokens,
         "trained_tokens_per_epoch": trained_tokens,
         "total_steps": resolved.total_steps(examples),

@@ -65,6 +65,9 @@ class JobCreate(_Request):
             raise BadRequest(
                 "integrations are not offered here; remove the field", param="integrations", code="unsupported_parameter"
             )
+        if self.validation_file and self.training.validation_split is not None:
+            message = "validation_file and training.validation_split both say what to validate with; send one of them"
+            raise BadRequest(message, param="training.validation_split")
         if not self.quantization.double_quant:
             message = "engines hold their bases with double quantization, and an adapter must meet the base it was trained on"
             raise BadRequest(message, param="quantization.double_quant", code="unsupported_parameter")

@@ -2,7 +2,9 @@
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,46 +22,36 @@ from app.inference import engines
 from tests import make
 from worker.model import card
 from worker.services import Services, open_services
-from worker.tasks import validate
+from worker.tasks import prepare, validate
 
-GOOD = make.chat_line("What is up?", "The sky.").encode()
-USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-
-
-def row(*messages: Any, **more: Any) -> bytes:
-    return json.dumps({"messages": list(messages), **more}).encode()
-
-
-# name: (the file, the problem's code, the problem's line, words its message must hold)
-FILES: dict[str, tuple[bytes, str, int, str]] = {
-    "0 bytes": (b"", "file_empty", 1, "one JSON object per line"),
-    "blank lines only": (b"\n\n  \n", "file_empty", 1, "one JSON object per line"),
-    "broken JSON": (GOOD + b'\n{"messages": [', "not_json", 2, "not valid JSON"),
-    "one array for all": (json.dumps([{"messages": [USER, ASSISTANT]}]).encode(), "row_not_object", 1, "must be a JSON object"),
-    "pretty-printed": (json.dumps({"messages": [USER, ASSISTANT]}, indent=2).encode(), "not_json", 1, "not valid JSON"),
-    "CSV": (b"question,answer\nhow,so\n", "not_json", 1, "not valid JSON"),
-    "a gzip file": (b"\x1f\x8b\x08\x00" + bytes(range(256)), "not_utf8", 1, "UTF-8"),
-    "not UTF-8": ('{"messages": "é"}'.encode("latin-1"), "not_utf8", 1, "save the file as UTF-8"),
-    "UTF-16": (GOOD.decode().encode("utf-16"), "not_utf8", 1, "UTF-8"),
-    "a wrong role": (row({"role": "human", "content": "a"}, ASSISTANT), "role_unknown", 1, "assistant"),
-    "no role": (row({"content": "a"}, ASSISTANT), "role_unknown", 1, "assistant"),
-    "no assistant turn": (row(USER), "nothing_to_train", 1, "assistant"),
-    "all weights 0": (row(USER, ASSISTANT | {"weight": 0}), "nothing_to_train", 1, "weight 1"),
-    "an empty answer": (row(USER, ASSISTANT | {"content": ""}), "content_empty", 1, "must not be empty"),
-    "a 2 MiB line": (row(USER | {"content": "x" * 2**21}, ASSISTANT), "line_too_long", 1, "split the conversation"),
-    "a lone surrogate": (row(USER | {"content": "\ud800"}, ASSISTANT), "lone_surrogate", 1, "write the whole character"),
-    "a NUL": (row(USER | {"content": "a\0b"}, ASSISTANT), "nul_character", 1, "remove it"),
-    "a raw NUL": (b'{"messages": "a\0b"}', "not_json", 1, "not valid JSON"),
-    "a duplicate key": (b'{"messages": [], "messages": []}', "duplicate_key", 1, "keep one"),
-    "depth 1,000": (b'{"messages": ' + b"[" * 1000 + b"]" * 1000 + b"}", "too_deep", 1, "32 levels"),
-    "depth 100,000": (b"[" * 100_000, "too_deep", 1, "32 levels"),
-    "NaN": (b'{"messages": NaN}', "not_json", 1, "NaN is not JSON"),
-    "a number of 5,000 digits": (b'{"messages": ' + b"9" * 5000 + b"}", "not_json", 1, "too many digits"),
-    "prompt and completion": (b'{"prompt": "a", "completion": "b"}', "unknown_key", 1, "messages"),
-    "an image": (row({"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT), "part_unsupported", 1, "text"),
-    "the messages as text": (b'{"messages": "hello"}', "messages_missing", 1, "list"),
-    "content that is a number": (row(USER | {"content": 7}, ASSISTANT), "content_not_text", 1, "string"),
+# a file of tests/data/corpus, whose table knows line and code: words that its owner must be told
+FILES = {
+    "empty": "write one JSON object per line",
+    "json-cut-off": "not valid JSON",
+    "json-pretty-printed": "pretty-printed",
+    "json-one-list": "write each element on a line of its own",
+    "json-number-of-5000-digits": "too many digits",
+    "binary-gzip": "unpack it",
+    "encoding-utf-16": "the file is UTF-16; save the file as UTF-8",
+    "encoding-latin-1": "save the file as UTF-8",
+    "escape-lone-surrogate": "write the whole character",
+    "escape-nul": "remove it",
+    "key-twice": "keep one",
+    "depth-1000": "32 levels",
+    "role-human": "system, developer, user, assistant, tool",
+    "answer-missing": "add an assistant message",
+    "answer-empty": "write the answer",
+    "content-image": "only text is trained on",
+    "unlearnt-file": "give each row an answer",
+    "arguments-broken": "write them as one JSON object",
+    "call-unanswered": "add its tool message",
+    "format-trl-preference": "'chosen', 'question', 'rejected'",
+    "format-mixed": "keep one format per file",
+    "sharegpt-unknown-speaker": "human, user, gpt",
+    "preference-output-text": "a list of one assistant message",
 }
+CORPUS = Path(__file__).parents[1] / "data"
+EXPECTED = tomllib.loads((CORPUS / "expected.toml").read_text())
 
 # name: (the change to a good job, status, param, words)
 JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
@@ -110,6 +102,17 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "a dropout of 1": ({"adapter": {"dropout": 1}}, 400, "adapter.dropout", "less than 1"),
     "another quantization": ({"quantization": {"scheme": "int3"}}, 400, "quantization.scheme", "nf4"),
     "a sequence of 4 tokens": ({"training": {"max_seq_length": 4}}, 400, "training.max_seq_length", "8"),
+    "rows cut elsewhere": ({"training": {"long_rows": "right"}}, 400, "training.long_rows", "'drop' or 'truncate'"),
+    "nothing to validate with": ({"training": {"validation_split": 0}}, 400, "training.validation_split", "greater than"),
+    "more than all to validate with": ({"training": {"validation_split": 1.5}}, 400, "training.validation_split", "less than 1"),
+    "a split in words": ({"training": {"validation_split": "some"}}, 400, "training.validation_split", "number"),
+    "a true split": ({"training": {"validation_split": True}}, 400, "training.validation_split", "less than 1"),
+    "a validation file and a split": (
+        {"training": {"validation_split": 0.1}, "validation_file": "file-x"},
+        400,
+        "training.validation_split",
+        "send one of them",
+    ),
     "another method": ({"method": {"type": "dpo"}}, 400, "method.type", "supervised"),
     "a method without type": ({"method": {"supervised": {}}}, 400, "method.type", "required"),
     "an integration": ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "remove"),
@@ -216,27 +219,56 @@ def refused(answer: httpx.Response, status: int, param: str | None, words: str) 
     assert answer.status_code == status, error
     assert error["param"] == param, error
     assert words in str(error["message"]), error
-    assert not re.search(r"Input|should|Value error|validation", str(error["message"])), (
+    assert not re.search(r"Input|should|Value error|validation error", str(error["message"])), (
         error
     )  # pydantic's words to its programmer
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_bad_file_is_told_line_code_and_remedy(client: OpenAI, services: Services, name: str) -> None:
-    body, code, line, words = FILES[name]
+    body = (CORPUS / "corpus" / f"{name}.jsonl").read_bytes()
     file = client.files.create(file=("chats.jsonl", body), purpose="fine-tune")
     while validate.validate_next(services):
         pass
     checked = client.files.retrieve(file.id)
+    report = (checked.model_extra or {})["report"]
+    problem = report["problems"][0]
+    wanted = [(finding["line"], finding["code"]) for finding in EXPECTED[name]["findings"]]
 
     assert checked.status == "error"
-    problem = (checked.model_extra or {})["report"]["problems"][0]
-    assert (problem["code"], problem["line"]) == (code, line)
-    assert words in problem["message"]
-    assert words in (checked.status_details or "")
+    assert report["format"] == EXPECTED[name].get("format")
+    assert (problem["line"], problem["code"]) in wanted
+    assert FILES[name] in f"{problem['message']}; {problem['advice']}"
+    assert FILES[name] in (checked.status_details or "")
     with pytest.raises(openai.BadRequestError, match="not valid") as refusal:
         client.fine_tuning.jobs.create(model=make.TINY, training_file=file.id)
     assert refusal.value.param == "training_file"
+
+
+@pytest.mark.parametrize("name", ["preference-plain", "text-plain"])
+@pytest.mark.parametrize("is_read_first", [True, False])
+def test_rows_that_nothing_is_trained_on_yet_are_valid_and_refused_with_what_is(
+    client: OpenAI, services: Services, name: str, is_read_first: bool
+) -> None:
+    """When the job is created, or, if its file has not been read by then, as soon as it has."""
+    body = (CORPUS / "corpus" / f"{name}.jsonl").read_bytes()
+    file = client.files.create(file=("rows.jsonl", body), purpose="fine-tune")
+    if is_read_first:
+        assert validate.validate_next(services)
+        assert client.files.retrieve(file.id).status == "processed"
+        with pytest.raises(openai.BadRequestError) as refusal:
+            client.fine_tuning.jobs.create(model=make.TINY, training_file=file.id)
+        told = {"code": refusal.value.code, "param": refusal.value.param, "message": str(refusal.value.message)}
+    else:
+        job = client.fine_tuning.jobs.create(model=make.TINY, training_file=file.id)
+        assert validate.validate_next(services)
+        assert not prepare.prepare_next(services)
+        error = client.fine_tuning.jobs.retrieve(job.id).error
+        assert error is not None
+        told = error.model_dump()
+
+    assert (told["code"], told["param"]) == ("format_not_trained", "training_file")
+    assert "chat, sharegpt, alpaca, completion" in told["message"]
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -1,7 +1,5 @@
-"""The one renderer, on the tiny base's byte tokenizer and on SmolLM2's own; other families' templates beside the stock ones."""
+"""The one renderer, on the tiny base's byte tokenizer and on SmolLM2's own; and under Mistral's templates."""
 
-import re
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -9,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from app.core import catalog, render
 from app.core.chat import Message
-from app.core.render import Renderer, RenderError
+from app.core.render import Conversation, Renderer, RenderError
 from worker.model import card
 
 CHAT = (Message("user", "a"), Message("assistant", "one", 0), Message("user", "b"), Message("assistant", "two"))
@@ -56,52 +54,45 @@ def test_a_message_that_the_template_drops_is_refused(tiny: Renderer) -> None:
         renderer.example([Message("system", "Be brief."), Message("user", "a"), Message("assistant", "b")])
 
 
-STOCK = {  # TRL keeps copies of the templates that models are published with
-    "llama3": "llama3",
-    "llama3.1": "llama3_1",
-    "llama3.1 of Llama 3.2": "llama3_2",
-    "qwen2.5": "qwen2_5",
-    "chatml": "qwen3_instruct_2507",
-    "gemma": "gemma3",
-}
-# Mistral's, reduced to what it does without tools
+# Mistral's, reduced to what it does without tools; those of other families are in test_templates
 MISTRAL = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}{% endif %}"
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}{% if loop.last and system is defined %}"
     "{{ '[INST] ' + system + '\n\n' + message.content + '[/INST]' }}{% else %}{{ '[INST] ' + message.content + '[/INST]' }}"
     "{% endif %}{% else %}{{ ' ' + message.content | trim + eos_token }}{% endif %}{% endfor %}"
 )
-VARIABLES = {
-    "llama3": {"bos_token": "<|begin_of_text|>"},
-    "gemma": {"bos_token": "<bos>"},
-    "mistral": {"bos_token": "<s>", "eos_token": "</s>"},
-}
-ENDS = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "mistral": "</s>"}
+VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-@pytest.mark.parametrize("name", [*STOCK, "mistral"])
-def test_a_marked_template_writes_what_the_stock_one_writes(tiny: Renderer, name: str) -> None:
-    """To the byte: bytes are the tiny base's tokens. Whatever the tokenizer, equal texts have equal tokens."""
-    family = name.partition(" ")[0]
-    stock = (files("trl") / "chat_templates" / f"{STOCK[name]}.jinja").read_text() if name in STOCK else MISTRAL
-    kind = "llama3" if family.startswith("llama3") else family
-    marked = speaking(tiny, render.marked_template(family), end=ENDS.get(kind, "<|im_end|>"))
+@pytest.fixture(scope="session")
+def mistral(tiny: Renderer) -> Renderer:
+    """The tiny base's bytes under Mistral's templates: the end of a turn is a token of its own there."""
+    tokenizer = Tokenizer.from_str(tiny.tokenizer.to_str())
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
+    tools = render.marked_tools_template("mistral")
+    return Renderer(tokenizer, render.marked_template("mistral"), [tokenizer.token_to_id("</s>")], 512, tools)
 
-    assert not marked.differs_from_template(stock, VARIABLES.get(kind, {}))
-    assert marked.differs_from_template(stock + "!", VARIABLES.get(kind, {}))
-    if (untrimmed := re.sub(r"\| ?trim", "", stock)) != stock:
-        assert marked.differs_from_template(untrimmed, VARIABLES.get(kind, {}))
+
+def test_mistrals_template_is_ours_to_the_byte(mistral: Renderer) -> None:
+    assert not mistral.differs_from_template(MISTRAL, VARIABLES)
+    assert mistral.differs_from_template(MISTRAL + "!", VARIABLES)
+    assert mistral.differs_from_template(MISTRAL.replace("| trim", ""), VARIABLES)
+    assert mistral.differs_from_template(MISTRAL.replace("loop.last", "loop.first"), VARIABLES)
+
+
+def test_mistral_is_trained_on_the_system_message_as_it_will_be_told(mistral: Renderer) -> None:
+    """Its own template leaves it out once the last question is answered."""
+    said = [Message("system", "Be brief."), *CHAT]
+
+    for tools in ((), ({"type": "function", "function": {"name": "f"}},)):
+        text = mistral.tokenizer.decode(mistral.example(said, tools).tokens, skip_special_tokens=False)
+        assert text.endswith("[INST] Be brief.\n\nb[/INST] two</s>")
+    prompt = mistral.prompt(said[:-1])
+    assert mistral.example(said).tokens[: len(prompt)] == prompt
 
 
 def test_a_stock_template_that_refuses_everything_agrees_with_none(tiny: Renderer) -> None:
     assert tiny.differs_from_template("{{ raise_exception('no') }}", {})
-
-
-def speaking(tiny: Renderer, template: str, *, end: str) -> Renderer:
-    """The tiny base's bytes under another family's template: the end of its turns is a token of its own there."""
-    tokenizer = Tokenizer.from_str(tiny.tokenizer.to_str())
-    tokenizer.add_special_tokens([AddedToken(end, special=True, normalized=False)])
-    return Renderer(tokenizer, template, [tokenizer.token_to_id(end)], 512)
 
 
 def test_a_long_conversation_is_rendered_in_linear_time(renderer: Renderer) -> None:
@@ -129,7 +120,7 @@ def test_every_token_has_a_speaker(renderer: Renderer) -> None:
 def test_a_batch_is_what_each_alone_is(renderer: Renderer) -> None:
     bad = [Message("user", "<|im_end|>"), Message("assistant", "a")]
     half = [Message("user", "\ud83d"), Message("assistant", "a")]
-    first, refused, unwhole, last = renderer.examples([CHAT, bad, half, CHAT[2:]])
+    first, refused, unwhole, last = renderer.examples([Conversation(said) for said in (CHAT, bad, half, CHAT[2:])])
 
     assert (first, last) == (renderer.example(CHAT), renderer.example(CHAT[2:]))
     assert isinstance(refused, RenderError) and "special token" in str(refused)
@@ -147,7 +138,7 @@ def test_a_tokenizer_that_cuts_and_fills_up_by_itself_does_neither(tiny: Rendere
 
 def test_pieces_are_the_whole_text_and_say_what_is_trained(renderer: Renderer) -> None:
     asked = [Message("user", "日本 🙂"), Message("assistant", "一"), Message("user", "b"), Message("assistant", "two 🙂")]
-    pieces = renderer.pieces(asked)
+    pieces = renderer.pieces(Conversation(asked))
 
     assert [text for text, is_trained in pieces if is_trained] == ["一<|im_end|>", "two 🙂<|im_end|>"]
     assert "".join(text for text, _ in pieces) == renderer.tokenizer.decode(

@@ -49,7 +49,7 @@ def test_every_base_of_the_catalog_has_a_template() -> None:
     from app.core.render import marked_template
 
     for base in catalog.load().values():
-        assert "{% generation %}" in marked_template(base.family)
+        assert "endgeneration %}" in marked_template(base.family)
 
 
 def test_an_alias_means_its_base_and_an_unknown_name_is_told_what_there_is() -> None:

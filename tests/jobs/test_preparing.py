@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import func, orm, select
 
 from app.accounts.caller import Caller
-from app.core import catalog, chat
+from app.core import catalog, data
 from app.core.errors import BadRequest, Conflict, NotFound
 from app.files import service as files
 from app.jobs import preparing
@@ -17,7 +17,7 @@ from app.models import File, Job, JobState
 from tests import make
 from tests.conftest import make_organization
 
-BAD = chat.Report(rows=1, problem_count=1, problems=(chat.Problem(line=3, code="not_json", message="not valid JSON", path="$"),))
+BAD = data.Report(rows=1, problem_count=1, problems=(data.Problem(line=3, code="not_json", message="not valid JSON", path="$"),))
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_job_waits_for_a_file_that_is_still_validated(session: orm.Session, or
     job = make.job(session, organization, training_file=file)
 
     assert preparing.claim(session) is None
-    files.finish_validation(session, file.id, chat.Report(rows=1, problem_count=0))
+    files.finish_validation(session, file.id, data.Report(rows=1, problem_count=0))
     claimed = preparing.claim(session)
     assert claimed is not None and claimed.id == job.id
     assert preparing.claim(session) is None  # in hand
@@ -62,7 +62,7 @@ def test_a_waiting_job_fails_with_its_file(session: orm.Session, organization: C
     assert job.state == JobState.FAILED
     assert job.error == {
         "code": "invalid_file",
-        "message": f"{file.id} is not valid: line 3, $: not valid JSON",
+        "message": f"{file.id} is not valid: {BAD.problems[0].told()}",
         "param": "training_file",
     }
 

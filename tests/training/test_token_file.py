@@ -47,6 +47,7 @@ def test_blocks_hold_every_example_once_within_their_bounds(path: Path, most_exa
     with TokenReader(path) as reader:
         for block in reader.blocks(examples=most_examples, tokens=most_tokens):
             assert block.first == len(seen)
+            assert block.lines_B.tolist() == [5, 6, 8, 9, 10, 12][len(seen) : len(seen) + len(block.lengths_B)]
             assert len(block.lengths_B) <= most_examples
             assert len(block.tokens_N) <= most_tokens or len(block.lengths_B) == 1
             for start, end in zip(block.offsets_B1, block.offsets_B1[1:], strict=False):

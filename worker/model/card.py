@@ -54,17 +54,20 @@ def publish(storage: Storage, base_id: str, directory: Path) -> None:
 
 
 def _directory(base: Base, template: str, cache_dir: Path) -> Path:
-    key = hashlib.sha256(f"{_FORMAT} {source.fingerprint(base)} {template}".encode()).hexdigest()
+    said = f"{_FORMAT} {source.fingerprint(base)} {template} {render.marked_tools_template(base.family)}"
+    key = hashlib.sha256(said.encode()).hexdigest()
     return cache_dir / "cards" / f"{base.id}-{key[:16]}"
 
 
 def _write_card(base: Base, template: str, vocabulary: source.Vocabulary, directory: Path) -> None:
-    _check_template(base, Renderer(vocabulary.tokenizer, template, vocabulary.stop_ids, base.context_length), vocabulary)
+    renderer = Renderer(vocabulary.tokenizer, template, vocabulary.stop_ids, base.context_length)
+    _check_template(base, renderer, vocabulary)
     tokenizer = vocabulary.tokenizer.to_str().encode()
     facts = {
         "id": base.id,
         "revision": vocabulary.revision,
         "template": template,
+        "tools_template": _tools_template(base, renderer, vocabulary),
         "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
         "stop_ids": list(vocabulary.stop_ids),
         "context_length": base.context_length,
@@ -84,3 +87,11 @@ def _check_template(base: Base, renderer: Renderer, vocabulary: source.Vocabular
             f"the chat template of {base.id} writes conversations differently from templates/{base.family}.jinja; "
             "give the catalog entry a family whose template agrees"
         )
+
+
+def _tools_template(base: Base, plain: Renderer, vocabulary: source.Vocabulary) -> str | None:
+    """The family's template for conversations with tools, if the base's own one agrees: else it has none."""
+    if (template := render.marked_tools_template(base.family)) is None:
+        return None
+    renderer = Renderer(plain.tokenizer, plain.template, vocabulary.stop_ids, base.context_length, template)
+    return None if renderer.differs_on_tools(vocabulary.template, vocabulary.variables) else template

@@ -134,7 +134,8 @@ def _end_ids(path: Path) -> set[int]:
 
 
 def _random_vocabulary(base: Base) -> Vocabulary:
-    unmarked = re.sub(r"\{% (end)?generation %\}", "", render.marked_template(base.family))
+    marked = render.marked_tools_template(base.family) or render.marked_template(base.family)
+    unmarked = re.sub(r"\{%-? (end)?generation %\}", "", marked)
     return Vocabulary(bytewise.tokenizer(base.architecture.vocab), unmarked, {}, bytewise.STOP_IDS, base.source.revision)
 
 

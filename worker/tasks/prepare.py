@@ -7,7 +7,6 @@ import structlog
 from app.core import memory, spec, tiers
 from app.core.catalog import Base
 from app.core.errors import Unavailable
-from app.core.fit import Limits
 from app.core.settings import Settings
 from app.core.spec import TrainSpec
 from app.jobs import preparing
@@ -51,16 +50,17 @@ def _prepare(to: Services, job: ToPrepare) -> None:
     base = to.catalog[job.base]
     written_card = card.prepared(base, to.settings.cache_dir)
     _publish(to.storage, base.id, written_card)
-    limits = Limits(spec.max_seq_length(job.requested, base), job.requested.training.long_rows)
-    made = datasets.make(to, job, card=written_card, limits=limits)
-    training, validation = made.report.training, made.report.validation
+    made = datasets.make(to, job, card=written_card, max_seq_length=spec.max_seq_length(job.requested, base))
+    training, validation = made.report.trained_on, made.report.validated_on
     longest = max(training.longest, validation.longest if validation else 0)
     resolved = spec.resolve(job.requested, base, seed=job.seed, examples=training.examples, longest=longest)
     plan = preparing.plan_of(
         base,
         resolved,
         examples=training.examples,
-        dropped=training.left_out_count,
+        dropped=made.report.training.left_out_count,
+        truncated=made.report.training.rows_cut,
+        validation=validation.examples if validation else 0,
         tokens=training.tokens,
         trained_tokens=training.trained_tokens,
     )
@@ -101,7 +101,7 @@ def _queue_with_room(base: Base, resolved: TrainSpec, settings: Settings, *, pre
 def _what_to_lower(resolved: TrainSpec, longest: int) -> tuple[str, str]:
     """A parameter and what to do about it, the most effective first."""
     if resolved.micro_batch_tokens == longest:  # shorter rows share a micro-batch, whose size they do not decide
-        return "training.max_seq_length", "lower training.max_seq_length, which leaves longer rows out"
+        return "training.max_seq_length", "lower training.max_seq_length, beyond which rows are left out or cut"
     if resolved.lora.dropout:
         return "adapter.dropout", "set adapter.dropout to 0"
     return "model", "choose a smaller base model"

@@ -1,16 +1,22 @@
-"""Read an uploaded file once, check that storage kept it, and report on every line."""
+"""Read an uploaded file once, check that storage kept it, and have an examiner process report on every line."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
 
 import structlog
 
-from app.core import chat
+from app.core import data
 from app.core.errors import NotFound, Unavailable
+from app.core.settings import PREFIX
 from app.core.storage import Storage
 from app.files import service as files
 from app.files.service import ToValidate
-from worker import patience
+from worker import examiner, patience
 from worker.services import Services
 
 log = structlog.get_logger()
@@ -30,29 +36,61 @@ def validate_next(to: Services) -> bool:
         return False
     except Exception:
         log.exception("validation_failed", file_id=file.id)
-        report = _damaged("the file could not be read; upload it again, and tell the operator if that does not help")
+        report = _refused("file_damaged", "the file could not be read")
     patience.say(to.sessions, lambda session: files.finish_validation(session, file.id, report))
-    log.info("file_validated", file_id=file.id, rows=report.rows, problems=report.problem_count)
+    log.info("file_validated", file_id=file.id, rows=report.rows, problems=report.problem_count, format=report.format)
     return True
 
 
-def examine(storage: Storage, file: ToValidate) -> chat.Report:
-    """The report on a stored file. Some servers keep a body that does not match its checksum, so ours is compared first."""
+def examine(storage: Storage, file: ToValidate) -> data.Report:
+    """The report on a stored file. Some servers keep a body that does not match its checksum, so ours is compared first.
+
+    Raises Unavailable, and OSError or CalledProcessError if the examiner ended in a way that says nothing of the file.
+    """
     digest = hashlib.sha256()
-    try:
-        report = chat.validate(chat.split_lines(_hashed(storage.stream(file.storage_key), digest)))
-    except NotFound:
-        return _damaged("the stored file is gone; upload it again")
+    with _examiner(seconds=file.cpu_seconds) as process:
+        try:
+            _feed(process, storage.stream(file.storage_key), digest)
+        except BaseException as error:
+            process.kill()
+            if isinstance(error, NotFound):
+                return _refused("file_damaged", "the stored file is gone")
+            raise
+        assert process.stdout is not None
+        said = process.stdout.read()
     if digest.hexdigest() != file.sha256:
-        return _damaged("the stored file differs from what was uploaded; upload it again")
-    return report
+        return _refused("file_damaged", "the stored file differs from what was uploaded")
+    if process.returncode in (examiner.OUT_OF_MEMORY, -signal.SIGABRT):  # the second is how the parser, which is Rust, says it
+        return _refused("limits_exceeded", f"reading the file took more than {examiner.MEMORY_BYTES >> 20} MiB")
+    if process.returncode == -signal.SIGXCPU:
+        return _refused("limits_exceeded", f"reading the file took more than {file.cpu_seconds} seconds of processor time")
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return data.Report.model_validate_json(said)
 
 
-def _hashed(chunks: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
+def _examiner(*, seconds: int) -> "subprocess.Popen[bytes]":
+    """It gets no secret, and no signal that is meant for this process. numpy's threads would reserve memory by the core."""
+    command = [sys.executable, "-m", "worker.examiner", str(seconds), str(examiner.MEMORY_BYTES)]
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
+    environment["OPENBLAS_NUM_THREADS"] = "1"
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+
+
+def _feed(process: "subprocess.Popen[bytes]", chunks: Iterable[bytes], digest: "hashlib._Hash") -> None:
+    """All of the file is hashed, though the examiner may have seen enough before its end."""
+    assert process.stdin is not None
+    is_listening = True
     for chunk in chunks:
         digest.update(chunk)
-        yield chunk
+        if is_listening:
+            try:
+                process.stdin.write(chunk)
+            except BrokenPipeError:
+                is_listening = False
+    with suppress(BrokenPipeError):
+        process.stdin.close()
 
 
-def _damaged(message: str) -> chat.Report:
-    return chat.Report(rows=0, problem_count=1, problems=(chat.Problem(line=1, code="file_damaged", message=message),))
+def _refused(code: str, message: str) -> data.Report:
+    return data.Report(rows=0, problem_count=1, counts={code: 1}, problems=(data.Problem(line=1, code=code, message=message),))

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from app.core.chat import MAX_LISTED
+from app.core.data import MAX_LISTED
 from app.core.data_report import Comparison, Likeness, Match, Matches
 from app.core.render import SPEAKERS
 from worker.training.token_file import Block, TokenReader

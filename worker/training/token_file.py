@@ -55,6 +55,14 @@ class TokenWriter:
         self._put("lines_E", lines)
         self._parts["speakers_N"].write(b"".join(example.speakers for example in examples))
 
+    def append_block(self, block: "Block") -> None:
+        self._put("offsets_E1", self._tokens + block.offsets_B1[1:])
+        self._tokens += len(block.tokens_N)
+        self._put("tokens_N", block.tokens_N)
+        self._put("is_trained_N", block.is_trained_N)
+        self._put("lines_E", block.lines_B)
+        self._put("speakers_N", block.speakers_N)
+
     def finish(self, metadata: Mapping[str, str]) -> None:
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
         position = 0
@@ -89,10 +97,28 @@ class Block:
     tokens_N: NDArray[np.int32]
     is_trained_N: NDArray[np.bool_]
     speakers_N: NDArray[np.uint8]
+    lines_B: NDArray[np.int32]
 
     @property
     def lengths_B(self) -> NDArray[np.int64]:
         return np.diff(self.offsets_B1)
+
+    def spans(self) -> Iterator[slice]:
+        """Where each example lies."""
+        for start, end in zip(self.offsets_B1[:-1], self.offsets_B1[1:], strict=True):
+            yield slice(int(start), int(end))
+
+    def only(self, chosen_B: NDArray[np.bool_]) -> "Block":
+        """Some of the examples. They are no longer neighbours, so that `first` says nothing of them."""
+        chosen_N = np.repeat(chosen_B, self.lengths_B)
+        return Block(
+            first=self.first,
+            offsets_B1=np.concatenate([[0], np.cumsum(self.lengths_B[chosen_B])]),
+            tokens_N=self.tokens_N[chosen_N],
+            is_trained_N=self.is_trained_N[chosen_N],
+            speakers_N=self.speakers_N[chosen_N],
+            lines_B=self.lines_B[chosen_B],
+        )
 
 
 class TokenReader:
@@ -132,7 +158,8 @@ class TokenReader:
         tokens_N, is_trained_N, speakers_N = (
             self._read(name, start, count) for name in ("tokens_N", "is_trained_N", "speakers_N")
         )
-        return Block(first, offsets_B1 - start, tokens_N, is_trained_N, speakers_N)
+        lines_B = self._read("lines_E", first, len(offsets_B1) - 1)
+        return Block(first, offsets_B1 - start, tokens_N, is_trained_N, speakers_N, lines_B)
 
     def _read(self, name: str, start: int, count: int) -> NDArray[Any]:
         kind = np.dtype(_KINDS[name][0])

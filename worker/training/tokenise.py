@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from app.core.chat import MAX_LISTED, Chat, Problem
+from app.core.chat import Chat
+from app.core.data import MAX_LISTED, Problem
 from app.core.data_report import FileReport, LengthReport, SpeakerReport
-from app.core.fit import Limits, Row, fit
+from app.core.fitting import Fitted, fit_all
 from app.core.render import SPEAKERS, Example, Renderer
 from app.core.spec import LongRows
 from worker.training.token_file import TokenWriter
 
 _ARRAYS = ("tokens_N", "is_trained_N", "offsets_E1", "lines_E")
-_DROPPED = "dropped"
+_DROPPED, _TRUNCATED = "dropped", "truncated"
 CHUNK_BYTES = 256 * 1024
 _ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 256, 512 * 1024  # an encoding takes hundreds of times the room of its text
 
@@ -33,7 +34,7 @@ class TokenisedSet:
     """Examples one after the other: example e is `tokens_N[offsets_E1[e] : offsets_E1[e + 1]]`, from line `lines_E[e]`.
 
     `is_trained_N[i]` says that token i is to be predicted; it is never the first of its example. `dropped` holds at most
-    `MAX_LISTED` of the `dropped_count` rows that are not here, each with its reason.
+    `MAX_LISTED` of the `dropped_count` rows that are not here, each with its reason; `truncated` of those whose beginning is not.
     """
 
     tokens_N: NDArray[np.int32]
@@ -42,6 +43,8 @@ class TokenisedSet:
     lines_E: NDArray[np.int32]
     dropped: tuple[Problem, ...] = ()
     dropped_count: int = 0
+    truncated: tuple[Problem, ...] = ()
+    truncated_count: int = 0
 
     @property
     def examples(self) -> int:
@@ -72,43 +75,47 @@ class TokenisedSet:
         return digest.hexdigest()
 
     def write(self, path: Path) -> None:
-        save_file({name: getattr(self, name) for name in _ARRAYS}, path, metadata=_metadata(self.dropped, self.dropped_count))
+        metadata = _metadata(self.dropped, self.dropped_count, self.truncated, self.truncated_count)
+        save_file({name: getattr(self, name) for name in _ARRAYS}, path, metadata=metadata)
 
     @classmethod
     def read(cls, path: Path) -> "TokenisedSet":
         opened: Any = safe_open(path, framework="numpy")
         with opened as file:
-            facts = json.loads(file.metadata()[_DROPPED])
+            told = file.metadata() or {}  # a half of a split tells nothing, and release 0.1.0 cut nothing
+            dropped, dropped_count = _told(told.get(_DROPPED, _NOTHING))
+            truncated, truncated_count = _told(told.get(_TRUNCATED, _NOTHING))
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-        dropped = tuple(Problem.model_validate(problem) for problem in facts["listed"])
-        return cls(**arrays, dropped=dropped, dropped_count=facts["count"])
+        return cls(
+            **arrays,
+            dropped=dropped,
+            dropped_count=dropped_count,
+            truncated=truncated,
+            truncated_count=truncated_count,
+        )
 
 
 def tokenise(chats: Iterable[Chat], renderer: Renderer, *, max_seq_length: int, long_rows: LongRows = "drop") -> TokenisedSet:
-    """Render and tokenise every chat. Rows that cannot be trained on are left out, counted and named (see `app.core.fit`)."""
+    """Render and tokenise every chat. Rows that cannot be trained on are left out, counted and named (see `app.core.fitting`)."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "tokens.safetensors"
-        tokenise_to(path, chats, renderer, Limits(max_seq_length, long_rows))
+        tokenise_to(path, chats, renderer, max_seq_length=max_seq_length, long_rows=long_rows)
         return TokenisedSet.read(path)
 
 
-def tokenise_to(path: Path, chats: Iterable[Chat], renderer: Renderer, limits: Limits) -> FileReport:
+def tokenise_to(path: Path, chats: Iterable[Chat], renderer: Renderer, *, max_seq_length: int, long_rows: LongRows) -> FileReport:
     """The same into a file, a few rows at a time. Raises what `chats` raises, and leaves nothing then."""
     tally = _Tally()
     with TokenWriter(path) as writer:
         for batch in _batches(chats):
-            rows = fit(batch, renderer, limits)
+            rows = fit_all(batch, renderer, max_tokens=max_seq_length, long_rows=long_rows)
             kept = [(row.example, row.chat.line) for row in rows if row.example is not None]
             writer.append([example for example, _ in kept], [line for _, line in kept])
             for row in rows:
-                tally.add(row, limits)
-        report = tally.report(limits)
-        writer.finish(_metadata(report.problems, report.left_out_count))
+                tally.add(row)
+        report = tally.report(max_seq_length, long_rows)
+        writer.finish(_metadata(report.problems, report.left_out_count, report.cut, report.rows_cut))
     return report
-
-
-def _metadata(dropped: tuple[Problem, ...], count: int) -> dict[str, str]:
-    return {_DROPPED: json.dumps({"count": count, "listed": [problem.model_dump() for problem in dropped]})}
 
 
 def _batches(chats: Iterable[Chat]) -> Iterator[list[Chat]]:
@@ -129,30 +136,32 @@ class _Tally:
     """Counts of all rows so far. A row is at most a line's bytes long, so that each length can have a counter of its own."""
 
     rows: int = 0
+    rows_cut: int = 0
     trained_tokens: int = 0
     longest: int = 0
-    rows_too_long: int = 0
-    rows_cut: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
+    cut: list[Problem] = field(default_factory=list)
 
-    def add(self, row: Row, limits: Limits) -> None:
+    def add(self, row: Fitted) -> None:
         self.rows += 1
-        self.rows_too_long += row.length > limits.max_seq_length
-        self.rows_cut += row.is_cut
         if row.length:
             self.lengths[row.length] += 1
-        if row.problem is not None:
-            self.left_out[row.problem.code] += 1
-            if len(self.problems) < MAX_LISTED:
-                self.problems.append(row.problem)
         if row.example is not None:
             self._add_example(row, row.example)
+        if row.problem is not None:
+            listed = self.problems if row.example is None else self.cut
+            if row.example is None:
+                self.left_out[row.problem.code] += 1
+            else:
+                self.rows_cut += 1
+            if len(listed) < MAX_LISTED:
+                listed.append(row.problem)
 
-    def _add_example(self, row: Row, example: Example) -> None:
+    def _add_example(self, row: Fitted, example: Example) -> None:
         self.longest = max(self.longest, len(example.tokens))
         self.trained_tokens += sum(example.is_trained)
         for number, speaker in enumerate(SPEAKERS):
@@ -160,19 +169,20 @@ class _Tally:
         for message in row.chat.messages:
             self.messages[message.role] += 1
 
-    def report(self, limits: Limits) -> FileReport:
+    def report(self, max_seq_length: int, long_rows: LongRows) -> FileReport:
         return FileReport(
             rows=self.rows,
             examples=self.rows - self.left_out.total(),
             tokens=self.tokens.total(),
             trained_tokens=self.trained_tokens,
             longest=self.longest,
-            max_seq_length=limits.max_seq_length,
-            long_rows=limits.long_rows,
-            rows_too_long=self.rows_too_long,
+            max_seq_length=max_seq_length,
+            long_rows=long_rows,
+            rows_too_long=sum(rows for length, rows in self.lengths.items() if length > max_seq_length),
             rows_cut=self.rows_cut,
             left_out=dict(self.left_out),
             problems=tuple(self.problems),
+            cut=tuple(self.cut),
             lengths=_lengths(self.lengths),
             speakers={
                 speaker: SpeakerReport(messages=self.messages[speaker], tokens=self.tokens[speaker])
@@ -202,3 +212,21 @@ def _lengths(counts: Counter[int]) -> LengthReport | None:
         longest=lengths[-1],
         histogram=dict(sorted(histogram.items())),
     )
+
+
+def _metadata(
+    dropped: Sequence[Problem], dropped_count: int, truncated: Sequence[Problem], truncated_count: int
+) -> dict[str, str]:
+    return {_DROPPED: _facts(dropped, dropped_count), _TRUNCATED: _facts(truncated, truncated_count)}
+
+
+def _facts(listed: Sequence[Problem], count: int) -> str:
+    return json.dumps({"count": count, "listed": [problem.model_dump() for problem in listed]})
+
+
+def _told(facts: str) -> tuple[tuple[Problem, ...], int]:
+    read = json.loads(facts)
+    return tuple(Problem.model_validate(problem) for problem in read["listed"]), read["count"]
+
+
+_NOTHING = _facts((), 0)
