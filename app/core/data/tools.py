@@ -48,9 +48,10 @@ def check_answers(messages: list[Any], found: Findings, *at: Step) -> None:
     for index, message in enumerate(messages):
         if message["role"] == "tool":
             call_id = message.get("tool_call_id")
-            if isinstance(call_id, str) and call_id not in open_ids:
-                found.say("tool_call_unknown", f"no open call has the id {call_id!r}", *at, index, "tool_call_id")
-            open_ids.discard(call_id)
+            if isinstance(call_id, str):
+                if call_id not in open_ids:
+                    found.say("tool_call_unknown", f"no open call has the id {call_id!r}", *at, index, "tool_call_id")
+                open_ids.discard(call_id)
             continue
         if open_ids:
             found.say("tool_call_unanswered", f"the call {min(open_ids)!r} is not answered", *at, opened_at, "tool_calls")
