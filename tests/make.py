@@ -11,7 +11,7 @@ from app.core import catalog, data, ids, spec
 from app.core.events import MeasuredMemory
 from app.core.manifest import BaseEntry, Manifest
 from app.core.settings import GpuSettings, LeaseSettings
-from app.core.storage import Stored
+from app.core.storage import Storage, Stored
 from app.files import service as files
 from app.jobs import admission, leases, preparing
 from app.jobs import service as jobs
@@ -51,6 +51,14 @@ def uploaded_file(session: orm.Session, caller: Caller) -> File:
 def valid_file(session: orm.Session, caller: Caller) -> File:
     file = uploaded_file(session, caller)
     files.finish_validation(session, file.id, data.Report(rows=12, problem_count=0))
+    return file
+
+
+def stored_file(session: orm.Session, caller: Caller, storage: Storage, content: bytes) -> File:
+    """A valid file whose bytes are in storage."""
+    file = valid_file(session, caller)
+    file.sha256, file.size_bytes = storage.put(file.storage_key, content).sha256, len(content)
+    session.flush()
     return file
 
 

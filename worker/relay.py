@@ -20,6 +20,7 @@ from app import db, outbox
 from app.core import logging
 from app.core.engine import AdapterRef
 from app.core.settings import Settings
+from app.files import derived
 from app.files import service as files
 from app.inference import engines
 from app.jobs import leases
@@ -217,6 +218,7 @@ class Relay:
             if self._may_reap() and is_reaper:  # asked once the database has answered: it may have hung until just now
                 leases.reap(session, settings=self._to.settings.leases)
             files.expire(session)
+            derived.sweep(session)
         self._last_sweep_at = time.monotonic()
         with self._to.sessions.begin() as session:
             return jobs.due_queues(session)

@@ -3,7 +3,7 @@
 `POST /generate` takes a `GenerateRequest` and answers `Chunk` lines; the last one has a `finish_reason`.
 `POST /prefetch` takes an `AdapterRef`. `GET /stats` answers `EngineStats`. Failures are the public error envelope.
 Every call carries `Authorization: Bearer <engine token>`. An engine publishes its base's card (tokenizer and template)
-at `card_keys` before its first heartbeat.
+at `card_key` before its first heartbeat.
 """
 
 from typing import Literal
@@ -11,9 +11,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 
-def card_keys(base: str) -> tuple[str, str]:
-    """Storage keys of a base's `tokenizer.json` and `base.json`, which the gateway renders with."""
-    return f"bases/{base}/tokenizer.json", f"bases/{base}/base.json"
+def card_key(base: str) -> str:
+    """Storage key of a base's `base.json`, which names its tokenizer: whoever reads it finds the two that belong together."""
+    return f"bases/{base}/base.json"
+
+
+def tokenizer_key(base: str, sha256: str | None) -> str:
+    """Storage key of the `tokenizer.json` with this digest. Cards of 0.1 name none: theirs lies beside the card."""
+    return f"bases/{base}/tokenizers/{sha256}.json" if sha256 else f"bases/{base}/tokenizer.json"
 
 
 FinishReason = Literal["stop", "length"]

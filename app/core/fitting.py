@@ -1,20 +1,26 @@
 """A conversation for training, within a limit of tokens: as it is, without its beginning, or not at all."""
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from app.core.chat import Chat, Message
+from app.core.chat import Chat
 from app.core.data import Problem
-from app.core.render import Example, Renderer, RenderError
+from app.core.render import Conversation, Example, Renderer, RenderError
 from app.core.spec import LongRows
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What is trained on of a row, if anything is, and what its owner must be told of it, if something is."""
+    """What is trained on of a row, if anything is, and what its owner must be told of it, if something is.
 
+    `chat` is what is left of the row, `length` its tokens before anything was cut; 0 when it cannot be rendered.
+    """
+
+    chat: Chat
     example: Example | None
     problem: Problem | None = None
+    length: int = 0
 
 
 def fit(chat: Chat, renderer: Renderer, *, max_tokens: int, long_rows: LongRows) -> Fitted:
@@ -22,34 +28,50 @@ def fit(chat: Chat, renderer: Renderer, *, max_tokens: int, long_rows: LongRows)
 
     whole turns first, from the oldest, system messages kept; then the beginning of the question before that answer.
     """
+    return fit_all([chat], renderer, max_tokens=max_tokens, long_rows=long_rows)[0]
+
+
+def fit_all(chats: Sequence[Chat], renderer: Renderer, *, max_tokens: int, long_rows: LongRows) -> list[Fitted]:
+    """`fit` of each; encoded side by side on all cores."""
+    made = renderer.examples([Conversation(chat.messages, chat.tools) for chat in chats])
+    pairs = zip(chats, made, strict=True)
+    return [_fitted(chat, example, renderer, max_tokens=max_tokens, long_rows=long_rows) for chat, example in pairs]
+
+
+def _fitted(chat: Chat, whole: Example | RenderError, renderer: Renderer, *, max_tokens: int, long_rows: LongRows) -> Fitted:
+    if isinstance(whole, RenderError):
+        return _not_rendered(chat, whole)
+    length = len(whole.tokens)
+    if length <= max_tokens:
+        return _trained(whole, chat, length)
+    too_long = f"the row has {length} tokens; at most {max_tokens} are trained on"
     try:
-        whole = renderer.example(chat.messages, chat.tools)
-        if len(whole.tokens) <= max_tokens:
-            return _trained(whole, chat)
-        too_long = f"the row has {len(whole.tokens)} tokens; at most {max_tokens} are trained on"
         cut = _cut(chat, renderer, max_tokens) if long_rows == "truncate" else None
     except RenderError as error:
-        return Fitted(None, Problem(line=chat.line, code="row_not_rendered", message=str(error)))
+        return _not_rendered(chat, error)
     if cut is None:
         hint = ", and its last answer leaves no room for its question" if long_rows == "truncate" else ""
-        return Fitted(None, Problem(line=chat.line, code="row_too_long", message=too_long + hint))
-    example, what = cut
-    fitted = _trained(example, chat)
-    return (
-        fitted
-        if fitted.problem
-        else replace(fitted, problem=Problem(line=chat.line, code="row_truncated", message=f"{too_long}: {what}"))
-    )
+        return Fitted(chat, None, Problem(line=chat.line, code="row_too_long", message=too_long + hint), length)
+    rest, example, what = cut
+    fitted = _trained(example, rest, length)
+    if fitted.problem:
+        return fitted
+    return replace(fitted, problem=Problem(line=chat.line, code="row_truncated", message=f"{too_long}: {what}"))
 
 
-def _trained(example: Example, chat: Chat) -> Fitted:
+def _not_rendered(chat: Chat, error: RenderError) -> Fitted:
+    return Fitted(chat, None, Problem(line=chat.line, code="row_not_rendered", message=str(error)))
+
+
+def _trained(example: Example, chat: Chat, length: int) -> Fitted:
     example.is_trained[0] = False  # nothing stands before it to predict it from
     if any(example.is_trained):
-        return Fitted(example)
-    return Fitted(None, Problem(line=chat.line, code="nothing_to_train", message="no token of the row is to be predicted"))
+        return Fitted(chat, example, length=length)
+    problem = Problem(line=chat.line, code="nothing_to_train", message="no token of the row is to be predicted")
+    return Fitted(chat, None, problem, length)
 
 
-def _cut(chat: Chat, renderer: Renderer, max_tokens: int) -> tuple[Example, str] | None:
+def _cut(chat: Chat, renderer: Renderer, max_tokens: int) -> tuple[Chat, Example, str] | None:
     """The longest end that fits, and what it lacks. Raises RenderError."""
     answers = [index for index, message in enumerate(chat.messages) if message.role == "assistant" and message.weight]
     if not answers:
@@ -58,29 +80,33 @@ def _cut(chat: Chat, renderer: Renderer, max_tokens: int) -> tuple[Example, str]
     first_turn = next(index for index, message in enumerate(kept) if message.role != "system")
     head, questions = kept[:first_turn], [index for index in range(first_turn, len(kept)) if kept[index].role == "user"]
 
-    def beginning_at(index: int) -> Example:
-        return renderer.example((*head, *kept[index:]), chat.tools)
+    def beginning_at(index: int) -> Chat:
+        return replace(chat, messages=(*head, *kept[index:]))
 
-    found = bisect_left(questions, True, key=lambda index: len(beginning_at(index).tokens) <= max_tokens)
+    found = bisect_left(questions, True, key=lambda index: len(_example(beginning_at(index), renderer).tokens) <= max_tokens)
     if found < len(questions):
         left_out = len(chat.messages) - len(head) - (len(kept) - questions[found])
-        return beginning_at(questions[found]), f"{left_out} of its {len(chat.messages)} messages are left out"
+        rest = beginning_at(questions[found])
+        return rest, _example(rest, renderer), f"{left_out} of its {len(chat.messages)} messages are left out"
     if not questions:
         return None
-    return _with_shorter_question((*head, *kept[questions[-1] :]), len(head), chat, renderer, max_tokens)
+    return _with_shorter_question(beginning_at(questions[-1]), len(head), renderer, max_tokens)
 
 
-def _with_shorter_question(
-    messages: tuple[Message, ...], question: int, chat: Chat, renderer: Renderer, max_tokens: int
-) -> tuple[Example, str] | None:
+def _with_shorter_question(chat: Chat, question: int, renderer: Renderer, max_tokens: int) -> tuple[Chat, Example, str] | None:
     """The question loses its first tokens, as many as are too many. The rest may make other tokens: they are counted again."""
-    text = messages[question].content
+    messages, text = chat.messages, chat.messages[question].content
     offsets = renderer.tokenizer.encode(text, add_special_tokens=False).offsets
-    lost = len(renderer.example(messages, chat.tools).tokens) - max_tokens
+    lost = len(_example(chat, renderer).tokens) - max_tokens
     while lost < len(offsets):
         shorter = replace(messages[question], content=text[offsets[lost][0] :])
-        example = renderer.example((*messages[:question], shorter, *messages[question + 1 :]), chat.tools)
+        rest = replace(chat, messages=(*messages[:question], shorter, *messages[question + 1 :]))
+        example = _example(rest, renderer)
         if (excess := len(example.tokens) - max_tokens) <= 0:
-            return example, f"all before its last question, and {lost} tokens of that, are left out"
+            return rest, example, f"all before its last question, and {lost} tokens of that, are left out"
         lost += excess
     return None
+
+
+def _example(chat: Chat, renderer: Renderer) -> Example:
+    return renderer.example(chat.messages, chat.tools)

@@ -3,20 +3,22 @@
 import hashlib
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from app.core.chat import Message, ToolCall
 from app.core.manifest import TokenVector
 
 TOKENIZER, CARD = "tokenizer.json", "base.json"
+SPEAKERS: Final = ("template", "system", "user", "assistant", "tool")  # whose a token is, by number
 # Llama 3.1 and 3.2 tell the date. Ours is the first's own default, for ever: tokens must not change from day to day
 DATE = {"date_string": "26 Jul 2024"}
 
@@ -29,6 +31,7 @@ _PROBES: tuple[tuple[dict[str, str], ...], ...] = (
         {"role": "user", "content": " and  double?"},
         {"role": "assistant", "content": '{"size_cm": 24}'},
     ),
+    ({"role": "user", "content": "  white \n"}, {"role": "assistant", "content": "\n space  "}),  # some templates trim
 )
 _TOOLS: tuple[dict[str, Any], ...] = (
     {
@@ -56,10 +59,28 @@ class RenderError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """A rendered conversation. `is_trained[i]` says whether `tokens[i]` is to be predicted."""
+    """A rendered conversation. `is_trained[i]` says whether `tokens[i]` is to be predicted, `speakers[i]` whose it is."""
 
     tokens: list[int]
     is_trained: list[bool]
+    speakers: bytes
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is rendered: messages, and the tools they may call."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A conversation's text, and where in it each message lies: an assistant's with its end-of-turn token."""
+
+    messages: Sequence[Message]
+    text: str
+    spans: list[tuple[int, int]]
 
 
 def marked_template(family: str) -> str:
@@ -87,6 +108,8 @@ class Renderer:
         context_length: int,
         tools_template: str | None = None,
     ) -> None:
+        tokenizer.no_padding()  # some bases' tokenizer.json cuts and fills up by itself
+        tokenizer.no_truncation()
         self.tokenizer, self.template, self.tools_template = tokenizer, template, tools_template
         self.stop_ids = frozenset(stop_ids)
         special = (token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
@@ -116,8 +139,7 @@ class Renderer:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to and with the words that open the assistant's turn. Raises RenderError."""
-        text, _ = self._render(messages, (), opens_turn=True)
-        _require_whole(text)
+        text, _ = self._text(messages, (), opens_turn=True)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def plain(self, text: str) -> list[int]:
@@ -131,23 +153,27 @@ class Renderer:
         What the assistant says is its text and its calls of tools. Raises RenderError when the template hides an
         assistant turn or its end: the model would never learn to stop.
         """
-        text, spans = self._render(messages, tools, opens_turn=False)
-        said = [message for message in messages if message.role == "assistant"]
-        if len(spans) != len(said):
-            raise RenderError("the chat template does not show every assistant message")
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        ids, offsets = list(encoding.ids), encoding.offsets
-        is_trained, position = [False] * len(ids), 0
-        for message, (start, end) in zip(said, spans, strict=True):
-            while position < len(ids) and offsets[position][0] < start:
-                position += 1
-            first = position
-            while position < len(ids) and offsets[position][1] <= end:
-                position += 1
-            if first == position or ids[position - 1] not in self.stop_ids:
-                raise RenderError("the chat template does not end an assistant message with an end-of-turn token")
-            is_trained[first:position] = [bool(message.weight)] * (position - first)
-        return Example(ids, is_trained)
+        (made,) = self.examples([Conversation(messages, tools)])
+        if isinstance(made, RenderError):
+            raise made
+        return made
+
+    def examples(self, conversations: Sequence[Conversation]) -> list[Example | RenderError]:
+        """`example` of each, or why there is none. They are encoded side by side on all cores."""
+        rendered = [self._try_render(conversation) for conversation in conversations]
+        texts = [made.text for made in rendered if isinstance(made, _Rendered)]
+        encodings = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
+        return [made if isinstance(made, RenderError) else self._example(made, next(encodings)) for made in rendered]
+
+    def pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
+        """The text of `example`, cut where tokens to be predicted begin and end. Raises RenderError."""
+        rendered = self._render(conversation)
+        encoding = self.tokenizer.encode(rendered.text, add_special_tokens=False)
+        flags = self.example(conversation.messages, conversation.tools).is_trained
+        firsts = [i for i in range(len(flags)) if i == 0 or flags[i] != flags[i - 1]]
+        starts = [_start_of(encoding, i) for i in firsts]
+        ends = [*starts[1:], len(rendered.text)]
+        return [(rendered.text[start:end], flags[i]) for i, start, end in zip(firsts, starts, ends, strict=True)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -161,30 +187,68 @@ class Renderer:
         return any(self._tokens_of(vector.messages) != list(vector.tokens) for vector in vectors)
 
     def differs_from_template(self, stock: str, variables: Mapping[str, str]) -> bool:
-        """Whether the base's own template writes the probes differently from ours. `variables`: bos_token and the like."""
+        """Whether the base's own template writes the probes differently from ours. `variables`: bos_token and the like.
+
+        Conversations are compared, and the prompts before their last answers.
+        """
         probes = [_messages_of(probe) for probe in _PROBES]
-        return any(self._differs(messages, (), stock, variables) for messages in probes)
+        asked = [(Conversation(probe), False) for probe in probes] + [(Conversation(probe[:-1]), True) for probe in probes]
+        return self._differs(asked, stock, variables)
 
     def differs_on_tools(self, stock: str, variables: Mapping[str, str]) -> bool:
         """Whether the base's own template writes a conversation with tools differently from ours, or not at all."""
-        try:
-            return self._differs(_TOOL_PROBE, _TOOLS, stock, variables)
-        except TemplateError:
-            return True
+        return self._differs([(Conversation(_TOOL_PROBE, _TOOLS), False)], stock, variables)
 
-    def _differs(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], stock: str, variables: Mapping[str, str]
-    ) -> bool:
-        texts: Any = render_jinja_template(
-            [_conversation(messages)], tools=list(tools) or None, chat_template=stock, **DATE, **variables
-        )[0]
-        theirs = self.tokenizer.encode(texts[0], add_special_tokens=False).ids
-        return bool(theirs != self.example(messages, tools).tokens)
+    def _differs(self, asked: Sequence[tuple[Conversation, bool]], stock: str, variables: Mapping[str, str]) -> bool:
+        """Whether the stock template writes any of these differently, or none at all. The flag opens the assistant's turn."""
+        compared = [
+            self.tokenizer.encode(text, add_special_tokens=False).ids == self._ids(conversation, opens_turn=opens_turn)
+            for conversation, opens_turn in asked
+            if (text := _stock_text(stock, conversation, opens_turn=opens_turn, variables=variables)) is not None
+        ]
+        return not (compared and all(compared))
+
+    def _ids(self, conversation: Conversation, *, opens_turn: bool) -> list[int]:
+        return (
+            self.prompt(conversation.messages) if opens_turn else self.example(conversation.messages, conversation.tools).tokens
+        )
 
     def _tokens_of(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         return self.example(_messages_of(messages)).tokens
 
-    def _render(
+    def _try_render(self, conversation: Conversation) -> _Rendered | RenderError:
+        try:
+            return self._render(conversation)
+        except RenderError as error:
+            return error
+
+    def _render(self, conversation: Conversation) -> _Rendered:
+        """A whole conversation. Raises RenderError."""
+        messages = conversation.messages
+        text, generated = self._text(messages, conversation.tools, opens_turn=False)
+        if len(generated) != sum(message.role == "assistant" for message in messages):
+            raise RenderError("the chat template does not show every assistant message")
+        said, spans, position = iter(generated), list[tuple[int, int]](), 0
+        for message in messages:
+            start, end = next(said) if message.role == "assistant" else _found(text, message.content.strip(), position)
+            spans.append((start, end))
+            position = end
+        return _Rendered(messages, text, spans)
+
+    def _example(self, rendered: _Rendered, encoding: Encoding) -> Example | RenderError:
+        ids = encoding.ids
+        is_trained, speakers = [False] * len(ids), bytearray(len(ids))
+        for message, (start, end) in zip(rendered.messages, rendered.spans, strict=True):
+            first, last = _token_at(encoding, start), _token_at(encoding, end)
+            speakers[first:last] = bytes([SPEAKERS.index(message.role)]) * (last - first)
+            if message.role != "assistant":
+                continue
+            if first == last or ids[last - 1] not in self.stop_ids:
+                return RenderError("the chat template does not end an assistant message with an end-of-turn token")
+            is_trained[first:last] = [bool(message.weight)] * (last - first)
+        return Example(ids, is_trained, bytes(speakers))
+
+    def _text(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, opens_turn: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text and the character spans of what the assistant says. Raises RenderError.
@@ -209,14 +273,15 @@ class Renderer:
             )
         except TemplateError as error:
             raise RenderError(f"the chat template refuses it: {error}") from None
+        _require_whole(text)
         for what, piece in _pieces(messages, tools):
-            if piece not in text and json.dumps(piece, ensure_ascii=False)[1:-1] not in text:
+            if not _shows(text, piece):
                 raise RenderError(f"the chat template leaves out {what}; move its text into another")
         return text, [(start, end) for start, end in spans]
 
 
 def _pieces(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Everything that must be seen in a rendered text, and what to call it: templates trim, and one quotes what tools say."""
+    """Everything that must be seen in a rendered text, and what to call it: templates trim."""
     for tool in tools:
         yield "the tools", tool["function"]["name"]
     for message in messages:
@@ -253,6 +318,54 @@ def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def _short(call_id: str) -> str:
     """Mistral wants nine letters and digits; no other template shows ids."""
     return call_id if re.fullmatch(r"[A-Za-z0-9]{9}", call_id) else hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+
+def _stock_text(stock: str, conversation: Conversation, *, opens_turn: bool, variables: Mapping[str, str]) -> str | None:
+    """What a base's own template makes of it; None if it refuses the conversation or leaves a message out.
+
+    Mistral's, for one, shows a system message only as long as the last question has no answer.
+    """
+    try:
+        (text,), _ = render_jinja_template(
+            [_conversation(conversation.messages)],
+            tools=list(conversation.tools) or None,
+            chat_template=stock,
+            add_generation_prompt=opens_turn,
+            **DATE,
+            **variables,
+        )
+    except TemplateError:
+        return None
+    return str(text) if all(_shows(text, message.content.strip()) for message in conversation.messages) else None
+
+
+def _shows(text: str, said: str) -> bool:
+    """As it is, or quoted: one template quotes what tools say."""
+    return said in text or _quoted(said) in text
+
+
+def _quoted(said: str) -> str:
+    return json.dumps(said, ensure_ascii=False)[1:-1]
+
+
+def _found(text: str, content: str, position: int) -> tuple[int, int]:
+    """Where a message's words lie, perhaps quoted: after those before it, unless the template puts them elsewhere."""
+    for said in (content, _quoted(content)):
+        for after in (position, 0):
+            if (start := text.find(said, after)) >= 0:
+                return start, start + len(said)
+    return position, position
+
+
+def _token_at(encoding: Encoding, position: int) -> int:
+    """The first token that starts at this character or later."""
+    return bisect_left(range(len(encoding)), position, key=lambda token: _start_of(encoding, token))
+
+
+def _start_of(encoding: Encoding, token: int) -> int:
+    chars = encoding.token_to_chars(token)
+    assert chars is not None, "every token is of the text: none was added"
+    return chars[0]
 
 
 def _require_whole(text: str) -> None:

@@ -12,6 +12,7 @@ from app.accounts.caller import Caller
 from app.core import data, ids
 from app.core.errors import Conflict, NotFound
 from app.core.storage import Stored
+from app.files import derived
 from app.models import File, FileStatus, Job
 from app.models.jobs import UNFINISHED
 
@@ -191,6 +192,8 @@ def _users_of(file_id: Any) -> Select[str]:
 
 def _forget(session: orm.Session, file: File) -> None:
     session.delete(file)
+    session.flush()
+    derived.forget(session, file.organization_id, file.sha256)
     outbox.put(session, outbox.Topic.PURGE, {"prefix": file.storage_key})
 
 

@@ -1,33 +1,63 @@
 """Each base's tokenizer and template, as a worker published them: rendering without the weights."""
 
+import hashlib
+import json
+import time
+from dataclasses import dataclass, replace
 from threading import Lock
 
-from app.core.engine import card_keys
+from app.core.engine import card_key, tokenizer_key
 from app.core.errors import NotFound, Unavailable
 from app.core.render import Renderer
 from app.core.storage import Storage
 
+LOOK_AGAIN_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class _Known:
+    base_digest: str
+    card_sha256: str
+    renderer: Renderer
+    seen_at: float
+
 
 class Renderers:
-    """Fetched at first use, kept for as long as the engines hold the same base."""
+    """Fetched at first use; looked at again after a while, and at once when the engines hold another base under that name."""
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self._known: dict[str, tuple[str, Renderer]] = {}
+    def __init__(self, storage: Storage, *, look_again_seconds: float = LOOK_AGAIN_SECONDS) -> None:
+        self._storage, self._look_again_seconds = storage, look_again_seconds
+        self._known: dict[str, _Known] = {}
         self._lock = Lock()
 
-    def get(self, base: str, digest: str) -> Renderer:
-        """The renderer of a base whose engines report this digest. Raises Unavailable before one has published it."""
+    def get(self, base: str, base_digest: str = "") -> Renderer:
+        """The renderer of a base, or of the one whose engines report this digest. Raises Unavailable until it is published."""
         with self._lock:
-            known_digest, renderer = self._known.get(base, ("", None))
-            if renderer is None or known_digest != digest:
-                renderer = self._fetch(base)
-                self._known[base] = (digest, renderer)
-            return renderer
+            known = self._known.get(base)
+            is_recent = known is not None and time.monotonic() - known.seen_at < self._look_again_seconds
+            if known is None or not is_recent or known.base_digest != base_digest:
+                known = self._known[base] = self._look(base, base_digest, known)
+            return known.renderer
 
-    def _fetch(self, base: str) -> Renderer:
-        tokenizer_key, facts_key = card_keys(base)
+    def _look(self, base: str, base_digest: str, known: _Known | None) -> _Known:
+        """Read the card, and the tokenizer only if another card is there."""
         try:
-            return Renderer.parse(self._storage.get(tokenizer_key), self._storage.get(facts_key))
+            card = self._storage.get(card_key(base))
+            sha256 = hashlib.sha256(card).hexdigest()
+            is_same = known is not None and known.card_sha256 == sha256
+            renderer = known.renderer if known and is_same else self._parse(base, card)
+            return _Known(base_digest, sha256, renderer, time.monotonic())
         except NotFound:
             raise Unavailable(f"{base} is still being loaded; try again shortly", code="base_not_loaded") from None
+        except Unavailable:
+            if known is None or known.base_digest != base_digest:
+                raise
+            return replace(known, seen_at=time.monotonic())  # storage is away, we are not
+
+    def _parse(self, base: str, card: bytes) -> Renderer:
+        sha256 = json.loads(card).get("tokenizer_sha256")
+        tokenizer = self._storage.get(tokenizer_key(base, sha256))
+        if sha256 and hashlib.sha256(tokenizer).hexdigest() != sha256:
+            message = f"the tokenizer of {base} is damaged in storage; its workers publish it again when they start"
+            raise Unavailable(message, code="base_not_loaded")
+        return Renderer.parse(tokenizer, card)

@@ -9,7 +9,7 @@ from sqlalchemy import func, orm, select
 
 from app import outbox
 from app.core import spec
-from app.core.data import Problem
+from app.core.data_report import DataReport
 from app.core.errors import Conflict
 from app.core.settings import LeaseSettings
 from app.files import service as files
@@ -21,8 +21,16 @@ POSTPONED = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """A file's bytes in storage."""
+
+    storage_key: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ToPrepare:
-    """A job whose files are valid, in the hands of one preparer."""
+    """A job whose files are valid, in the hands of one preparer for so many seconds."""
 
     id: str
     organization_id: str
@@ -30,8 +38,9 @@ class ToPrepare:
     base: str
     seed: int
     requested: spec.Requested
-    training_key: str
-    validation_key: str | None
+    training_file: SourceFile
+    validation_file: SourceFile | None
+    seconds: float
 
 
 class Dataset(BaseModel):
@@ -72,7 +81,8 @@ def claim(session: orm.Session) -> ToPrepare | None:
     if row is None:
         return None
     job, training_file, validation_file = row
-    job.not_before = func.clock_timestamp() + files.time_to_read(training_file, validation_file)
+    seconds = files.time_to_read(training_file, validation_file)
+    job.not_before = func.clock_timestamp() + seconds
     for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
         try:
             if file is not None:
@@ -87,8 +97,9 @@ def claim(session: orm.Session) -> ToPrepare | None:
         base=job.base,
         seed=job.seed,
         requested=spec.Requested.model_validate(job.request),
-        training_key=training_file.storage_key,
-        validation_key=validation_file.storage_key if validation_file else None,
+        training_file=SourceFile(training_file.storage_key, training_file.sha256),
+        validation_file=SourceFile(validation_file.storage_key, validation_file.sha256) if validation_file else None,
+        seconds=seconds.total_seconds(),
     )
 
 
@@ -98,8 +109,8 @@ def finish(
     *,
     admitted: Admission,
     datasets: Datasets,
-    dropped: Sequence[Problem] = (),
-    truncated: Sequence[Problem] = (),
+    report: DataReport | None = None,
+    reused: Sequence[str] = (),
 ) -> None:
     """Let the workers of its tier have it. A job that was cancelled meanwhile stays so."""
     job = _validating(session, job_id)
@@ -108,12 +119,14 @@ def finish(
     job.spec = admitted.spec.model_dump(mode="json")
     job.plan = plan = admitted.shown()
     job.datasets = datasets.model_dump(mode="json")
+    job.data_report = report.model_dump(mode="json") if report else None
     job.queue = admitted.queue
     job.queued_at = job.not_before = func.clock_timestamp()
-    for problem in dropped:
-        events.append(session, job, f"Line {problem.line} is left out: {problem.message}", level="warn")
-    for problem in truncated:
-        events.append(session, job, f"Line {problem.line} is cut: {problem.message}", level="warn")
+    if reused:
+        message = f"Tokenised before, and used again: {' and '.join(reused)}"
+        events.append(session, job, message, data={"reused": list(reused)})
+    for warning in report.warnings() if report else ():
+        events.append(session, job, warning, level="warn")
     states.move(session, job, JobState.QUEUED, "Files validated, moving job to queued state", data=plan)
     if job.desired == Desired.PAUSE:
         states.move(session, job, JobState.PAUSED, states.PAUSED)

@@ -134,6 +134,7 @@ class JobOut(BaseModel):
     quantization: dict[str, Any]
     training: dict[str, Any]
     plan: dict[str, Any] | None
+    data_report: dict[str, Any] | None
     started_at: int | None
     step: int
     attempt: int
@@ -168,6 +169,7 @@ class JobOut(BaseModel):
             quantization=requested.quantization.model_dump(mode="json"),
             training=_training(requested, resolved),
             plan=job.plan,
+            data_report=job.data_report,
             started_at=unix(job.started_at),
             step=job.step,
             attempt=job.attempt,

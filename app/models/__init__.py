@@ -3,6 +3,7 @@
 from app.models.accounts import ApiKey, Organization, Project
 from app.models.adapters import Adapter
 from app.models.base import Table
+from app.models.derived import Derived
 from app.models.engines import Engine
 from app.models.files import File, FileStatus
 from app.models.jobs import Desired, Job, JobCheckpoint, JobEvent, JobState
@@ -13,6 +14,7 @@ from app.models.webhooks import WebhookDelivery, WebhookEndpoint
 __all__ = [
     "Adapter",
     "ApiKey",
+    "Derived",
     "Desired",
     "Engine",
     "File",

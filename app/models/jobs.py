@@ -63,6 +63,7 @@ class Job(Owned, Table):
     spec: Mapped[dict[str, Any] | None]
     plan: Mapped[dict[str, Any] | None]
     datasets: Mapped[dict[str, Any] | None]
+    data_report: Mapped[dict[str, Any] | None]
 
     queue: Mapped[str]
     attempt: Mapped[int] = mapped_column(default=0)

@@ -20,7 +20,6 @@ from app.core.settings import Settings
 from app.core.storage import Storage
 from app.inference import engines
 from tests import make
-from worker.inference.announce import publish_card
 from worker.model import card
 from worker.services import Services, open_services
 from worker.tasks import prepare, validate
@@ -204,7 +203,7 @@ def services(settings: Settings) -> Iterator[Services]:
 @pytest.fixture
 def engine_of_tiny(api_url: str, settings: Settings, storage: Storage) -> None:
     """An engine has published its card and said that it lives; no request of this module comes as far as asking it."""
-    publish_card(storage, make.TINY, card.prepared(catalog.load()[make.TINY], settings.cache_dir))
+    card.publish(storage, make.TINY, card.prepared(catalog.load()[make.TINY], settings.cache_dir))
     beat = {"engine_id": "e", "url": "http://127.0.0.1:9", "base": make.TINY, "base_digest": "d", "running": 0, "waiting": 0}
     headers = {"Authorization": f"Bearer {settings.engine_token.get_secret_value()}"}
     assert httpx.post(f"{api_url}/internal/engines", json=beat, headers=headers).status_code == 204

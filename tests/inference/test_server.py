@@ -20,9 +20,9 @@ import uvicorn
 
 from app.core.engine import AdapterRef, Chunk, EngineStats, GenerateRequest, Heartbeat
 from app.core.errors import NotFound
-from app.core.render import Renderer
 from app.core.settings import Settings
 from app.core.storage import Storage
+from app.inference.renderers import Renderers
 from tests import make as rows
 from tests.inference import make
 from worker.inference.adapters import AdapterStore
@@ -261,9 +261,7 @@ def test_the_process_announces_itself_answers_and_leaves_when_told(
         authorization, beat = heard[1]
         assert authorization == f"Bearer {TOKEN}"
         assert (beat.base, beat.running, beat.waiting) == (rows.TINY, 0, 0)
-        for name in ("tokenizer.json", "base.json"):
-            (tmp_path / name).write_bytes(storage.get(f"bases/{rows.TINY}/{name}"))
-        assert Renderer.open(tmp_path).stop_ids
+        assert Renderers(storage).get(rows.TINY).stop_ids
         answer = httpx.post(
             f"{beat.url}/generate", json=body(make.request(ref=published["first"])), headers={"Authorization": authorization}
         )

@@ -44,7 +44,7 @@ def prepared(services: Services, organization: Caller) -> Prepared:
         with services.sessions.begin() as session:
             file = make.uploaded_file(session, organization)
             lines = [json.dumps(row).encode() for row in rows]
-            services.storage.put(file.storage_key, b"\n".join(lines))
+            file.sha256 = services.storage.put(file.storage_key, b"\n".join(lines)).sha256
             files.finish_validation(session, file.id, data.examine(lines))
             request = JobCreate.model_validate({"model": make.TINY, "training_file": file.id, "seed": 5, **asked})
             job_id = jobs.create(session, organization, services.catalog, request=request, tiers=make.CPU).id

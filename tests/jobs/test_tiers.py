@@ -95,8 +95,7 @@ class Installation:
         """A job on one row of about so many tokens: of this base, a character is one."""
         to, settings = self.services, self.services.settings
         with to.sessions.begin() as session:
-            file = make.valid_file(session, self.caller)
-            to.storage.put(file.storage_key, make.chat_line("?", "a" * answer_length).encode())
+            file = make.stored_file(session, self.caller, to.storage, make.chat_line("?", "a" * answer_length).encode())
             options = {"training": {"max_seq_length": 32_768}, **asked}
             request = JobCreate.model_validate({"model": base.id, "training_file": file.id, **options})
             tiers = settings.training.tiers

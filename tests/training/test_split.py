@@ -1,15 +1,20 @@
 """Holding rows back for validation."""
 
-import numpy as np
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
 import pytest
 
+from app.core.chat import Chat
 from app.core.render import Renderer
 from tests.training import make
 from worker.model.base import LoadedBase
 from worker.training.split import NothingLeft, split
-from worker.training.tokenise import TokenisedSet, tokenise
+from worker.training.token_file import TokenReader
+from worker.training.tokenise import TokenisedSet, tokenise, tokenise_to
 
 ROWS = 20
+Halves = Callable[..., tuple[TokenisedSet, TokenisedSet]]
 
 
 @pytest.fixture
@@ -18,42 +23,52 @@ def renderer(tiny: LoadedBase) -> Renderer:
 
 
 @pytest.fixture
-def examples(renderer: Renderer) -> TokenisedSet:
-    return tokenise([*make.chats(ROWS), make.chat(99, "x" * 200, "y")], renderer, max_seq_length=make.CONTEXT)
+def halves(renderer: Renderer, tmp_path: Path) -> Halves:
+    """What the rows become when they are split: kept, and held back."""
+
+    def split_rows(part: float | int, *, seed: int, rows: Iterable[Chat] = make.chats(ROWS)) -> tuple[TokenisedSet, TokenisedSet]:
+        whole, kept, held_back = (tmp_path / name for name in ("whole", "kept", "held_back"))
+        chats = [*rows, make.chat(99, "x" * 200, "y")]
+        tokenise_to(whole, chats, renderer, max_seq_length=make.CONTEXT, long_rows="drop")
+        with TokenReader(whole) as examples:
+            report = split(examples, part, seed=seed, kept=kept, held_back=held_back)
+        read = TokenisedSet.read(kept), TokenisedSet.read(held_back)
+        for said, half in zip((report.kept, report.held_back), read, strict=True):
+            assert (said.examples, said.tokens, said.longest) == (half.examples, half.tokens, half.longest)
+            assert said.trained_tokens == half.labelled_tokens
+        return read
+
+    return split_rows
 
 
 @pytest.mark.parametrize(("part", "count"), [(0.25, 5), (0.001, 1), (7, 7), (ROWS - 1, ROWS - 1)])
-def test_every_row_is_on_one_side_and_as_it_was(
-    examples: TokenisedSet, renderer: Renderer, part: float | int, count: int
-) -> None:
-    training, validation = split(examples, part, seed=3)
+def test_every_row_is_on_one_side_and_as_it_was(halves: Halves, renderer: Renderer, part: float | int, count: int) -> None:
+    training, validation = halves(part, seed=3)
 
     assert validation.examples == count
-    assert sorted([*training.lines_E, *validation.lines_E]) == sorted(examples.lines_E)
+    assert sorted([*training.lines_E, *validation.lines_E]) == [chat.line for chat in make.chats(ROWS)]
     for half in (training, validation):
         chats = [make.chats(ROWS)[line - 2] for line in half.lines_E]
         assert half.sha256 == tokenise(chats, renderer, max_seq_length=make.CONTEXT).sha256
-    assert (training.dropped_count, validation.dropped_count) == (1, 0)
 
 
-def test_the_seed_decides_and_the_order_of_the_rows_does_not(examples: TokenisedSet) -> None:
-    held = [split(examples, 5, seed=seed)[1].lines_E.tolist() for seed in (1, 1, 2)]
-    backwards = examples.take(range(ROWS - 1, -1, -1))
+def test_the_seed_decides_and_the_order_of_the_rows_does_not(halves: Halves) -> None:
+    held = [halves(5, seed=seed)[1].lines_E.tolist() for seed in (1, 1, 2)]
+    backwards = halves(5, seed=1, rows=reversed(make.chats(ROWS)))[1].lines_E
 
     assert held[0] == held[1] != held[2]
-    assert sorted(split(backwards, 5, seed=1)[1].lines_E) == held[0]
+    assert sorted(backwards) == held[0]
 
 
-def test_something_must_be_left_to_train_on(examples: TokenisedSet) -> None:
+def test_equal_rows_stay_together(halves: Halves) -> None:
+    """But for those at the cut."""
+    twice = [row for chat in make.chats(ROWS) for row in (chat, chat)]
+    training, validation = halves(10, seed=1, rows=twice)
+
+    assert len(set(training.lines_E) & set(validation.lines_E)) == 0
+
+
+def test_something_must_be_left_to_train_on(halves: Halves) -> None:
     for part in (ROWS, 0.99):
         with pytest.raises(NothingLeft, match="20 of 20 usable rows"):
-            split(examples, part, seed=1)
-
-
-def test_taking_examples_keeps_tokens_marks_and_lines_together(examples: TokenisedSet) -> None:
-    chosen = examples.take([4, 1])
-    starts, ends = examples.offsets_E1[[4, 1]], examples.offsets_E1[[5, 2]]
-
-    assert chosen.lines_E.tolist() == examples.lines_E[[4, 1]].tolist()
-    assert chosen.lengths_E.tolist() == (ends - starts).tolist()
-    assert np.array_equal(chosen.is_trained_N[: ends[0] - starts[0]], examples.is_trained_N[starts[0] : ends[0]])
+            halves(part, seed=1)

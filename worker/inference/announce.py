@@ -9,11 +9,11 @@ import httpx
 import structlog
 
 from app.core import ids
-from app.core.engine import Heartbeat, card_keys
-from app.core.render import CARD, TOKENIZER
+from app.core.engine import Heartbeat
 from app.core.settings import InferenceSettings
 from app.core.storage import Storage
 from worker.inference.driver import EngineDriver
+from worker.model import card
 
 log = structlog.get_logger()
 
@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 5.0
 
 
 async def announce(
-    driver: EngineDriver, storage: Storage, *, card: Path, url: str, token: str, settings: InferenceSettings
+    driver: EngineDriver, storage: Storage, *, card_dir: Path, url: str, token: str, settings: InferenceSettings
 ) -> None:
     """Publish, then beat until cancelled. Nothing that fails here stops the engine: it is tried again with the next beat."""
     engine_id = ids.new("engine_")
@@ -31,7 +31,7 @@ async def announce(
         while True:
             try:
                 if not is_published:
-                    await asyncio.to_thread(publish_card, storage, driver.caps.base.id, card)
+                    await asyncio.to_thread(card.publish, storage, driver.caps.base.id, card_dir)
                     is_published = True
                 beat = _beat(driver, engine_id, url)
                 answer = await client.post(f"{settings.gateway_url}/internal/engines", json=beat.model_dump(mode="json"))
@@ -40,12 +40,6 @@ async def announce(
             except Exception as error:  # a full disk, a damaged card: an engine that falls silent is no longer asked
                 failing.warn("heartbeat_failed", reason=str(error) or type(error).__name__, gateway=settings.gateway_url)
             await asyncio.sleep(settings.heartbeat_seconds)
-
-
-def publish_card(storage: Storage, base_id: str, card: Path) -> None:
-    """What the API needs to render and count for this base without its weights."""
-    for name, key in zip((TOKENIZER, CARD), card_keys(base_id), strict=True):
-        storage.put_file(key, card / name)
 
 
 def advertised_url(host: str, port: int, gateway_url: str) -> str:

@@ -68,7 +68,7 @@ async def serve(settings: Settings, base: bases.LoadedBase, card_dir: Path) -> N
             app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=LAST_BYTES_SECONDS
         )
         server = DrainingServer(config, driver)
-        beats = announce(driver, storage, card=card_dir, url=url, token=token, settings=settings.inference)
+        beats = announce(driver, storage, card_dir=card_dir, url=url, token=token, settings=settings.inference)
         server.announcing = asyncio.create_task(beats)
         log.info("engine_listening", url=url, base=base.entry.id, base_digest=base.entry.digest)
         await server.serve(sockets=[listener])

@@ -22,7 +22,7 @@ from worker.training import fused
 from worker.training.failures import failed
 from worker.training.loop import ShouldStop
 from worker.training.run import Paths, run
-from worker.training.tokenise import tokenise
+from worker.training.tokenise import tokenise_to
 from worker.training.workspace import keep_pages
 
 
@@ -50,8 +50,8 @@ def _train(asked: argparse.Namespace, should_stop: ShouldStop) -> None:
     renderer = Renderer.open(card.prepared(base, asked.cache_dir))
     asked.out.mkdir(parents=True, exist_ok=True)
     paths = Paths(
-        dataset=_tokenised(asked.data, renderer, spec, asked.out / "training.safetensors"),
-        validation=asked.validation and _tokenised(asked.validation, renderer, spec, asked.out / "validation.safetensors"),
+        dataset=_tokenised(asked.data, asked.out / "training.safetensors", renderer, spec),
+        validation=asked.validation and _tokenised(asked.validation, asked.out / "validation.safetensors", renderer, spec),
         output=asked.out / "adapter",
         checkpoints=asked.out / "checkpoints",
         cache=asked.cache_dir,
@@ -95,15 +95,15 @@ def _interruptible() -> Iterator[ShouldStop]:
         signal.signal(signal.SIGINT, before)
 
 
-def _tokenised(file: Path, renderer: Renderer, spec: TrainSpec, into: Path) -> Path:
+def _tokenised(file: Path, into: Path, renderer: Renderer, spec: TrainSpec) -> Path:
     with file.open("rb") as lines:
-        made = tokenise(data.read(lines), renderer, max_seq_length=spec.max_seq_length)
+        made = tokenise_to(into, data.read(lines), renderer, max_seq_length=spec.max_seq_length, long_rows="drop")
     print(
-        f"{file}: {made.examples} examples, {made.tokens} tokens, {made.labelled_tokens} labelled, {made.dropped_count} dropped"
+        f"{file}: {made.examples} examples, {made.tokens} tokens, {made.trained_tokens} labelled,",
+        f"{made.left_out_count} dropped, {made.rows_cut} truncated",
     )
-    for problem in made.dropped:
+    for problem in (*made.problems, *made.cut):
         print(f"  line {problem.line}: {problem.message}")
-    made.write(into)
     return into
 
 

@@ -1,11 +1,13 @@
-"""Chats to flat arrays of tokens, once per job. Needs numpy only: the cpu queue does this, and the API may look at it."""
+"""Chats to flat arrays of tokens, once for a file and a base. Needs numpy only: the cpu queue does this."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,16 @@ from safetensors.numpy import save_file
 
 from app.core.chat import Chat
 from app.core.data import MAX_LISTED, Problem
-from app.core.fitting import fit
-from app.core.render import Example, Renderer
+from app.core.data_report import FileReport, LengthReport, SpeakerReport
+from app.core.fitting import Fitted, fit_all
+from app.core.render import SPEAKERS, Example, Renderer
 from app.core.spec import LongRows
+from worker.training.token_file import TokenWriter
 
 _ARRAYS = ("tokens_N", "is_trained_N", "offsets_E1", "lines_E")
 _DROPPED, _TRUNCATED = "dropped", "truncated"
+CHUNK_BYTES = 256 * 1024
+_ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 256, 512 * 1024  # an encoding takes hundreds of times the room of its text
 
 
 @dataclass(frozen=True)
@@ -68,29 +74,15 @@ class TokenisedSet:
             digest.update(getattr(self, name).tobytes())
         return digest.hexdigest()
 
-    def take(self, chosen: Sequence[int]) -> "TokenisedSet":
-        """The examples of these numbers, in this order."""
-        parts = [slice(*self.offsets_E1[index : index + 2]) for index in chosen]
-        return replace(
-            self,
-            tokens_N=np.concatenate([self.tokens_N[part] for part in parts]),
-            is_trained_N=np.concatenate([self.is_trained_N[part] for part in parts]),
-            offsets_E1=np.cumsum([0, *(part.stop - part.start for part in parts)], dtype=np.int64),
-            lines_E=self.lines_E[list(chosen)],
-        )
-
     def write(self, path: Path) -> None:
-        facts = {
-            _DROPPED: _facts(self.dropped, self.dropped_count),
-            _TRUNCATED: _facts(self.truncated, self.truncated_count),
-        }
-        save_file({name: getattr(self, name) for name in _ARRAYS}, path, metadata=facts)
+        metadata = _metadata(self.dropped, self.dropped_count, self.truncated, self.truncated_count)
+        save_file({name: getattr(self, name) for name in _ARRAYS}, path, metadata=metadata)
 
     @classmethod
     def read(cls, path: Path) -> "TokenisedSet":
         opened: Any = safe_open(path, framework="numpy")
         with opened as file:
-            dropped, dropped_count = _told(file.metadata()[_DROPPED])
+            dropped, dropped_count = _told(file.metadata().get(_DROPPED, _NOTHING))
             truncated, truncated_count = _told(file.metadata().get(_TRUNCATED, _NOTHING))  # release 0.1.0 cut nothing
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
         return cls(
@@ -103,31 +95,128 @@ class TokenisedSet:
 
 
 def tokenise(chats: Iterable[Chat], renderer: Renderer, *, max_seq_length: int, long_rows: LongRows = "drop") -> TokenisedSet:
-    """Render and tokenise every chat. Rows that cannot be trained on are left out, counted and named.
+    """Render and tokenise every chat. Rows that cannot be trained on are left out, counted and named (see `app.core.fitting`)."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tokens.safetensors"
+        tokenise_to(path, chats, renderer, max_seq_length=max_seq_length, long_rows=long_rows)
+        return TokenisedSet.read(path)
 
-    A row that is too long is one of them, unless `long_rows` lets it lose its beginning; answers are never cut: that
-    would teach a model that they have no end.
-    """
-    examples, lines = list[Example](), list[int]()
-    dropped, truncated = list[Problem](), list[Problem]()
+
+def tokenise_to(path: Path, chats: Iterable[Chat], renderer: Renderer, *, max_seq_length: int, long_rows: LongRows) -> FileReport:
+    """The same into a file, a few rows at a time. Raises what `chats` raises, and leaves nothing then."""
+    tally = _Tally()
+    with TokenWriter(path) as writer:
+        for batch in _batches(chats):
+            rows = fit_all(batch, renderer, max_tokens=max_seq_length, long_rows=long_rows)
+            kept = [(row.example, row.chat.line) for row in rows if row.example is not None]
+            writer.append([example for example, _ in kept], [line for _, line in kept])
+            for row in rows:
+                tally.add(row)
+        report = tally.report(max_seq_length, long_rows)
+        writer.finish(_metadata(report.problems, report.left_out_count, report.cut, report.rows_cut))
+    return report
+
+
+def _batches(chats: Iterable[Chat]) -> Iterator[list[Chat]]:
+    batch, characters = list[Chat](), 0
     for chat in chats:
-        fitted = fit(chat, renderer, max_tokens=max_seq_length, long_rows=long_rows)
-        if fitted.example:
-            examples.append(fitted.example)
-            lines.append(chat.line)
-        if fitted.problem:
-            (truncated if fitted.example else dropped).append(fitted.problem)
-    lengths = [len(example.tokens) for example in examples]
-    return TokenisedSet(
-        tokens_N=np.fromiter((token for example in examples for token in example.tokens), np.int32, sum(lengths)),
-        is_trained_N=np.fromiter((flag for example in examples for flag in example.is_trained), np.bool_, sum(lengths)),
-        offsets_E1=np.cumsum([0, *lengths], dtype=np.int64),
-        lines_E=np.array(lines, dtype=np.int32),
-        dropped=tuple(dropped[:MAX_LISTED]),
-        dropped_count=len(dropped),
-        truncated=tuple(truncated[:MAX_LISTED]),
-        truncated_count=len(truncated),
+        length = sum(len(message.content) for message in chat.messages)
+        if batch and (len(batch) == _ROWS_AT_ONCE or characters + length > _CHARACTERS_AT_ONCE):
+            yield batch
+            batch, characters = [], 0
+        batch.append(chat)
+        characters += length
+    if batch:
+        yield batch
+
+
+@dataclass
+class _Tally:
+    """Counts of all rows so far. A row is at most a line's bytes long, so that each length can have a counter of its own."""
+
+    rows: int = 0
+    rows_cut: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+    cut: list[Problem] = field(default_factory=list)
+
+    def add(self, row: Fitted) -> None:
+        self.rows += 1
+        if row.length:
+            self.lengths[row.length] += 1
+        if row.example is not None:
+            self._add_example(row, row.example)
+        if row.problem is not None:
+            listed = self.problems if row.example is None else self.cut
+            if row.example is None:
+                self.left_out[row.problem.code] += 1
+            else:
+                self.rows_cut += 1
+            if len(listed) < MAX_LISTED:
+                listed.append(row.problem)
+
+    def _add_example(self, row: Fitted, example: Example) -> None:
+        self.longest = max(self.longest, len(example.tokens))
+        self.trained_tokens += sum(example.is_trained)
+        for number, speaker in enumerate(SPEAKERS):
+            self.tokens[speaker] += example.speakers.count(number)
+        for message in row.chat.messages:
+            self.messages[message.role] += 1
+
+    def report(self, max_seq_length: int, long_rows: LongRows) -> FileReport:
+        return FileReport(
+            rows=self.rows,
+            examples=self.rows - self.left_out.total(),
+            tokens=self.tokens.total(),
+            trained_tokens=self.trained_tokens,
+            longest=self.longest,
+            max_seq_length=max_seq_length,
+            long_rows=long_rows,
+            rows_too_long=sum(rows for length, rows in self.lengths.items() if length > max_seq_length),
+            rows_cut=self.rows_cut,
+            left_out=dict(self.left_out),
+            problems=tuple(self.problems),
+            cut=tuple(self.cut),
+            lengths=_lengths(self.lengths),
+            speakers={
+                speaker: SpeakerReport(messages=self.messages[speaker], tokens=self.tokens[speaker])
+                for speaker in SPEAKERS
+                if self.tokens[speaker]
+            },
+        )
+
+
+def _lengths(counts: Counter[int]) -> LengthReport | None:
+    if not counts:
+        return None
+    lengths = sorted(counts)
+    up_to = np.cumsum([counts[length] for length in lengths])
+
+    def quantile(part: float) -> int:
+        return lengths[int(np.searchsorted(up_to, part * up_to[-1]))]
+
+    histogram = Counter[int]()
+    for length, rows in counts.items():
+        histogram[1 << (length - 1).bit_length()] += rows
+    return LengthReport(
+        shortest=lengths[0],
+        median=quantile(0.5),
+        p90=quantile(0.9),
+        p99=quantile(0.99),
+        longest=lengths[-1],
+        histogram=dict(sorted(histogram.items())),
     )
+
+
+def _metadata(
+    dropped: Sequence[Problem], dropped_count: int, truncated: Sequence[Problem], truncated_count: int
+) -> dict[str, str]:
+    return {_DROPPED: _facts(dropped, dropped_count), _TRUNCATED: _facts(truncated, truncated_count)}
 
 
 def _facts(listed: Sequence[Problem], count: int) -> str:
