@@ -174,7 +174,7 @@ def _started(order: Order) -> Started:
 
 
 def quality(pairs: int) -> Run:
-    """Of pairs whose similarity is at least 0.8, how many are found; of rows whose nearest has less than 0.79, how many are named.
+    """Of pairs whose similarity is at least 0.8, how many are found; of rows like none by 0.79, how many are named.
 
     Rows are random tokens under one prompt and one beginning; each has a copy with 1 to 12 of its 80 tokens changed.
     """

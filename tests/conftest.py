@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import hypothesis
 import pytest
 import uvicorn
 from openai import OpenAI
@@ -27,6 +28,9 @@ from app.main import create_app
 from migrations.upgrade import upgrade
 from tests import make
 from worker.embedded import Servers
+
+hypothesis.settings.register_profile("here", deadline=None)  # a machine may be busy
+hypothesis.settings.load_profile("here")
 
 CACHE = Path(__file__).parent.parent / ".tunesmith" / "test-cache"  # quantized bases, kept between runs
 

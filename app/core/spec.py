@@ -60,8 +60,6 @@ class TrainSpec(_Frozen):
     max_seq_length: int = Field(ge=8)
     micro_batch_tokens: int = Field(ge=8)
     checkpoint_every_steps: int = Field(ge=1)
-    long_rows: LongRows = "drop"
-    validation_split: Part | None = None
     lora: LoraSpec = LoraSpec()
     quantization: QuantizationSpec = QuantizationSpec()
     optimizer: OptimizerSpec
@@ -80,7 +78,7 @@ class Hyperparameters(_Frozen):
 
 
 class TrainingOptions(_Frozen):
-    """What the API does not know and we offer."""
+    """What the API does not know and we offer. `long_rows` and `validation_split` decide the data, and so are in no TrainSpec."""
 
     max_seq_length: Auto | Annotated[int, Field(strict=True, ge=8, le=1_048_576)] = AUTO
     long_rows: LongRows = "drop"
@@ -124,8 +122,6 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
         max_seq_length=max_seq_length(requested, base),
         micro_batch_tokens=max(longest, 2048),  # an example is never spread over two
         checkpoint_every_steps=_given(options.checkpoint_every_steps, math.ceil(total_steps / 4)),
-        long_rows=options.long_rows,
-        validation_split=options.validation_split,
         lora=requested.adapter,
         quantization=requested.quantization,
         optimizer=OptimizerSpec(

@@ -256,6 +256,54 @@ def test_nearly_all_rows_go_the_fast_way(value: Any) -> None:
     assert parse.fast(text) == json.loads(text)
 
 
+CORPUS = Path(__file__).parents[1] / "data" / "corpus"
+WORDS = ["system", "assistant", "tool", "function", "text", "c1", "{}", "", " ", "<|im_end|>", "\x00", "\ud800"]
+
+
+def corpus_rows() -> Iterator[Any]:
+    for path in sorted(CORPUS.iterdir()):
+        for line in path.read_bytes().splitlines():
+            try:
+                yield parse.parse(line, 1)
+            except (parse.NotARow, ValueError):
+                continue
+
+
+CORPUS_ROWS = list(corpus_rows())
+
+
+def replaced(value: Any, place: Place, by: Any) -> Any:
+    """A copy of the value with another thing at a place."""
+    if not place:
+        return by
+    made = list(value) if isinstance(value, list) else dict(value)
+    made[place[0]] = replaced(value[place[0]], place[1:], by)
+    return made
+
+
+@st.composite
+def odd_rows(draw: st.DrawFn) -> Any:
+    """A row of the corpus in which a few things are others."""
+    row = draw(st.sampled_from(CORPUS_ROWS))
+    for _ in range(draw(st.integers(1, 3))):
+        place, _ = draw(st.sampled_from(list(places_in(row))))
+        by = draw(values | st.sampled_from(WORDS) | st.sampled_from([[], {}, [None], [[]], {"a": 1}, 0, 1, 1e308, False]))
+        row = replaced(row, place, by)
+    return row
+
+
+@given(st.lists(odd_rows(), min_size=1, max_size=3))
+def test_whatever_a_row_holds_it_is_judged(rows: list[Any]) -> None:
+    """And what is found right becomes chats."""
+    lines = [json.dumps(row).encode() for row in rows]
+    report = data.examine(lines)
+
+    assert sum(report.counts.values()) == report.problem_count + report.warning_count
+    if report.is_valid and report.format in data.TRAINED:
+        assert len(list(data.read(lines))) == len(rows)
+    assert data.Report.model_validate_json(report.model_dump_json()) == report
+
+
 def places_in(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
     yield place, value
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from app.core import catalog, render
-from app.core.chat import Message
+from app.core.chat import Message, ToolCall
 from app.core.render import Conversation, Renderer, RenderError
 from worker.model import card
 
@@ -144,3 +144,29 @@ def test_pieces_are_the_whole_text_and_say_what_is_trained(renderer: Renderer) -
     assert "".join(text for text, _ in pieces) == renderer.tokenizer.decode(
         renderer.example(asked).tokens, skip_special_tokens=False
     )
+
+
+CALLING = (Message("user", "a"), Message("assistant", "", tool_calls=(ToolCall("c1", "f", {"b": 1}),)))
+
+
+def test_a_base_has_tools_if_its_own_template_writes_them_as_ours_does(bases_dir: Path) -> None:
+    tiny, smollm2 = (
+        Renderer.open(card.prepared(catalog.load()[name], bases_dir)) for name in ("tiny-random-llama", "smollm2-135m-instruct")
+    )
+
+    assert tiny.example(CALLING).tokens[-2] in tiny.stop_ids
+    with pytest.raises(RenderError, match="has no tools"):
+        smollm2.example(CALLING)
+
+
+@pytest.mark.parametrize("place", ["tool", "call", "result"])
+def test_a_special_token_in_tools_and_calls_is_refused(bases_dir: Path, place: str) -> None:
+    tiny = Renderer.open(card.prepared(catalog.load()["tiny-random-llama"], bases_dir))
+    forged = {name: "<|im_end|>" if name == place else "x" for name in ("tool", "call", "result")}
+    messages = (
+        Message("user", "a"),
+        Message("assistant", "", tool_calls=(ToolCall("c1", "f", {"b": forged["call"]}),)),
+        Message("tool", forged["result"], tool_call_id="c1"),
+    )
+    with pytest.raises(RenderError, match="special token"):
+        tiny.example(messages, [{"type": "function", "function": {"name": "f", "description": forged["tool"]}}])

@@ -16,7 +16,7 @@ from app.core.storage import Storage
 from app.files import service as files
 from app.jobs import service as jobs
 from app.jobs.preparing import Datasets
-from app.jobs.schemas import JobCreate
+from app.jobs.schemas import JobCreate, JobOut
 from app.models import Job, JobEvent, JobState
 from tests import make
 from worker.model import card
@@ -113,7 +113,6 @@ def test_a_long_row_is_left_out_or_cut_as_asked(prepared: Prepared, stored: Any,
     assert trained_text(stored(cutting)[0], bases_dir) == "b<|im_end|>yes<|im_end|>"
     counts = [(job.plan or {}) for job in (dropping, cutting)]
     assert [(plan["dropped_examples"], plan["truncated_examples"]) for plan in counts] == [(1, 0), (0, 1)]
-    assert (cutting.spec or {})["long_rows"] == "truncate"
     with services.sessions() as session:
         told = {
             job_id: message
@@ -133,7 +132,7 @@ def test_a_part_of_the_file_is_held_back(prepared: Prepared, stored: Any, part: 
     assert (training.examples, validation.examples) == (9, 3)
     assert sorted([*training.lines_E, *validation.lines_E]) == list(range(1, 13))
     assert (job.plan or {})["validation_examples"] == 3
-    assert (job.spec or {})["validation_split"] == part
+    assert JobOut.of(job).training["validation_split"] == part
 
 
 def test_a_part_that_leaves_nothing_is_refused(prepared: Prepared) -> None:

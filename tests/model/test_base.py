@@ -42,6 +42,15 @@ def saved_base(folder: Path, template: str) -> Base:
     return TINY.model_copy(update={"id": "saved", "source": PathSource(kind="path", path=folder, revision="r1")})
 
 
+def test_a_base_whose_template_has_no_tools_gets_none_though_its_family_has_them(tmp_path: Path) -> None:
+    folder, cache = tmp_path / "saved", tmp_path / "cache"
+    folder.mkdir()
+    with_tools = source.vocabulary(TINY, cache).template
+    for template, has_tools in ((STOCK, False), (with_tools, True)):
+        renderer = Renderer.open(card.prepared(saved_base(folder, template), cache))
+        assert (renderer.tools_template is not None) == has_tools
+
+
 def test_what_the_cache_gives_back_is_the_fresh_quantization_bit_for_bit(tiny: LoadedBase, bases_dir: Path) -> None:
     with source.weights(TINY, "", bases_dir) as weights:
         fresh = bases.quantized(weights.folder, QuantizationSpec(), "cpu")

@@ -9,9 +9,7 @@ from app.core.spec import TrainSpec
 from worker.model import card
 from worker.training import fused
 from worker.training.run import Paths, run
-from worker.training.split import split
-from worker.training.token_file import TokenReader
-from worker.training.tokenise import tokenise_to
+from worker.training.tokenise import tokenise
 from worker.training.workspace import keep_pages
 
 
@@ -23,15 +21,9 @@ def main() -> None:
     base = catalog.load(asked.catalog).resolve(spec.base)
     renderer = Renderer.open(card.prepared(base, asked.cache_dir))
     asked.out.mkdir(parents=True, exist_ok=True)
-    training = _tokenised(asked.data, asked.out / "training.safetensors", renderer, spec)
-    validation = _tokenised(asked.validation, asked.out / "validation.safetensors", renderer, spec) if asked.validation else None
-    if spec.validation_split is not None:
-        whole, training, validation = training, asked.out / "kept.safetensors", asked.out / "held_back.safetensors"
-        with TokenReader(whole) as examples:
-            split(examples, spec.validation_split, seed=spec.seed, kept=training, held_back=validation)
     paths = Paths(
-        dataset=training,
-        validation=validation,
+        dataset=_tokenised(asked.data, renderer, spec, asked.out / "training.safetensors"),
+        validation=asked.validation and _tokenised(asked.validation, renderer, spec, asked.out / "validation.safetensors"),
         output=asked.out / "adapter",
         checkpoints=asked.out / "checkpoints",
         cache=asked.cache_dir,
@@ -50,15 +42,15 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _tokenised(file: Path, into: Path, renderer: Renderer, spec: TrainSpec) -> Path:
+def _tokenised(file: Path, renderer: Renderer, spec: TrainSpec, into: Path) -> Path:
     with file.open("rb") as lines:
-        made = tokenise_to(into, data.read(lines), renderer, max_seq_length=spec.max_seq_length, long_rows=spec.long_rows)
+        made = tokenise(data.read(lines), renderer, max_seq_length=spec.max_seq_length)
     print(
-        f"{file}: {made.examples} examples, {made.tokens} tokens, {made.trained_tokens} labelled,",
-        f"{made.left_out_count} dropped, {made.rows_cut} truncated",
+        f"{file}: {made.examples} examples, {made.tokens} tokens, {made.labelled_tokens} labelled, {made.dropped_count} dropped"
     )
-    for problem in (*made.problems, *made.cut):
+    for problem in made.dropped:
         print(f"  line {problem.line}: {problem.message}")
+    made.write(into)
     return into
 
 

@@ -13,8 +13,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_NAME = 64
 
 _EVERY = frozenset({"role", "content", "name"})
-_OF_ROLE = {"weight": ("assistant", "weight_misplaced"), "tool_calls": ("assistant", "key_misplaced")} | {
-    "tool_call_id": ("tool", "key_misplaced")
+_OF_ROLE = {
+    "weight": ("assistant", "weight_misplaced"),
+    "tool_calls": ("assistant", "key_misplaced"),
+    "tool_call_id": ("tool", "key_misplaced"),
 }
 _ABSENT = frozenset({"refusal", "audio", "annotations", "function_call"})  # null in the API's own answers
 

@@ -112,11 +112,11 @@ def _is_whole(text: str) -> bool:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise NotARow("duplicate_key", f"the key {twice!r} stands twice in one object")
+    made = dict[str, Any]()
+    for key, value in pairs:
+        if key in made:
+            raise NotARow("duplicate_key", f"the key {key!r} stands twice in one object")
+        made[key] = value
     return made
 
 

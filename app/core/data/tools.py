@@ -33,10 +33,13 @@ def check_calls(calls: Any, found: Findings, *at: Step) -> None:
     if not isinstance(calls, list):
         found.say("tool_calls_invalid", "`tool_calls` must be a list", *at)
         return
-    ids = [_checked_call(call, found, *at, index) for index, call in enumerate(calls)]
-    for index, call_id in enumerate(ids):
-        if call_id is not None and call_id in ids[:index]:
+    ids = set[str]()
+    for index, call in enumerate(calls):
+        call_id = _checked_call(call, found, *at, index)
+        if call_id in ids:
             found.say("tool_calls_invalid", f"two calls have the id {call_id!r}", *at, index, "id")
+        if call_id is not None:
+            ids.add(call_id)
 
 
 def check_answers(messages: list[Any], found: Findings, *at: Step) -> None:
@@ -45,9 +48,10 @@ def check_answers(messages: list[Any], found: Findings, *at: Step) -> None:
     for index, message in enumerate(messages):
         if message["role"] == "tool":
             call_id = message.get("tool_call_id")
-            if isinstance(call_id, str) and call_id not in open_ids:
-                found.say("tool_call_unknown", f"no open call has the id {call_id!r}", *at, index, "tool_call_id")
-            open_ids.discard(call_id)
+            if isinstance(call_id, str):
+                if call_id not in open_ids:
+                    found.say("tool_call_unknown", f"no open call has the id {call_id!r}", *at, index, "tool_call_id")
+                open_ids.discard(call_id)
             continue
         if open_ids:
             found.say("tool_call_unanswered", f"the call {min(open_ids)!r} is not answered", *at, opened_at, "tool_calls")
