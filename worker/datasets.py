@@ -28,7 +28,7 @@ from worker.training import duplicates, token_file
 
 log = structlog.get_logger()
 
-MEMORY_BYTES: Final = 1536 * 1024 * 1024  # bench/data_tokens.py shows what is really taken
+MEMORY_BYTES: Final = 1024 * 1024 * 1024  # bench/data_tokens.py shows what is really taken
 CPU_PER_WALL = 2  # seconds of the processor for each of the clock, after which another would take the job
 MASK = "assistant turns of weight 1, each with its end-of-turn token"  # another policy, another word
 _PREFIX, _LEFT_BEHIND_SECONDS = "tokens-", 24 * 3600

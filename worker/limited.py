@@ -69,7 +69,12 @@ def accept() -> str:
 
 
 def environment() -> dict[str, str]:
-    """This process's without any secret. Threads are few: each takes memory."""
+    """This process's without any secret. Threads are few, since each takes memory, and what is large is given back at once."""
     kept = {name: value for name, value in os.environ.items() if not _SECRET.search(name.upper())}
-    threads = str(min(_MOST_THREADS, len(os.sched_getaffinity(0))))
-    return {"OPENBLAS_NUM_THREADS": "1", "RAYON_NUM_THREADS": threads, **kept}
+    return {
+        "OPENBLAS_NUM_THREADS": "1",
+        "RAYON_NUM_THREADS": str(min(_MOST_THREADS, len(os.sched_getaffinity(0)))),
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),  # a fixed one: else glibc keeps ever larger pieces for itself
+        "MALLOC_TRIM_THRESHOLD_": str(2**20),
+        **kept,
+    }

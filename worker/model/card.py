@@ -16,7 +16,7 @@ from worker.model import source
 from worker.model.directory import locked, written_whole
 from worker.model.source import BaseRefused
 
-_FORMAT = 2  # another number makes every card anew
+_FORMAT = 3  # another number makes every card anew
 
 
 def prepared(base: Base, cache_dir: Path) -> Path:

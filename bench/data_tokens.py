@@ -1,0 +1,348 @@
+"""The second look at training files: tokens, duplicates, and what a second job on a file spares (docs/tokenising.md).
+
+    python bench/data_tokens.py [--quick] [--json FILE] [--rounds N] [--megabytes N] [--cache-dir DIR]
+
+Files are tokenised and compared in fresh processes, as a worker starts them, limits included. Rows are chats of about 1.3 kB
+from the standard library's documentation, under one system prompt; every twentieth row repeats an earlier one with a few words
+changed. Recall is counted on pairs whose similarity is known because it was computed in full.
+"""
+
+import argparse
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import orm
+
+from app.accounts.bootstrap import create_organization
+from app.accounts.caller import Caller
+from app.core import catalog, data, ids
+from app.core.chat import Message
+from app.core.fitting import fit_all
+from app.core.preview import preview
+from app.core.render import SPEAKERS, Example, Renderer
+from app.files import service as files
+from app.jobs import service as jobs
+from app.jobs.schemas import JobCreate
+from app.models import Job
+from migrations.upgrade import upgrade
+from worker.datasets import MEMORY_BYTES
+from worker.embedded import Servers
+from worker.limited import environment
+from worker.model import card
+from worker.services import Services, open_services
+from worker.tasks import prepare
+from worker.tokeniser import Answer, Order, SetOrder
+from worker.training import duplicates
+from worker.training.token_file import TokenReader, TokenWriter
+
+BASE, SEED, LONGEST = "smollm2-135m-instruct", 1, 1 << 20
+SYSTEM = "You explain Python's standard library to people who have just begun to program. Be short, and never wrong. " * 4
+Run = dict[str, float]
+
+
+def main() -> None:
+    asked = _arguments()
+    rounds, megabytes, pairs = (1, 4, 400) if asked.quick else (asked.rounds, asked.megabytes, 4000)
+    written_card = card.prepared(catalog.load()[BASE], asked.cache_dir)
+    runs: dict[str, list[Run]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, measure in _cells(Path(folder), written_card, megabytes, pairs).items():
+            for _ in range(rounds):
+                runs.setdefault(name, []).append(measure())
+                print(f"{name:32}", "  ".join(f"{what} {value:,.3g}" for what, value in runs[name][-1].items()), flush=True)
+    targets = _targets(runs, megabytes)
+    for target in targets:
+        print(f"{target['name']:56} {target['value']:9.3g}   target {target['target']}: {'met' if target['ok'] else 'MISSED'}")
+    if asked.json:
+        asked.json.write_text(json.dumps({"targets": targets, "runs": runs}, indent=2) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round, 4 MB")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument(
+        "--megabytes", type=int, default=16, metavar="N", help="size of the file; of the largest, four times that"
+    )
+    parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "tunesmith", metavar="DIR")
+    return parser.parse_args()
+
+
+def _cells(folder: Path, written_card: Path, megabytes: int, pairs: int) -> dict[str, Callable[[], Run]]:
+    renderer = Renderer.open(written_card)
+    small, large, worst = (folder / f"{name}.jsonl" for name in ("small", "large", "worst"))
+    _write(small, _rows(), megabytes * 10**6)
+    _write(large, _rows(), 4 * megabytes * 10**6)
+    _write(worst, _long_rows(), 8 * 10**6)
+    return {
+        "row by row": lambda: one_by_one(small, renderer),
+        f"{megabytes} MB": lambda: in_process(small, written_card),
+        f"{4 * megabytes} MB": lambda: in_process(large, written_card),
+        "rows of 1 MiB": lambda: in_process(worst, written_card),
+        "pairs": lambda: quality(pairs),
+        "first rows": lambda: first_rows(small, renderer),
+        "jobs": lambda: second_job(small.read_bytes(), written_card.parents[1]),
+    }
+
+
+def one_by_one(path: Path, renderer: Renderer) -> Run:
+    """A row at a time, on one core: what batches are compared with."""
+    chats = list(islice(data.read(data.split_lines([path.read_bytes()])), 1000))
+    size_bytes = sum(len(line) for line in islice(path.open("rb"), 1000))
+    began_at = time.perf_counter()
+    for chat in chats:
+        renderer.example(chat.messages)
+    return {"MB/s": size_bytes / 1e6 / (time.perf_counter() - began_at)}
+
+
+def in_process(path: Path, written_card: Path) -> Run:
+    """A file as a job's is: tokenised and compared in one process, then compared again in another to tell the two apart."""
+    tokens = path.with_suffix(".safetensors")
+    order = Order(card=written_card, max_seq_length=LONGEST, long_rows="drop", training=SetOrder(tokens=tokens, source=path))
+    start = _started(order.model_copy(update={"training": SetOrder(tokens=_nothing(path.parent))}))
+    both = _started(order)
+    comparing = _started(order.model_copy(update={"training": SetOrder(tokens=tokens)}))
+    report = both.answer.training
+    assert report is not None
+    size_megabytes, seconds = path.stat().st_size / 1e6, both.wall_seconds - comparing.wall_seconds
+    return {
+        "MB/s": size_megabytes / seconds,
+        "MB/s of one core": size_megabytes / (both.cpu_seconds - comparing.cpu_seconds),
+        "tokens/s": report.tokens / seconds,
+        "rows/s": report.rows / seconds,
+        "rows compared/s": report.rows / max(0.01, comparing.wall_seconds - start.wall_seconds),
+        "peak RSS, MiB": both.peak_rss_bytes / 2**20,
+        "start, s": start.wall_seconds,
+    }
+
+
+def _nothing(folder: Path) -> Path:
+    path = folder / "nothing.safetensors"
+    with TokenWriter(path) as writer:
+        writer.finish({})
+    return path
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a tokeniser process answered, and what it took."""
+
+    answer: Answer
+    wall_seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+
+
+# a process's peak begins with that of the one which forked it: this one is small
+_LAUNCHER = """
+import os, resource, sys
+status = os.spawnv(os.P_WAIT, sys.argv[1], sys.argv[1:])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def _started(order: Order) -> Started:
+    tokeniser = [sys.executable, "-m", "worker.tokeniser", str(MEMORY_BYTES), "3600"]
+    began_at = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", _LAUNCHER, *tokeniser],
+        input=order.model_dump_json(),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment() | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    if done.returncode:
+        raise SystemExit(f"the tokeniser failed:\n{done.stderr[-4000:]}")
+    cpu_seconds, peak_rss_bytes = done.stderr.split()[-2:]
+    answer = Answer.model_validate_json(done.stdout)
+    return Started(answer, time.perf_counter() - began_at, float(cpu_seconds), int(peak_rss_bytes))
+
+
+def quality(pairs: int) -> Run:
+    """Of pairs whose similarity is at least 0.8, how many are found; of rows like none by 0.79, how many are named.
+
+    Rows are random tokens under one prompt and one beginning; each has a copy with 1 to 12 of its 80 tokens changed.
+    """
+    rng = random.Random(SEED)
+    beginning = [rng.randrange(1000) for _ in range(40)]
+    rows = [[*beginning, *(rng.randrange(10**6) for _ in range(80))] for _ in range(pairs)]
+    copies = [_changed(row, rng.randint(1, 12), rng, keep=len(beginning)) for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.safetensors"
+        with TokenWriter(path) as writer:
+            writer.append([_example(row) for row in (*rows, *copies)], range(1, 2 * pairs + 1))
+            writer.finish({})
+        with TokenReader(path) as reader:
+            began_at = time.perf_counter()
+            found = _found(reader, Path(folder))
+            seconds = time.perf_counter() - began_at
+    alike = [_jaccard(row[len(beginning) - 2 :], copy[len(beginning) - 2 :]) for row, copy in zip(rows, copies, strict=True)]
+    near = {pairs + number for number, similarity in enumerate(alike) if similarity >= duplicates.NEAR}
+    edge = {pairs + number for number, similarity in enumerate(alike) if 0 < duplicates.NEAR - similarity <= 0.01}
+    return {
+        "recall": len(near & found) / len(near),
+        "wrong": len(found - near - edge) / (2 * pairs - len(near) - len(edge)),
+        "near pairs": len(near),
+        "rows/s": 2 * pairs / seconds,
+    }
+
+
+def _found(reader: TokenReader, folder: Path) -> set[int]:
+    rows = duplicates._Rows([reader], folder)
+    rows.sign()
+    rows.match_exact()
+    rows.match_near()
+    return {int(row) for row in (rows._state["kind"] != 0).nonzero()[0]}
+
+
+def _example(row: list[int]) -> Example:
+    half = len(row) // 2
+    speakers = bytes([SPEAKERS.index("user")] * half + [SPEAKERS.index("assistant")] * (len(row) - half))
+    return Example(row, [number == SPEAKERS.index("assistant") for number in speakers], speakers)
+
+
+def _changed(row: list[int], changes: int, rng: random.Random, *, keep: int) -> list[int]:
+    changed = list(row)
+    for place in rng.sample(range(keep, len(row)), changes):
+        changed[place] = rng.randrange(10**6, 2 * 10**6)
+    return changed
+
+
+def _jaccard(one: list[int], two: list[int]) -> float:
+    size = duplicates.SHINGLE
+    sets = [{tuple(row[i : i + size]) for i in range(len(row) - size + 1)} for row in (one, two)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def first_rows(path: Path, renderer: Renderer) -> Run:
+    """What a dry run does in the API: a preview of 5 rows, the counts of 1,000."""
+    chats = list(islice(data.read(data.split_lines([path.read_bytes()])), 1000))
+    began_at = time.perf_counter()
+    preview(chats, renderer, max_seq_length=LONGEST, long_rows="drop")
+    previewed_at = time.perf_counter()
+    fit_all(chats, renderer, max_tokens=LONGEST, long_rows="drop")
+    return {"5 rows previewed, s": previewed_at - began_at, "1,000 rows counted, s": time.perf_counter() - previewed_at}
+
+
+def second_job(content: bytes, cache_dir: Path) -> Run:
+    """From a job in the hands of a worker to its place in the queue, with real servers: the first time and the second."""
+    with tempfile.TemporaryDirectory() as folder:
+        servers = Servers(Path(folder), durable=False).start()
+        try:
+            upgrade(servers.settings.database.owner_url.get_secret_value())
+            changes = {"cache_dir": cache_dir, "work_dir": Path(folder) / "work"}
+            services = open_services(servers.settings.model_copy(update=changes))
+            with services.sessions.begin() as session:
+                organization, project = create_organization(session, name="Bench", slug="bench")
+                caller = Caller(ids.new("key_"), organization.id, project.id, organization.slug)
+                file_id = _file(session, caller, services, content)
+            first, second = _prepared(services, caller, file_id), _prepared(services, caller, file_id)
+            services.sessions.kw["bind"].dispose()
+        finally:
+            servers.stop()
+    return {"first, s": first, "second, s": second}
+
+
+def _file(session: orm.Session, caller: Caller, services: Services, content: bytes) -> str:
+    file_id = ids.new("file-")
+    stored = services.storage.put(files.key_for(caller, file_id), content)
+    files.add(session, caller, file_id=file_id, filename="rows.jsonl", purpose="fine-tune", stored=stored)
+    files.finish_validation(session, file_id, data.Report(format="chat", rows=1, problem_count=0))
+    return file_id
+
+
+def _prepared(services: Services, caller: Caller, file_id: str) -> float:
+    with services.sessions.begin() as session:
+        request = JobCreate(model=BASE, training_file=file_id, seed=1)
+        job_id = jobs.create(session, caller, services.catalog, request=request, tiers=frozenset({"cpu"})).id
+    began_at = time.perf_counter()
+    prepare.prepare_next(services)
+    seconds = time.perf_counter() - began_at
+    with services.sessions() as session:
+        assert session.get_one(Job, job_id).state == "queued"
+    return seconds
+
+
+def _rows() -> Iterator[list[Message]]:
+    words = _words()
+    rng, said = random.Random(SEED), list[tuple[list[str], list[str]]]()
+    while True:
+        if said and rng.random() < 0.05:
+            question, answer = (list(part) for part in rng.choice(said))
+            for _ in range(rng.randint(1, 6)):
+                part = rng.choice((question, answer))
+                part[rng.randrange(len(part))] = rng.choice(words)
+        else:
+            question, answer = (words[start : start + 75] for start in rng.sample(range(len(words) - 75), 2))
+            said = [*said[-500:], (question, answer)]
+        yield [Message("system", SYSTEM), Message("user", " ".join(question)), Message("assistant", " ".join(answer))]
+
+
+def _words() -> list[str]:
+    """Of the docstrings of the standard library."""
+    sources = "\n".join(path.read_text() for path in sorted(Path(argparse.__file__).parent.glob("*.py")))
+    return " ".join(re.findall(r'"""(.*?)"""', sources, re.DOTALL)).split()
+
+
+def _long_rows() -> Iterator[list[Message]]:
+    """As long as a line may be, and of the most tokens: the worst that one row can do to memory."""
+    rng = random.Random(SEED)
+    while True:
+        yield [Message("user", "".join(chr(rng.randrange(33, 126)) for _ in range(900_000))), Message("assistant", "ok")]
+
+
+def _write(path: Path, rows: Iterator[list[Message]], size_bytes: int) -> None:
+    with path.open("wb") as file:
+        while file.tell() < size_bytes:
+            messages = [{"role": message.role, "content": message.content} for message in next(rows)]
+            file.write(json.dumps({"messages": messages}).encode() + b"\n")
+
+
+def _targets(runs: dict[str, list[Run]], megabytes: int) -> list[dict[str, Any]]:
+    def median(cell: str, figure: str) -> float:
+        return statistics.median(run[figure] for run in runs[cell])
+
+    small, large = f"{megabytes} MB", f"{4 * megabytes} MB"
+    found = [
+        ("tokenising, over row by row on one core", median(small, "MB/s") / median("row by row", "MB/s"), 1.5, True),
+        ("rows compared a second", median(small, "rows compared/s"), 5_000, True),
+        ("recall of near-duplicates", median("pairs", "recall"), 0.97, True),
+        ("part of the other rows that is named", median("pairs", "wrong"), 0.0, False),
+        (
+            "peak RSS, four times the file over the file",
+            median(large, "peak RSS, MiB") / median(small, "peak RSS, MiB"),
+            1.2,
+            False,
+        ),
+        (
+            "peak RSS with rows of 1 MiB, of what it may take",
+            median("rows of 1 MiB", "peak RSS, MiB") / (MEMORY_BYTES >> 20),
+            0.75,
+            False,
+        ),
+        ("preview of 5 rows, s", median("first rows", "5 rows previewed, s"), 1.0, False),
+        ("second job on a file, s", median("jobs", "second, s"), 1.0, False),
+    ]
+    return [
+        {"name": name, "value": value, "target": target, "ok": value >= target if is_floor else value <= target}
+        for name, value, target, is_floor in found
+    ]
+
+
+if __name__ == "__main__":
+    main()
