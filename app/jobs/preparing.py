@@ -98,7 +98,7 @@ def finish(
     job.spec = admitted.spec.model_dump(mode="json")
     job.plan = plan = admitted.shown()
     job.datasets = datasets.model_dump(mode="json")
-    job.queue = admitted.queue
+    job.queue, job.total_tokens = admitted.queue, admitted.total_tokens
     job.queued_at = job.not_before = func.clock_timestamp()
     for problem in dropped:
         events.append(session, job, f"Line {problem.line} is left out: {problem.message}", level="warn")
