@@ -43,6 +43,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in (
         files.router,
         jobs.router,
+        jobs.queues,
         adapters.router,
         inference.router,
         webhooks.router,

@@ -16,7 +16,7 @@ from app.core.manifest import Manifest
 from app.core.settings import LeaseSettings
 from app.core.storage import Stored
 from app.files import service as files
-from app.jobs import checkpoints, events, states
+from app.jobs import checkpoints, events, states, throughput, turns
 from app.models import Desired, Job, JobCheckpoint, JobState
 from app.webhooks.emit import EventType
 
@@ -40,16 +40,8 @@ class Lease:
 
 
 def claim(session: orm.Session, queue: str, *, owner: str, settings: LeaseSettings) -> Lease | None:
-    """Take the oldest job that waits in this queue; None when there is none."""
-    job = session.scalar(
-        select(Job)
-        .where(
-            Job.queue == queue, Job.state == JobState.QUEUED, Job.desired == Desired.RUN, Job.not_before <= func.clock_timestamp()
-        )
-        .order_by(Job.queued_at, Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
+    """Take the job whose turn it is in this queue; None when none waits."""
+    job = turns.take(session, queue)
     if job is None:
         return None
     job.attempt += 1
@@ -175,6 +167,7 @@ def complete(
     adapter = adapters.publish(session, job, name=job.fine_tuned_model, step=None, prefix=prefix, manifest=manifest)
     events.append(session, job, f"New fine-tuned model created: {job.fine_tuned_model}")
     states.move(session, job, JobState.SUCCEEDED, "The job has successfully completed")
+    throughput.record(session, job)
     outbox.put(session, outbox.Topic.PREFETCH, adapters.ref_of(adapter).model_dump(mode="json"))
 
 

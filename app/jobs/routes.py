@@ -5,10 +5,13 @@ from fastapi import APIRouter, Header, Query, Request
 
 from app import pages
 from app.deps import BaseModels, Caller, Session, Settings
+from app.jobs import queue
 from app.jobs import service as jobs
-from app.jobs.schemas import CheckpointOut, EventOut, JobCreate, JobOut
+from app.jobs.schemas import CheckpointOut, EventOut, JobCreate, JobOut, QueueOut
+from app.models import Job
 
 router = APIRouter(prefix="/v1/fine_tuning", tags=["Fine-tuning"])
+queues = APIRouter(prefix="/v1", tags=["Fine-tuning"])
 
 Limit = Annotated[int, Query(ge=0, le=100)]
 
@@ -24,7 +27,8 @@ def create_job(
 ) -> JobOut:
     """Queue a fine-tuning job."""
     tiers, is_retry = settings.training.tiers, x_stainless_retry_count > 0
-    return JobOut.of(jobs.create(session, caller, catalog, request=body, tiers=tiers, gpu=settings.gpu, is_retry=is_retry))
+    job = jobs.create(session, caller, catalog, request=body, tiers=tiers, gpu=settings.gpu, is_retry=is_retry)
+    return _shown(session, job)
 
 
 @router.get("/jobs")
@@ -35,31 +39,33 @@ def list_jobs(
     metadata = {
         found[1]: value for key, value in request.query_params.items() if (found := re.fullmatch(r"metadata\[(.+)\]", key))
     }
-    return pages.page(jobs.list_page(session, caller, metadata=metadata, after=after, limit=limit), JobOut.of)
+    mine, has_more = jobs.list_page(session, caller, metadata=metadata, after=after, limit=limit)
+    places = queue.places(session, mine)
+    return pages.page((mine, has_more), lambda job: JobOut.of(job, places.get(job.id)))
 
 
 @router.get("/jobs/{job_id}")
 def get_job(job_id: str, session: Session, caller: Caller) -> JobOut:
     """One job."""
-    return JobOut.of(jobs.get(session, caller, job_id))
+    return _shown(session, jobs.get(session, caller, job_id))
 
 
 @router.post("/jobs/{job_id}/cancel")
 def cancel_job(job_id: str, session: Session, caller: Caller) -> JobOut:
     """Stop a job. A running one ends at its next heartbeat."""
-    return JobOut.of(jobs.cancel(session, caller, job_id))
+    return _shown(session, jobs.cancel(session, caller, job_id))
 
 
 @router.post("/jobs/{job_id}/pause")
 def pause_job(job_id: str, session: Session, caller: Caller) -> JobOut:
     """Halt a job. A running one keeps a checkpoint first; it shows as `queued` with `paused: true`."""
-    return JobOut.of(jobs.pause(session, caller, job_id))
+    return _shown(session, jobs.pause(session, caller, job_id))
 
 
 @router.post("/jobs/{job_id}/resume")
 def resume_job(job_id: str, session: Session, caller: Caller) -> JobOut:
     """Let a paused job go on from its last checkpoint."""
-    return JobOut.of(jobs.resume(session, caller, job_id))
+    return _shown(session, jobs.resume(session, caller, job_id))
 
 
 @router.get("/jobs/{job_id}/events")
@@ -76,3 +82,14 @@ def list_job_checkpoints(
 ) -> pages.Page[CheckpointOut]:
     """Checkpoints of a job, newest first. Each answers chats by its name."""
     return pages.page(jobs.list_checkpoints(session, caller, job_id, after=after, limit=limit), CheckpointOut.of)
+
+
+@queues.get("/queue")
+def list_queues(session: Session, caller: Caller, settings: Settings) -> pages.Page[QueueOut]:
+    """How many jobs wait for workers and run, tier by tier, and where yours stand."""
+    found = queue.list_queues(session, caller, among=settings.training.tiers)
+    return pages.page((found, False), QueueOut.of)
+
+
+def _shown(session: Session, job: Job) -> JobOut:
+    return JobOut.of(job, queue.places(session, [job]).get(job.id))

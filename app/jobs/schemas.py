@@ -5,7 +5,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from app.core import spec
 from app.core.clock import unix
 from app.core.errors import BadRequest
+from app.jobs.queue import Place, Queue
 from app.models import Job, JobCheckpoint, JobEvent, JobState
+
+MAX_LISTED = 100  # jobs of a queue
 
 
 def _without_nul(text: str) -> str:
@@ -105,8 +108,20 @@ class JobError(BaseModel):
     param: str | None
 
 
+class PlaceOut(BaseModel):
+    """Where a waiting job stands: 1 is taken next. `estimated_start` is null until jobs on such bases have been finished here."""
+
+    name: str
+    position: int
+    estimated_start: int | None
+
+    @classmethod
+    def of(cls, place: Place) -> "PlaceOut":
+        return cls(name=place.queue, position=place.position, estimated_start=unix(place.starts_at))
+
+
 class JobOut(BaseModel):
-    """The SDK's FineTuningJob, and what we add: the real base, the resolved settings, progress."""
+    """The SDK's FineTuningJob, and what we add: the real base, the resolved settings, progress, the place in the queue."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -138,9 +153,11 @@ class JobOut(BaseModel):
     started_at: int | None
     step: int
     attempt: int
+    queue: PlaceOut | None
 
     @classmethod
-    def of(cls, job: Job) -> "JobOut":
+    def of(cls, job: Job, place: Place | None = None) -> "JobOut":
+        """`place` is for a job that waits."""
         requested = spec.Requested.model_validate(job.request)
         resolved = spec.TrainSpec.model_validate(job.spec) if job.spec else None
         hyperparameters = _hyperparameters(requested, resolved)
@@ -160,7 +177,7 @@ class JobOut(BaseModel):
             fine_tuned_model=job.fine_tuned_model,
             finished_at=unix(job.finished_at),
             trained_tokens=job.trained_tokens,
-            estimated_finish=unix(job.estimated_finish_at),
+            estimated_finish=unix(place.ends_at if place else job.estimated_finish_at),
             metadata=job.user_metadata,
             user_provided_suffix=job.suffix,
             paused=job.state == JobState.PAUSED,
@@ -173,6 +190,54 @@ class JobOut(BaseModel):
             started_at=unix(job.started_at),
             step=job.step,
             attempt=job.attempt,
+            queue=PlaceOut.of(place) if place else None,
+        )
+
+
+class QueuedJobOut(BaseModel):
+    """A job of the caller's that waits, or that a worker has: then it has no position any more."""
+
+    id: str
+    status: str
+    position: int | None
+    estimated_start: int | None
+    estimated_finish: int | None
+
+
+class QueueOut(BaseModel):
+    """The jobs that wait for workers of one tier. The numbers are everybody's; `jobs` are the caller's own, at most 100 of them.
+
+    `next` is where a job would stand that came now.
+    """
+
+    id: str
+    object: Literal["queue"] = "queue"
+    tier: str
+    waiting: int
+    running: int
+    next: PlaceOut
+    jobs: list[QueuedJobOut]
+    has_more_jobs: bool
+
+    @classmethod
+    def of(cls, queue: Queue) -> "QueueOut":
+        return cls(
+            id=queue.id,
+            tier=queue.id.removeprefix("train."),
+            waiting=queue.waiting,
+            running=queue.running,
+            next=PlaceOut.of(queue.next),
+            jobs=[
+                QueuedJobOut(
+                    id=job.id,
+                    status=job.state,
+                    position=place.position if place else None,
+                    estimated_start=unix(place.starts_at) if place else None,
+                    estimated_finish=unix(place.ends_at if place else job.estimated_finish_at),
+                )
+                for job, place in queue.jobs[:MAX_LISTED]
+            ],
+            has_more_jobs=len(queue.jobs) > MAX_LISTED,
         )
 
 

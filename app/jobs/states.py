@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import func, orm
 
 from app.core.errors import Conflict
-from app.jobs import checkpoints, events
+from app.jobs import checkpoints, events, turns
 from app.models import Job, JobState
 from app.webhooks import emit
 from app.webhooks.emit import EventType
@@ -59,6 +59,8 @@ def move(
     """Change the state of a locked row. The lease goes with the RUNNING state. Raises IllegalMove."""
     if to not in MOVES[JobState(job.state)]:
         raise IllegalMove(f"job {job.id} is {job.state} and cannot become {to}")
+    if job.state == S.RUNNING:
+        turns.settle(session, job)
     job.state = to
     if to is not S.RUNNING:
         job.lease_owner = job.lease_expires_at = job.estimated_finish_at = None

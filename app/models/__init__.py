@@ -8,6 +8,7 @@ from app.models.engines import Engine
 from app.models.files import File, FileStatus
 from app.models.jobs import Desired, Job, JobCheckpoint, JobEvent, JobState
 from app.models.outbox import OutboxMessage
+from app.models.queues import QueueClock, QueueShare, Throughput
 from app.models.usage import UsageRecord
 from app.models.webhooks import WebhookDelivery, WebhookEndpoint
 
@@ -26,7 +27,10 @@ __all__ = [
     "Organization",
     "OutboxMessage",
     "Project",
+    "QueueClock",
+    "QueueShare",
     "Table",
+    "Throughput",
     "UsageRecord",
     "WebhookDelivery",
     "WebhookEndpoint",

@@ -2,7 +2,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, func, true
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, func, text, true
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models.base import Id, Owned, Table
@@ -32,14 +32,18 @@ class Desired(StrEnum):
 
 
 class Job(Owned, Table):
-    """A fine-tuning job. Postgres is the queue: workers claim rows, and hold them by lease and attempt number."""
+    """A fine-tuning job. Postgres is the queue: workers claim rows, and hold them by lease and attempt number.
+
+    `total_tokens` are those of all epochs, `worker_seconds` what all attempts have taken. Of the running one are `claimed_at` and
+    `charged_seconds`, what its organization was charged in advance.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
         CheckConstraint("(state = 'running') = (lease_owner IS NOT NULL)", name="running_has_lease"),
         CheckConstraint("(lease_owner IS NULL) = (lease_expires_at IS NULL)", name="lease_whole"),
         CheckConstraint("desired IN ('run', 'pause', 'cancel')", name="desired"),
-        Index("ix_jobs_claimable", "queue", "not_before", postgresql_where="state = 'queued'"),
+        Index("ix_jobs_in_turn", "queue", "organization_id", "queued_at", "id", postgresql_where="state = 'queued'"),
         Index("ix_jobs_leased", "lease_expires_at", postgresql_where="state = 'running'"),
         Index("ix_jobs_to_prepare", "not_before", postgresql_where="state = 'validating_files'"),
         Index("ix_jobs_training_file_id", "training_file_id"),
@@ -73,6 +77,11 @@ class Job(Owned, Table):
     not_before: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     step: Mapped[int] = mapped_column(default=0)
     event_count: Mapped[int] = mapped_column(default=0)
+
+    claimed_at: Mapped[datetime | None]
+    charged_seconds: Mapped[float | None]
+    worker_seconds: Mapped[float] = mapped_column(server_default=text("0"))
+    total_tokens: Mapped[int | None] = mapped_column(BigInteger)
 
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     fine_tuned_model: Mapped[str | None]

@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0003t"
+revision = "0004"
 down_revision = "0003c"
 branch_labels = None
 depends_on = None
