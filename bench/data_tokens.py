@@ -29,8 +29,12 @@ from app.accounts.caller import Caller
 from app.core import catalog, data, ids
 from app.core.chat import Message
 from app.core.fitting import fit_all
+from app.core.limited import environment
 from app.core.preview import preview
 from app.core.render import SPEAKERS, Example, Renderer
+from app.core.tokens import duplicates
+from app.core.tokens.token_file import TokenReader, TokenWriter
+from app.core.tokens.tokeniser import Answer, Order, SetOrder
 from app.files import service as files
 from app.jobs import service as jobs
 from app.jobs.schemas import JobCreate
@@ -38,13 +42,9 @@ from app.models import Job
 from migrations.upgrade import upgrade
 from worker.datasets import MEMORY_BYTES
 from worker.embedded import Servers
-from worker.limited import environment
 from worker.model import card
 from worker.services import Services, open_services
 from worker.tasks import prepare
-from worker.tokeniser import Answer, Order, SetOrder
-from worker.training import duplicates
-from worker.training.token_file import TokenReader, TokenWriter
 
 BASE, SEED, LONGEST = "smollm2-135m-instruct", 1, 1 << 20
 SYSTEM = "You explain Python's standard library to people who have just begun to program. Be short, and never wrong. " * 4
@@ -156,7 +156,7 @@ sys.exit(status)
 
 
 def _started(order: Order) -> Started:
-    tokeniser = [sys.executable, "-m", "worker.tokeniser", str(MEMORY_BYTES), "3600"]
+    tokeniser = [sys.executable, "-m", "app.core.tokens.tokeniser", str(MEMORY_BYTES), "3600"]
     began_at = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-S", "-c", _LAUNCHER, *tokeniser],

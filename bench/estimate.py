@@ -20,13 +20,13 @@ from app.core.chat import Chat, Message
 from app.core.events import Event, Stepped
 from app.core.render import Renderer
 from app.core.spec import OptimizerSpec, TrainSpec
+from app.core.tokens.tokenise import tokenise
 from worker.heart import Pace
 from worker.model import base as bases
 from worker.model import card
 from worker.model.base import LoadedBase
 from worker.training import fused
 from worker.training.run import Paths, run
-from worker.training.tokenise import tokenise
 from worker.training.trainee import warm_up
 from worker.training.workspace import keep_pages
 

@@ -21,10 +21,10 @@ from app.core.catalog import Base
 from app.core.chat import Chat, Message
 from app.core.render import Renderer
 from app.core.spec import OptimizerSpec, TrainSpec
+from app.core.tokens.tokenise import tokenise
 from worker import wire
 from worker.model import base as bases
 from worker.model import card
-from worker.training.tokenise import tokenise
 
 TOLERANCE = 0.15
 LONGEST = 1024

@@ -35,6 +35,7 @@ from app.core import catalog
 from app.core.chat import Chat, Message
 from app.core.render import Renderer
 from app.core.spec import TARGETS, OptimizerSpec, TrainSpec
+from app.core.tokens.tokenise import TokenisedSet, tokenise
 from worker.model import base as bases
 from worker.model import card
 from worker.trainers import LARGE_PAGES
@@ -43,7 +44,6 @@ from worker.training.data import TrainData, micro_batches
 from worker.training.decoder import Decoder
 from worker.training.evaluate import evaluate
 from worker.training.optim import Optimizer, learning_rate
-from worker.training.tokenise import TokenisedSet, tokenise
 from worker.training.trainee import Trainee, adapted
 from worker.training.workspace import keep_pages
 

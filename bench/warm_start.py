@@ -24,11 +24,11 @@ from app.core import catalog, events
 from app.core.chat import Chat, Message
 from app.core.render import Renderer
 from app.core.spec import OptimizerSpec, TrainSpec
+from app.core.tokens.tokenise import tokenise
 from worker import wire
 from worker.model import base as bases
 from worker.model import card
 from worker.trainers import LARGE_PAGES
-from worker.training.tokenise import tokenise
 
 BASE, TARGET_SECONDS = "smollm2-135m-instruct", 1.5
 Trainer = subprocess.Popen[bytes]

@@ -15,16 +15,17 @@ from typing import Final
 import structlog
 from pydantic import BaseModel
 
+from app.core import limited
 from app.core.data_report import Comparison, DataReport, FileReport, SetReport, SplitReport
 from app.core.errors import NotFound
 from app.core.render import CARD
+from app.core.tokens import duplicates, token_file
+from app.core.tokens.tokeniser import Answer, Order, SetOrder, SplitOrder
 from app.files import derived
 from app.files.derived import Known
 from app.jobs.preparing import Dataset, Datasets, SourceFile, ToPrepare
-from worker import limited, patience
+from worker import patience
 from worker.services import Services
-from worker.tokeniser import Answer, Order, SetOrder, SplitOrder
-from worker.training import duplicates, token_file
 
 log = structlog.get_logger()
 
@@ -179,7 +180,7 @@ class _Making:
         )
         try:
             said = limited.run(
-                "worker.tokeniser",
+                "app.core.tokens.tokeniser",
                 order.model_dump_json(),
                 memory_bytes=MEMORY_BYTES,
                 cpu_seconds=int(CPU_PER_WALL * self._job.seconds),

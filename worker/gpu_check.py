@@ -25,6 +25,7 @@ from app.core.events import Event, Finished, Stepped, Stopped
 from app.core.render import Renderer
 from app.core.settings import Settings
 from app.core.spec import Hyperparameters, Requested, TrainingOptions, TrainSpec
+from app.core.tokens.tokenise import TokenisedSet, tokenise
 from worker import gpu
 from worker.inference import lora
 from worker.inference.runner import ModelRunner
@@ -32,7 +33,6 @@ from worker.inference.sequence import Sequence, Slice
 from worker.model import adapter, card
 from worker.model import base as bases
 from worker.training.run import Paths, run
-from worker.training.tokenise import TokenisedSet, tokenise
 from worker.training.trainee import adapted
 
 _ROWS, _BATCH = 64, 16  # rows of about 130 tokens: a batch fills the micro-batch that the plan is made for

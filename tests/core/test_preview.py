@@ -11,8 +11,8 @@ from app.core.preview import ROWS, RowPreview
 from app.core.preview import preview as previewed
 from app.core.render import Renderer
 from app.core.spec import LongRows
+from app.core.tokens.tokenise import tokenise
 from worker.model import card
-from worker.training.tokenise import tokenise
 
 ROW = Chat((Message("user", "Hi"), Message("assistant", "no", 0), Message("user", "b"), Message("assistant", "Yes 🙂")), 3)
 LONG = Chat((Message("user", "x" * 400), Message("assistant", "Yes")), 4)

@@ -13,6 +13,7 @@ from app.core import catalog, data
 from app.core.render import Renderer
 from app.core.settings import Settings
 from app.core.storage import Storage
+from app.core.tokens.tokenise import TokenisedSet
 from app.files import service as files
 from app.jobs import service as jobs
 from app.jobs.preparing import Datasets
@@ -22,7 +23,6 @@ from tests import make
 from worker.model import card
 from worker.services import Services
 from worker.tasks import prepare
-from worker.training.tokenise import TokenisedSet
 
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 

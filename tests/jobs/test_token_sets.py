@@ -15,6 +15,7 @@ from app.accounts.caller import Caller
 from app.core import catalog, render
 from app.core.settings import Settings
 from app.core.storage import Storage
+from app.core.tokens.tokenise import TokenisedSet
 from app.files import derived
 from app.files import service as files
 from app.jobs import service as jobs
@@ -24,7 +25,6 @@ from tests.conftest import make_organization
 from worker import datasets
 from worker.services import Services
 from worker.tasks import prepare
-from worker.training.tokenise import TokenisedSet
 
 FILE = make.chat_file(40)
 

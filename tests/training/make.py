@@ -9,12 +9,12 @@ from app.core import spec as specs
 from app.core.chat import Chat, Message
 from app.core.render import Renderer
 from app.core.spec import LoraSpec, OptimizerSpec, TrainSpec
+from app.core.tokens.tokenise import TokenisedSet, tokenise
 from tests.make import TINY
 from worker.model.base import LoadedBase
 from worker.training import run as runs
 from worker.training.loop import OnEvent, ShouldStop
 from worker.training.run import Paths
-from worker.training.tokenise import TokenisedSet, tokenise
 
 CONTEXT = 128
 

@@ -4,10 +4,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.core.tokens.tokenise import TokenisedSet
 from tests.training import make
 from worker.model.base import LoadedBase
 from worker.training.data import TrainData, micro_batches
-from worker.training.tokenise import TokenisedSet
 
 
 def of_lengths(lengths: list[int]) -> TokenisedSet:

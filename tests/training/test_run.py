@@ -17,6 +17,7 @@ from peft import PeftModel
 from app.core import manifest
 from app.core.events import Checkpointed, Evaluated, Finished, Noted, Started, Stepped, Stopped
 from app.core.manifest import Manifest
+from app.core.tokens.tokenise import tokenise
 from tests.make import chat_line
 from tests.training import make
 from tests.training.make import Runner
@@ -26,7 +27,6 @@ from worker.training import __main__ as command
 from worker.training.data import MicroBatch
 from worker.training.failures import Diverged, NothingToTrain, failed
 from worker.training.loss import LabelledLoss
-from worker.training.tokenise import tokenise
 from worker.training.trainee import Trainee, adapted
 
 

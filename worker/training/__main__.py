@@ -17,12 +17,12 @@ from app.core import catalog, data, events
 from app.core.errors import AppError
 from app.core.render import Renderer
 from app.core.spec import TrainSpec
+from app.core.tokens.tokenise import tokenise_to
 from worker.model import card
 from worker.training import fused
 from worker.training.failures import failed
 from worker.training.loop import ShouldStop
 from worker.training.run import Paths, run
-from worker.training.tokenise import tokenise_to
 from worker.training.workspace import keep_pages
 
 

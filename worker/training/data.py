@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.spec import TrainSpec
-from worker.training.tokenise import TokenisedSet
+from app.core.tokens.tokenise import TokenisedSet
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from app.core import catalog
 from app.core.events import Checkpointed, Finished, MeasuredMemory, Noted, Started, Stopped
 from app.core.spec import TrainSpec
+from app.core.tokens.tokenise import TokenisedSet
 from worker.model import base as bases
 from worker.model.base import LoadedBase
 from worker.training import checkpoint, loop
@@ -20,7 +21,6 @@ from worker.training.evaluate import evaluate
 from worker.training.failures import Diverged, NothingToTrain
 from worker.training.loop import OnEvent, ShouldStop
 from worker.training.optim import Optimizer
-from worker.training.tokenise import TokenisedSet
 from worker.training.trainee import Trainee, adapted
 
 _ROLLED_BACK = 0.5  # of the learning rate

@@ -1,9 +1,9 @@
-"""`python -m tests.worker.greedy`: takes as much as it is ordered to, under `worker.limited`."""
+"""`python -m tests.core.greedy`: takes as much as it is ordered to, under `app.core.limited`."""
 
 import sys
 import time
 
-from worker import limited
+from app.core import limited
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from app.core.data_report import FileReport, LengthReport, SpeakerReport
 from app.core.fitting import Fitted, fit_all
 from app.core.render import SPEAKERS, Example, Renderer
 from app.core.spec import LongRows
-from worker.training.token_file import TokenWriter
+from app.core.tokens.token_file import TokenWriter
 
 _ARRAYS = ("tokens_N", "is_trained_N", "offsets_E1", "lines_E")
 _DROPPED, _TRUNCATED = "dropped", "truncated"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from app.core.render import Example
-from worker.training.token_file import TokenReader, TokenWriter
-from worker.training.tokenise import TokenisedSet
+from app.core.tokens.token_file import TokenReader, TokenWriter
+from app.core.tokens.tokenise import TokenisedSet
 
 LENGTHS = [3, 1, 40, 2, 7, 7]
 

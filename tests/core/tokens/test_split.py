@@ -7,11 +7,11 @@ import pytest
 
 from app.core.chat import Chat
 from app.core.render import Renderer
+from app.core.tokens.split import NothingLeft, split
+from app.core.tokens.token_file import TokenReader
+from app.core.tokens.tokenise import TokenisedSet, tokenise, tokenise_to
 from tests.training import make
 from worker.model.base import LoadedBase
-from worker.training.split import NothingLeft, split
-from worker.training.token_file import TokenReader
-from worker.training.tokenise import TokenisedSet, tokenise, tokenise_to
 
 ROWS = 20
 Halves = Callable[..., tuple[TokenisedSet, TokenisedSet]]

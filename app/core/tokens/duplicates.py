@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from app.core.data import MAX_LISTED
 from app.core.data_report import Comparison, Likeness, Match, Matches
 from app.core.render import SPEAKERS
-from worker.training.token_file import Block, TokenReader
+from app.core.tokens.token_file import Block, TokenReader
 
 FORMAT: Final = 1  # another number compares all anew
 NEAR: Final = 0.8

@@ -9,8 +9,8 @@ import pytest
 
 from app.core.data_report import Comparison
 from app.core.render import SPEAKERS, Example
-from worker.training import duplicates
-from worker.training.token_file import TokenReader, TokenWriter
+from app.core.tokens import duplicates
+from app.core.tokens.token_file import TokenReader, TokenWriter
 
 VOCAB = 50_000
 Row = list[int]

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.data_report import SetReport, SplitReport
-from worker.training.token_file import TokenReader, TokenWriter
+from app.core.tokens.token_file import TokenReader, TokenWriter
 
 _ROWS_AT_ONCE, _TOKENS_AT_ONCE = 4096, 262_144
 

@@ -1,4 +1,4 @@
-"""The tokeniser process: `python -m worker.tokeniser`, started by `worker.limited`. Reads an `Order`, answers an `Answer`.
+"""The tokeniser process: `app.core.limited` starts it, an `Order` goes in, an `Answer` comes out.
 
 Strangers' files are rendered, tokenised and compared here. It has no database, no bucket and no secret: files come and go
 through a folder that is its starter's.
@@ -10,15 +10,14 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from app.core import data
+from app.core import data, limited
 from app.core.data import RowError
 from app.core.data_report import Comparison, FileReport, SplitReport
 from app.core.render import Renderer
 from app.core.spec import LongRows
-from worker import limited
-from worker.training import duplicates, tokenise
-from worker.training.split import NothingLeft, split
-from worker.training.token_file import TokenReader
+from app.core.tokens import duplicates, tokenise
+from app.core.tokens.split import NothingLeft, split
+from app.core.tokens.token_file import TokenReader
 
 
 class SetOrder(BaseModel):

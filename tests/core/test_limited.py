@@ -8,12 +8,12 @@ import time
 import psutil
 import pytest
 
-from worker import limited
+from app.core import limited
 
 
 def run(order: str, *, memory_mib: int = 256, cpu_seconds: int = 20, wall_seconds: float = 60) -> str:
     return limited.run(
-        "tests.worker.greedy", order, memory_bytes=memory_mib << 20, cpu_seconds=cpu_seconds, wall_seconds=wall_seconds
+        "tests.core.greedy", order, memory_bytes=memory_mib << 20, cpu_seconds=cpu_seconds, wall_seconds=wall_seconds
     )
 
 
@@ -49,7 +49,7 @@ def test_no_secret_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_dies_with_whoever_started_it() -> None:
-    code = "from tests.worker import test_limited; test_limited.run('sleep')"
+    code = "from tests.core import test_limited; test_limited.run('sleep')"
     starter = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 30
     while not (children := psutil.Process(starter.pid).children()) and time.monotonic() < deadline:

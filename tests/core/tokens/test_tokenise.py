@@ -9,10 +9,10 @@ from tokenizers.processors import TemplateProcessing
 
 from app.core.chat import Chat, Message
 from app.core.render import Renderer
+from app.core.tokens.tokenise import TokenisedSet, tokenise
 from tests.training import make
 from worker.model import bytewise
 from worker.model.base import LoadedBase
-from worker.training.tokenise import TokenisedSet, tokenise
 
 
 def test_the_answer_and_its_end_are_labelled_and_nothing_else(tiny: LoadedBase) -> None:
@@ -96,5 +96,5 @@ def test_the_digest_follows_what_is_trained_on(tiny: LoadedBase) -> None:
 
 
 def test_tokenising_does_without_torch() -> None:
-    code = "import sys, worker.training.tokenise, worker.model.card; sys.exit('torch' in sys.modules)"
+    code = "import sys, app.core.tokens.tokenise, worker.model.card; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
