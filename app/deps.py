@@ -32,6 +32,11 @@ def get_session(request: Request, caller: Caller) -> Iterator[orm.Session]:
 Session = Annotated[orm.Session, Depends(get_session, scope="function")]
 
 
+def get_sessions(request: Request) -> orm.sessionmaker[orm.Session]:
+    sessions: orm.sessionmaker[orm.Session] = request.app.state.sessions
+    return sessions
+
+
 def get_settings(request: Request) -> AppSettings:
     settings: AppSettings = request.app.state.settings
     return settings
@@ -47,6 +52,7 @@ def get_catalog(request: Request) -> Catalog:
     return catalog
 
 
+Sessions = Annotated[orm.sessionmaker[orm.Session], Depends(get_sessions)]  # for routes that work without a transaction too
 Settings = Annotated[AppSettings, Depends(get_settings)]
 Storage = Annotated[AppStorage, Depends(get_storage)]
 BaseModels = Annotated[Catalog, Depends(get_catalog)]

@@ -19,6 +19,7 @@ from app.inference import routes as inference
 from app.inference.gateway import Gateway
 from app.inference.renderers import Renderers
 from app.jobs import routes as jobs
+from app.jobs.dry_run import DryRunner
 from app.webhooks import routes as webhooks
 
 
@@ -39,6 +40,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     state.storage = storage.open_storage(settings.storage, for_requests=True)
     state.catalog = catalog.load(settings.catalog_file)
+    state.dry_runner = DryRunner(state.sessions, state.storage, state.catalog, settings)
     state.gateway = Gateway(state.sessions, state.catalog, Renderers(state.storage), settings.inference, settings.engine_token)
     for router in (
         files.router,

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     except ImportError as error:
         return failed(f"{error}; `tunesmith up` needs: pip install 'tunesmith[embedded]'")
     settings = configuration.read_or_say()
-    if settings is None or not configuration.is_fit(configuration.catalog(settings)):
+    if settings is None or not all(map(configuration.is_fit, (configuration.catalog(settings), configuration.prices(settings)))):
         return 1
     try:
         stack.up(options.data_dir, settings, host=options.host, port=options.port, console=sys.stdout)

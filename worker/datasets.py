@@ -1,13 +1,10 @@
 """A job's token sets in storage: those that are known are used again, the others are made in a process with limits."""
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -19,7 +16,7 @@ from app.core import limited
 from app.core.data_report import Comparison, DataReport, FileReport, SetReport, SplitReport
 from app.core.errors import NotFound
 from app.core.render import CARD
-from app.core.tokens import duplicates, token_file
+from app.core.tokens import keys
 from app.core.tokens.tokeniser import Answer, Order, SetOrder, SplitOrder
 from app.files import derived
 from app.files.derived import Known
@@ -31,7 +28,6 @@ log = structlog.get_logger()
 
 MEMORY_BYTES: Final = 1024 * 1024 * 1024  # bench/data_tokens.py shows what is really taken
 CPU_PER_WALL = 2  # seconds of the processor for each of the clock, after which another would take the job
-MASK = "assistant turns of weight 1, each with its end-of-turn token"  # another policy, another word
 _PREFIX, _LEFT_BEHIND_SECONDS = "tokens-", 24 * 3600
 
 
@@ -70,28 +66,23 @@ def make(to: Services, job: ToPrepare, *, card: Path, max_seq_length: int) -> Ma
     return _Making(to, job, card, max_seq_length).make()
 
 
-def key_of(file_sha256: str, card: Path, *, max_seq_length: int, long_rows: str) -> str:
-    """What a file's token set is known by: its bytes, and all that decides what tokens they become."""
-    facts = (card / CARD).read_bytes()  # names tokenizer, templates and stop tokens
-    release = version("tunesmith"), token_file.FORMAT
-    return _digest(file_sha256, hashlib.sha256(facts).hexdigest(), max_seq_length, long_rows, MASK, *release)
-
-
 class _Making:
     def __init__(self, to: Services, job: ToPrepare, card: Path, max_seq_length: int) -> None:
         self._to, self._job, self._card, self._max_seq_length = to, job, card, max_seq_length
         self._long_rows, self._part = job.requested.training.long_rows, job.requested.training.validation_split
+        self._card_facts = (card / CARD).read_bytes()
         given = {"training_file": job.training_file, "validation_file": job.validation_file}
         self._files = [_Set(name, self._key(file), file) for name, file in given.items() if file is not None]
-        self._halves = [
-            _Set(name, _digest(name, self._files[0].key, self._part, job.seed), job.training_file)
-            for name in (("kept", "held_back") if self._part is not None else ())
-        ]
+        self._halves = list[_Set]()
+        if self._part is not None:
+            whole, part = self._files[0].key, self._part
+            halves = {name: keys.of_half(whole, name, part, job.seed) for name in ("kept", "held_back")}
+            self._halves = [_Set(name, key, job.training_file) for name, key in halves.items()]
         self._trained_on = self._halves or self._files
-        self._likeness_key = _digest("likeness", duplicates.FORMAT, *(one.key for one in self._trained_on))
+        self._likeness_key = keys.of_likeness(*(one.key for one in self._trained_on))
 
     def _key(self, file: SourceFile) -> str:
-        return key_of(file.sha256, self._card, max_seq_length=self._max_seq_length, long_rows=self._long_rows)
+        return keys.of_set(file.sha256, self._card_facts, max_seq_length=self._max_seq_length, long_rows=self._long_rows)
 
     def make(self) -> Made:
         known, tokenised = self._known(), list[_Set]()
@@ -231,7 +222,3 @@ def _folder(work_dir: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
     with TemporaryDirectory(dir=work_dir, prefix=_PREFIX) as folder:
         yield Path(folder)
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

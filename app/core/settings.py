@@ -187,12 +187,13 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(default=Path("~/.cache/tunesmith"), description="quantized bases and tokenizers")
     work_dir: Path = Field(default=Path("~/.cache/tunesmith/work"), description="running jobs' scratch space")
     catalog_file: Path | None = Field(default=None, description="TOML with more base models and aliases")
+    price_file: Path | None = Field(default=None, description="TOML with the prices of training; by default all is free")
     log_format: Literal["json", "console"] = Field(default="json", description="one JSON object a line, or words for people")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
         default="INFO", description="what is less severe is not logged"
     )
 
-    @field_validator("cache_dir", "work_dir", "catalog_file")
+    @field_validator("cache_dir", "work_dir", "catalog_file", "price_file")
     @classmethod
     def _at_home(cls, path: Path | None) -> Path | None:
         return path and path.expanduser()

@@ -72,6 +72,12 @@ class Storage:
             body = self._client.get_object(Bucket=self._bucket, Key=key)["Body"]
         return self._chunks(key, body)
 
+    def get_beginning(self, key: str, size_bytes: int) -> bytes:
+        """The first bytes of an object, all of it if it has no more."""
+        with _Translated(key):
+            body = self._client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes=0-{size_bytes - 1}")["Body"]
+        return b"".join(self._chunks(key, body))
+
     def get_file(self, key: str, path: Path) -> Stored:
         """Download to `path`, whose folder exists. Returns what really arrived: compare it with what was promised."""
         digest, size = hashlib.sha256(), 0

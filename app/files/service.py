@@ -104,21 +104,30 @@ def get(
 def get_for_training(session: orm.Session, caller: Caller, file_id: str, *, param: str) -> File:
     """A file that a job may name: still being validated, or valid. The row is locked against deletion until the commit."""
     file = get(session, caller, file_id, param=param, lock="share")
-    if file.purpose != "fine-tune":
-        raise Conflict(
-            f"{file_id} has purpose {file.purpose!r}; upload it with purpose 'fine-tune'", param=param, code="wrong_purpose"
-        )
+    require_purpose(file, param=param)
     require_trainable(file, param=param)
     return file
+
+
+def require_purpose(file: File, *, param: str) -> None:
+    """Raises Conflict for a file that was not uploaded to be trained on."""
+    if file.purpose != "fine-tune":
+        raise Conflict(
+            f"{file.id} has purpose {file.purpose!r}; upload it with purpose 'fine-tune'", param=param, code="wrong_purpose"
+        )
 
 
 def require_trainable(file: File, *, param: str) -> None:
     """Raises Conflict for a file that is not valid, or whose rows nothing here can be trained on. One not yet read passes."""
     if file.status == FileStatus.ERROR:
         raise Conflict(f"{file.id} is not valid: {file.status_details}", param=param, code="invalid_file")
-    held = (file.report or {}).get("format")
+    require_trained_format((file.report or {}).get("format"), file.id, param=param)
+
+
+def require_trained_format(held: str | None, file_id: str, *, param: str) -> None:
+    """Raises Conflict for rows of a format that is read and not trained on."""
     if held is not None and held not in data.TRAINED:
-        message = f"{file.id} holds {held} rows, which this release does not train on; it trains on {', '.join(data.TRAINED)}"
+        message = f"{file_id} holds {held} rows, which this release does not train on; it trains on {', '.join(data.TRAINED)}"
         raise Conflict(message, param=param, code="format_not_trained")
 
 

@@ -1,13 +1,12 @@
 """Each base's tokenizer and template, as a worker published them: rendering without the weights."""
 
 import hashlib
-import json
 import time
 from dataclasses import dataclass, replace
 from threading import Lock
 
-from app.core.engine import card_key, tokenizer_key
-from app.core.errors import NotFound, Unavailable
+from app.core import cards
+from app.core.errors import Unavailable
 from app.core.render import Renderer
 from app.core.storage import Storage
 
@@ -42,22 +41,17 @@ class Renderers:
     def _look(self, base: str, base_digest: str, known: _Known | None) -> _Known:
         """Read the card, and the tokenizer only if another card is there."""
         try:
-            card = self._storage.get(card_key(base))
-            sha256 = hashlib.sha256(card).hexdigest()
+            facts = cards.read_facts(self._storage, base)
+            sha256 = hashlib.sha256(facts).hexdigest()
             is_same = known is not None and known.card_sha256 == sha256
-            renderer = known.renderer if known and is_same else self._parse(base, card)
+            renderer = known.renderer if known and is_same else self._parse(base, facts)
             return _Known(base_digest, sha256, renderer, time.monotonic())
-        except NotFound:
-            raise Unavailable(f"{base} is still being loaded; try again shortly", code="base_not_loaded") from None
+        except cards.NotPublished:
+            raise
         except Unavailable:
             if known is None or known.base_digest != base_digest:
                 raise
             return replace(known, seen_at=time.monotonic())  # storage is away, we are not
 
-    def _parse(self, base: str, card: bytes) -> Renderer:
-        sha256 = json.loads(card).get("tokenizer_sha256")
-        tokenizer = self._storage.get(tokenizer_key(base, sha256))
-        if sha256 and hashlib.sha256(tokenizer).hexdigest() != sha256:
-            message = f"the tokenizer of {base} is damaged in storage; its workers publish it again when they start"
-            raise Unavailable(message, code="base_not_loaded")
-        return Renderer.parse(tokenizer, card)
+    def _parse(self, base: str, facts: bytes) -> Renderer:
+        return Renderer.parse(cards.read_tokenizer(self._storage, base, facts), facts)

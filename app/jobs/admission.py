@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app.core import memory, planner, spec, tiers
 from app.core.catalog import Base, Catalog
+from app.core.data_report import DataReport
 from app.core.errors import BadRequest
 from app.core.memory import GIB
 from app.core.planner import Plan, Run
@@ -35,6 +36,25 @@ class Data(BaseModel):
     tokens: int
     trained_tokens: int
     longest: int
+
+    @classmethod
+    def of(cls, report: DataReport) -> "Data":
+        training, validation = report.trained_on, report.validated_on
+        return cls(
+            examples=training.examples,
+            dropped=report.training.left_out_count,
+            truncated=report.training.rows_cut,
+            validation=validation.examples if validation else 0,
+            tokens=training.tokens,
+            trained_tokens=training.trained_tokens,
+            longest=max(training.longest, validation.longest if validation else 0),
+        )
+
+    def scaled(self, training: float, validation: float) -> "Data":
+        """Of whole files, where this is of their beginnings: lengths stay, since nobody knows better."""
+        counted = ("examples", "dropped", "truncated", "tokens", "trained_tokens")
+        counts = {name: round(getattr(self, name) * training) for name in counted}
+        return self.model_copy(update=counts | {"validation": round(self.validation * validation)})
 
 
 class Admission(BaseModel):

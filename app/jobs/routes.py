@@ -1,34 +1,46 @@
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 
-from app import pages
-from app.deps import BaseModels, Caller, Session, Settings
+from app import db, pages
+from app.deps import BaseModels, Caller, Session, Sessions, Settings
 from app.jobs import queue
 from app.jobs import service as jobs
+from app.jobs.dry_run import DryRunner, DryRunOut
 from app.jobs.schemas import CheckpointOut, EventOut, JobCreate, JobOut, QueueOut
 from app.models import Job
 
 router = APIRouter(prefix="/v1/fine_tuning", tags=["Fine-tuning"])
 queues = APIRouter(prefix="/v1", tags=["Fine-tuning"])
 
+
+def get_dry_runner(request: Request) -> DryRunner:
+    dry_runner: DryRunner = request.app.state.dry_runner
+    return dry_runner
+
+
+DryRuns = Annotated[DryRunner, Depends(get_dry_runner)]
 Limit = Annotated[int, Query(ge=0, le=100)]
 
 
 @router.post("/jobs")
 def create_job(
     body: JobCreate,
-    session: Session,
+    sessions: Sessions,
     caller: Caller,
     catalog: BaseModels,
     settings: Settings,
+    dry_runner: DryRuns,
     x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
-) -> JobOut:
-    """Queue a fine-tuning job."""
+) -> JobOut | DryRunOut:
+    """Queue a fine-tuning job; with `dry_run`, tell what would come of it, and queue nothing."""
+    if body.dry_run:  # takes seconds: no transaction may be open meanwhile
+        return dry_runner.run(caller, body)
     tiers, is_retry = settings.training.tiers, x_stainless_retry_count > 0
-    job = jobs.create(session, caller, catalog, request=body, tiers=tiers, gpu=settings.gpu, is_retry=is_retry)
-    return _shown(session, job)
+    with db.organization_session(sessions, caller.organization_id) as session:
+        job = jobs.create(session, caller, catalog, request=body, tiers=tiers, gpu=settings.gpu, is_retry=is_retry)
+        return _shown(session, job)
 
 
 @router.get("/jobs")

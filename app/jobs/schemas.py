@@ -44,7 +44,7 @@ class Method(_Request):
 
 
 class JobCreate(_Request):
-    """What `POST /v1/fine_tuning/jobs` takes. `adapter`, `quantization` and `training` are ours."""
+    """What `POST /v1/fine_tuning/jobs` takes. `adapter`, `quantization`, `training` and `dry_run` are ours."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     training_file: Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -58,6 +58,7 @@ class JobCreate(_Request):
     adapter: spec.LoraSpec = spec.LoraSpec()
     quantization: spec.QuantizationSpec = spec.QuantizationSpec()
     training: spec.TrainingOptions = spec.TrainingOptions()
+    dry_run: bool = False
 
     @model_validator(mode="after")
     def _offered(self) -> "JobCreate":
@@ -160,7 +161,7 @@ class JobOut(BaseModel):
         """`place` is for a job that waits."""
         requested = spec.Requested.model_validate(job.request)
         resolved = spec.TrainSpec.model_validate(job.spec) if job.spec else None
-        hyperparameters = _hyperparameters(requested, resolved)
+        hyperparameters = shown_hyperparameters(requested, resolved)
         return cls(
             id=job.id,
             created_at=unix(job.created_at),
@@ -184,7 +185,7 @@ class JobOut(BaseModel):
             base_model=job.base,
             adapter=requested.adapter.model_dump(mode="json"),
             quantization=requested.quantization.model_dump(mode="json"),
-            training=_training(requested, resolved),
+            training=shown_training(requested, resolved),
             plan=job.plan,
             data_report=job.data_report,
             started_at=unix(job.started_at),
@@ -285,7 +286,7 @@ class CheckpointOut(BaseModel):
         )
 
 
-def _hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | None) -> dict[str, Any]:
+def shown_hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | None) -> dict[str, Any]:
     """What was asked, with `auto` replaced as soon as it is known what it became."""
     shown = requested.hyperparameters.model_dump(mode="json")
     if resolved:
@@ -295,7 +296,7 @@ def _hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | None)
     return shown
 
 
-def _training(requested: spec.Requested, resolved: spec.TrainSpec | None) -> dict[str, Any]:
+def shown_training(requested: spec.Requested, resolved: spec.TrainSpec | None) -> dict[str, Any]:
     shown = requested.training.model_dump(mode="json")
     if resolved:
         shown |= {

@@ -184,7 +184,7 @@ def _made_just_now(session: orm.Session, job: Job) -> Job | None:
 
 
 def _digest_of(request: JobCreate) -> str:
-    return hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+    return hashlib.sha256(request.model_dump_json(exclude={"dry_run"}).encode()).hexdigest()
 
 
 def _visible(caller: Caller) -> Select[Job]:

@@ -95,6 +95,18 @@ def catalog(settings: "Settings") -> Finding:
     return finding
 
 
+def prices(settings: "Settings") -> Finding:
+    from app.core import prices
+
+    try:
+        book = prices.load(settings.price_file)
+    except (OSError, ValueError) as error:
+        remedy = "correct the file, or unset TUNESMITH_PRICE_FILE"
+        return failed("prices", f"TUNESMITH_PRICE_FILE names {settings.price_file}: {error}", remedy)
+    asked = {book.per_million_tokens, *book.bases.values()}
+    return ok("prices", f"in {book.currency}" if any(asked) else "training is free")
+
+
 def secrets(settings: "Settings", *, are_needed: bool) -> Finding:
     """The API refuses to start without them, and is not the only process of a service."""
     values = {"TUNESMITH_KEY_PEPPER": settings.key_pepper, "TUNESMITH_ENGINE_TOKEN": settings.engine_token}

@@ -41,6 +41,7 @@ def _examined(asked: Asked, settings: "Settings | None", told: Finding) -> Itera
     yield from _guarded("variables", configuration.unknown)
     if settings is not None:
         yield from _guarded("catalog", partial(configuration.catalog, settings))
+        yield from _guarded("prices", partial(configuration.prices, settings))
     is_service = asked.is_service or (settings is not None and services.are_named(settings))
     for room in folders.rooms(None if asked.is_service else asked.data_dir, settings, is_service=is_service):
         yield from _guarded(room.name, partial(folders.examine, room))

@@ -23,7 +23,7 @@ from worker.embedded.paths import hold
 
 GIB = 1024**3
 ON_EVERY_MACHINE = {
-    "python", "platform", "memory", "cpu", "user", "settings", "variables", "catalog", "data dir", "cache dir",
+    "python", "platform", "memory", "cpu", "user", "settings", "variables", "catalog", "prices", "data dir", "cache dir",
     "temp dir", "shared memory", "stack", "port", "postgres", "valkey", "s3", "base model", "torch", "bitsandbytes",
     "compiler", "gpu", "hub",
 }  # fmt: skip

@@ -12,9 +12,10 @@ from sqlalchemy import func, orm, select
 
 from app import db, outbox
 from app.accounts.caller import Caller
-from app.core import catalog, render
+from app.core import catalog
 from app.core.settings import Settings
 from app.core.storage import Storage
+from app.core.tokens import keys
 from app.core.tokens.tokenise import TokenisedSet
 from app.files import derived
 from app.files import service as files
@@ -136,17 +137,14 @@ def test_whatever_decides_the_tokens_makes_another_set(shop: Shop, content: byte
     assert len(shop.objects()) == 2
 
 
-def test_another_template_tokenizer_or_release_makes_another_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def key(card: str) -> str:
-        return datasets.key_of("0" * 64, tmp_path / card, max_seq_length=100, long_rows="drop")
+def test_another_template_tokenizer_or_release_makes_another_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(card_facts: bytes) -> str:
+        return keys.of_set("0" * 64, card_facts, max_seq_length=100, long_rows="drop")
 
-    for name, facts in (("one", b'{"template": "a"}'), ("two", b'{"template": "b"}')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / render.CARD).write_bytes(facts)
-    one, two = key("one"), key("two")
-    monkeypatch.setattr(datasets, "version", lambda _: "another")
+    one, two = key(b'{"template": "a"}'), key(b'{"template": "b"}')
+    monkeypatch.setattr(keys, "version", lambda _: "another")
 
-    assert len({one, two, key("one")}) == 3
+    assert len({one, two, key(b'{"template": "a"}')}) == 3
 
 
 def test_only_the_file_that_is_new_is_tokenised(shop: Shop) -> None:

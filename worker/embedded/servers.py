@@ -202,6 +202,7 @@ def _settings(chosen: Settings, paths: Paths, state: State, ports: Ports) -> Set
         "cache_dir": chosen.cache_dir.resolve(),
         "work_dir": chosen.work_dir.resolve(),
         "catalog_file": chosen.catalog_file and chosen.catalog_file.resolve(),
+        "price_file": chosen.price_file and chosen.price_file.resolve(),
     }
     # who tries it out receives webhooks on this machine; and a job's scratch space is as private as the rest of its data
     if "work_dir" not in chosen.model_fields_set:

@@ -1,11 +1,16 @@
 """The cpu queue: whatever needs no GPU. One look does all there is to do."""
 
+from typing import Any
+
 import structlog
+from celery.signals import worker_ready
 
 from app import db
+from app.core.settings import Settings
+from app.files.service import CPU_QUEUE
 from worker.celery import celery
-from worker.services import services
-from worker.tasks import prepare, validate
+from worker.services import open_services, services
+from worker.tasks import prepare, publish, validate
 
 log = structlog.get_logger()
 
@@ -18,3 +23,10 @@ def look(_queue: str) -> None:
             pass
     except db.OUTAGE:
         log.warning("look_postponed")  # the relay rings again when the database is back
+
+
+@worker_ready.connect
+def _publish_bases(sender: Any, **_: object) -> None:
+    """With connections of its own: no child inherits them. A train worker hears this signal too."""
+    if any(queue.name == CPU_QUEUE for queue in sender.task_consumer.queues):
+        publish.begin(open_services(Settings()))

@@ -1,7 +1,5 @@
 """Tokenise a job's files for its base, size the run, and queue it."""
 
-from functools import cache
-
 import structlog
 
 from app.core import spec
@@ -11,12 +9,11 @@ from app.jobs.admission import Data
 from app.jobs.preparing import ToPrepare
 from worker import datasets, patience
 from worker.datasets import Damaged, Unusable
-from worker.model import card
 from worker.model.source import BaseRefused
 from worker.services import Services
+from worker.tasks.publish import publish
 
 log = structlog.get_logger()
-_publish = cache(card.publish)  # once for a worker
 
 
 def prepare_next(to: Services) -> bool:
@@ -49,19 +46,9 @@ def prepare_next(to: Services) -> bool:
 
 def _prepare(to: Services, job: ToPrepare) -> None:
     base = to.catalog[job.base]
-    written_card = card.prepared(base, to.settings.cache_dir)
-    _publish(to.storage, base.id, written_card)
+    written_card = publish(to, base)
     made = datasets.make(to, job, card=written_card, max_seq_length=spec.max_seq_length(job.requested, base))
-    training, validation = made.report.trained_on, made.report.validated_on
-    known = Data(
-        examples=training.examples,
-        dropped=made.report.training.left_out_count,
-        truncated=made.report.training.rows_cut,
-        validation=validation.examples if validation else 0,
-        tokens=training.tokens,
-        trained_tokens=training.trained_tokens,
-        longest=max(training.longest, validation.longest if validation else 0),
-    )
+    known = Data.of(made.report)
     settings = to.settings
     admitted = admission.admit(
         base, job.requested, known, seed=job.seed, among=settings.training.tiers, gpu=settings.gpu, catalog=to.catalog
@@ -72,4 +59,4 @@ def _prepare(to: Services, job: ToPrepare) -> None:
             session, job.id, admitted=admitted, datasets=made.datasets, report=made.report, reused=made.reused
         ),
     )
-    log.info("job_prepared", job_id=job.id, queue=admitted.queue, examples=training.examples, reused=made.reused)
+    log.info("job_prepared", job_id=job.id, queue=admitted.queue, examples=known.examples, reused=made.reused)

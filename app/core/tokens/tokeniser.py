@@ -5,14 +5,16 @@ through a folder that is its starter's.
 """
 
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from app.core import data, limited
-from app.core.data import RowError
+from app.core.data import Report, RowError
 from app.core.data_report import Comparison, FileReport, SplitReport
+from app.core.preview import RowPreview, preview
 from app.core.render import Renderer
 from app.core.spec import LongRows
 from app.core.tokens import duplicates, tokenise
@@ -37,7 +39,7 @@ class SplitOrder(BaseModel):
 
 
 class Order(BaseModel):
-    """`card` is the folder of the base's tokenizer and template."""
+    """`card` is the folder of the base's tokenizer and template. Files that nobody has examined yet are examined first."""
 
     card: Path
     max_seq_length: int
@@ -45,6 +47,13 @@ class Order(BaseModel):
     training: SetOrder
     validation: SetOrder | None = None
     split: SplitOrder | None = None
+    examines: bool = False
+    preview_rows: int = 0
+
+    def files(self) -> dict[str, SetOrder]:
+        """By the name of the API's parameter."""
+        given = {"training_file": self.training, "validation_file": self.validation}
+        return {param: asked for param, asked in given.items() if asked is not None}
 
 
 class Refusal(BaseModel):
@@ -55,8 +64,13 @@ class Refusal(BaseModel):
 
 
 class Answer(BaseModel):
-    """Reports on the sets that were made, and how alike the rows of all are; or why it cannot be done."""
+    """Reports on the sets that were made, and how alike the rows of all are; or why it cannot be done.
 
+    `examined` is by parameter. Where it holds a file that cannot be trained on, there is nothing else.
+    """
+
+    examined: dict[str, Report] = {}
+    preview: tuple[RowPreview, ...] = ()
     training: FileReport | None = None
     validation: FileReport | None = None
     split: SplitReport | None = None
@@ -75,37 +89,53 @@ def main() -> int:
 
 
 def _answer(order: Order) -> Answer:
-    made, renderer = dict[str, FileReport](), Renderer.open(order.card)
-    for param, asked in (("training_file", order.training), ("validation_file", order.validation)):
-        if asked is None or asked.source is None:
-            continue
+    answer = Answer()
+    sources = {param: asked.source for param, asked in order.files().items() if asked.source is not None}
+    if order.examines:
+        answer.examined = {param: data.examine(_lines(source)) for param, source in sources.items()}
+        if not all(report.is_valid and report.format in data.TRAINED for report in answer.examined.values()):
+            return answer
+    renderer = Renderer.open(order.card)
+    for param, source in sources.items():
         try:
-            report = made[param.removesuffix("_file")] = _tokenise(asked.source, asked.tokens, renderer, order)
+            report = _tokenise(source, order.files()[param].tokens, renderer, order)
         except RowError as error:  # validated once, by a release that knew less
             return Answer(refused=Refusal(param=param, message=str(error)))
         if report.examples == 0:
             reasons = [f"; line {problem.line}: {problem.message}" for problem in report.problems[:1]]
-            return Answer(refused=Refusal(param=param, message="".join(["no row can be trained on", *reasons])))
-    paths, split_report = [asked.tokens for asked in (order.training, order.validation) if asked], None
+            answer.refused = Refusal(param=param, message="".join(["no row can be trained on", *reasons]))
+            return answer
+        setattr(answer, param.removesuffix("_file"), report)
+    if order.preview_rows:
+        answer.preview = _preview(sources["training_file"], renderer, order)
+    paths = [asked.tokens for asked in order.files().values()]
     if order.split is not None:
         try:
-            split_report = _split(order.training.tokens, order.split)
+            answer.split = _split(order.training.tokens, order.split)
         except NothingLeft as error:
             message = f"{error}; lower training.validation_split"
-            return Answer(refused=Refusal(param="training.validation_split", message=message))
+            answer.refused = Refusal(param="training.validation_split", message=message)
+            return answer
         paths = [order.split.kept, order.split.held_back]
     with ExitStack() as stack:
         readers = [stack.enter_context(TokenReader(path)) for path in paths]
-        likeness = duplicates.compare(*readers, folder=order.training.tokens.parent)
-    return Answer(training=made.get("training"), validation=made.get("validation"), split=split_report, likeness=likeness)
+        answer.likeness = duplicates.compare(*readers, folder=order.training.tokens.parent)
+    return answer
+
+
+def _lines(source: Path) -> Iterator[bytes]:
+    with source.open("rb") as file:
+        yield from data.split_lines(iter(lambda: file.read(tokenise.CHUNK_BYTES), b""))
 
 
 def _tokenise(source: Path, tokens: Path, renderer: Renderer, order: Order) -> FileReport:
-    with source.open("rb") as file:
-        lines = data.split_lines(iter(lambda: file.read(tokenise.CHUNK_BYTES), b""))
-        return tokenise.tokenise_to(
-            tokens, data.read(lines), renderer, max_seq_length=order.max_seq_length, long_rows=order.long_rows
-        )
+    chats = data.read(_lines(source))
+    return tokenise.tokenise_to(tokens, chats, renderer, max_seq_length=order.max_seq_length, long_rows=order.long_rows)
+
+
+def _preview(source: Path, renderer: Renderer, order: Order) -> tuple[RowPreview, ...]:
+    limits = {"max_seq_length": order.max_seq_length, "rows": order.preview_rows}
+    return tuple(preview(data.read(_lines(source)), renderer, long_rows=order.long_rows, **limits))
 
 
 def _split(tokens: Path, asked: SplitOrder) -> SplitReport:

@@ -1,0 +1,137 @@
+"""Files looked at while somebody waits: tokenised as for a job, in a process with limits, and thrown away.
+
+Of a file that is longer than a sample only the beginning is looked at.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import BoundedSemaphore
+from typing import Final
+
+from pydantic import BaseModel
+
+from app.core import cards, limited, spec
+from app.core.errors import Unavailable
+from app.core.preview import ROWS
+from app.core.settings import MIB
+from app.core.storage import Storage
+from app.core.tokens.tokeniser import Answer, Order, Refusal, SetOrder, SplitOrder
+from app.models import File
+
+SAMPLE_BYTES: Final = 4 * MIB  # three thousand rows of a usual length
+MEMORY_BYTES, CPU_SECONDS, WALL_SECONDS = 1024 * MIB, 60, 30.0
+AT_ONCE, PATIENCE_SECONDS = 2, 5.0  # in a process of the API: each takes a core or two, and memory
+
+_places = BoundedSemaphore(AT_ONCE)
+
+
+class Sample(BaseModel):
+    """How much of a file was looked at, always from its beginning."""
+
+    rows: int
+    bytes: int
+    of_bytes: int
+
+    @property
+    def scale(self) -> float:
+        """By how much the file is longer."""
+        return self.of_bytes / max(1, self.bytes)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Files by the name of the API's parameter, and how a job would tokenise them. `examines`: they were not validated yet."""
+
+    files: Mapping[str, File]
+    base: str
+    card_facts: bytes
+    max_seq_length: int
+    options: spec.TrainingOptions
+    seed: int
+    examines: bool
+
+
+@dataclass(frozen=True)
+class Glance:
+    """`sampled` has those files that were not looked at whole."""
+
+    answer: Answer
+    sampled: dict[str, Sample]
+
+
+def look(storage: Storage, wanted: Wanted) -> Glance:
+    """Raises Unavailable: storage is away, a tokenizer was not published yet, or too many look at once."""
+    with _place(), TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = cards.read_tokenizer(storage, wanted.base, wanted.card_facts)
+        cards.write(wanted.card_facts, tokenizer, folder)
+        samples = {param: _fetch(storage, file, _source(folder, param)) for param, file in wanted.files.items()}
+        answer = _ask(_order(wanted, folder, samples["training_file"]))
+    rows = {"training_file": answer.training, "validation_file": answer.validation}
+    sampled = {
+        param: sample.model_copy(update={"rows": report.rows if (report := rows[param]) else 0})
+        for param, sample in samples.items()
+        if sample.bytes < sample.of_bytes
+    }
+    return Glance(answer, sampled)
+
+
+@contextmanager
+def _place() -> Iterator[None]:
+    if not _places.acquire(timeout=PATIENCE_SECONDS):
+        raise Unavailable("too many dry runs at once; try again shortly", code="dry_run_busy")
+    try:
+        yield
+    finally:
+        _places.release()
+
+
+def _source(folder: Path, param: str) -> Path:
+    return folder / f"{param}.jsonl"
+
+
+def _fetch(storage: Storage, file: File, path: Path) -> Sample:
+    """All of a file, or as many whole lines of its beginning as make a sample."""
+    text = storage.get_beginning(file.storage_key, SAMPLE_BYTES) if file.size_bytes else b""
+    if len(text) < file.size_bytes:
+        text = text[: text.rfind(b"\n") + 1]
+    path.write_bytes(text)
+    return Sample(rows=0, bytes=len(text), of_bytes=file.size_bytes)
+
+
+def _order(wanted: Wanted, folder: Path, training: Sample) -> Order:
+    sets = {param: SetOrder(tokens=folder / f"{param}.safetensors", source=_source(folder, param)) for param in wanted.files}
+    part = wanted.options.validation_split
+    if isinstance(part, int):  # rows of the whole file
+        part = max(1, round(part / training.scale))
+    halves = {name: folder / f"{name}.safetensors" for name in ("kept", "held_back")}
+    return Order(
+        card=folder,
+        max_seq_length=wanted.max_seq_length,
+        long_rows=wanted.options.long_rows,
+        training=sets["training_file"],
+        validation=sets.get("validation_file"),
+        split=None if part is None else SplitOrder(part=part, seed=wanted.seed, **halves),
+        examines=wanted.examines,
+        preview_rows=ROWS,
+    )
+
+
+def _ask(order: Order) -> Answer:
+    try:
+        said = limited.run(
+            "app.core.tokens.tokeniser",
+            order.model_dump_json(),
+            memory_bytes=MEMORY_BYTES,
+            cpu_seconds=CPU_SECONDS,
+            wall_seconds=WALL_SECONDS,
+        )
+    except limited.TookTooMuch as error:
+        message = f"looking at the file took {error}: split rows that are very long"
+        return Answer(refused=Refusal(param="training_file", message=message))
+    except limited.Died as died:
+        raise Unavailable("the dry run was not finished; try again shortly", code="dry_run_unfinished") from died
+    return Answer.model_validate_json(said)

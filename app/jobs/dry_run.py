@@ -1,0 +1,268 @@
+"""What would come of a job, told before there is one: all is looked at and decided as for a job, and nothing is kept."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from sqlalchemy import orm
+
+from app import db
+from app.accounts.caller import Caller
+from app.core import cards, prices, spec
+from app.core.catalog import Base, Catalog
+from app.core.clock import unix
+from app.core.data import Report
+from app.core.data_report import Comparison, DataReport, FileReport
+from app.core.errors import AppError, Conflict
+from app.core.preview import RowPreview
+from app.core.prices import Price
+from app.core.settings import MIB, Settings
+from app.core.storage import Storage
+from app.core.tokens import keys
+from app.files import derived, glance
+from app.files import service as files
+from app.files.glance import Glance, Sample, Wanted
+from app.jobs import admission, queue, throughput
+from app.jobs.admission import Admission, Data
+from app.jobs.queue import Place
+from app.jobs.schemas import JobCreate, PlaceOut, shown_hyperparameters, shown_training
+from app.models import File
+
+
+class Reason(BaseModel):
+    """Why the job would be refused, or would fail before it trains."""
+
+    code: str
+    message: str
+    param: str | None
+
+
+class Duration(BaseModel):
+    """A worker's time for the whole job, at the median speed of what was trained on this base in this tier before."""
+
+    seconds: float
+    tokens_per_second: float
+
+
+class DryRunOut(BaseModel):
+    """The answer to a dry run. What cannot be told, because of a problem or for want of a measurement, is null.
+
+    `files` holds the first look at each file, `data_report` the second; `plan` and the settings are as a job shows them.
+    `sampled` names the files too long to be looked at whole: what is counted, and all that follows from it, is estimated.
+    """
+
+    object: Literal["fine_tuning.job.dry_run"] = "fine_tuning.job.dry_run"
+    ok: bool
+    problems: list[Reason]
+    warnings: list[str]
+    model: str
+    base_model: str
+    training_file: str
+    validation_file: str | None
+    files: dict[str, Report]
+    sampled: dict[str, Sample]
+    data_report: DataReport | None
+    preview: list[RowPreview]
+    hyperparameters: dict[str, Any]
+    adapter: dict[str, Any]
+    quantization: dict[str, Any]
+    training: dict[str, Any]
+    plan: dict[str, Any] | None
+    time: Duration | None
+    price: Price | None
+    queue: PlaceOut | None
+    estimated_finish: int | None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request, understood. `files` and `reports` are by the name of the API's parameter; a file not validated yet has none."""
+
+    base: Base
+    requested: spec.Requested
+    seed: int
+    files: dict[str, File]
+    reports: dict[str, Report]
+
+    @property
+    def max_seq_length(self) -> int:
+        return spec.max_seq_length(self.requested, self.base)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the files gave."""
+
+    reports: dict[str, Report]
+    reasons: list[Reason]
+    report: DataReport | None = None
+    preview: tuple[RowPreview, ...] = ()
+    sampled: dict[str, Sample] = field(default_factory=dict)
+
+
+class DryRunner:
+    """Holds what all dry runs of a process share. No transaction is open while files are looked at."""
+
+    def __init__(self, sessions: orm.sessionmaker[orm.Session], storage: Storage, catalog: Catalog, settings: Settings) -> None:
+        self._sessions, self._storage, self._catalog, self._settings = sessions, storage, catalog, settings
+        self._prices = prices.load(settings.price_file)
+
+    def run(self, caller: Caller, request: JobCreate) -> DryRunOut:
+        """Raises what creating the job would raise, but for what is wrong with its files: that is in the answer. Unavailable."""
+        with self._session(caller) as session:
+            asked = self._understand(session, caller, request)
+        seen = self._look(caller, asked)
+        reasons, admitted = list(seen.reasons), None
+        try:
+            admitted = self._admit(asked, seen)
+        except AppError as refused:
+            reasons.append(_reason(refused))
+        with self._session(caller) as session:
+            place = queue.place_of_next(session, admitted.queue) if admitted else None
+            duration = _duration(session, asked, admitted)
+        return DryRunOut(
+            ok=not reasons,
+            problems=reasons,
+            warnings=[*_of_samples(seen), *(seen.report.warnings() if seen.report else ())],
+            model=request.model,
+            base_model=asked.base.id,
+            training_file=request.training_file,
+            validation_file=request.validation_file,
+            files=seen.reports,
+            sampled=seen.sampled,
+            data_report=seen.report,
+            preview=list(seen.preview),
+            hyperparameters=shown_hyperparameters(asked.requested, admitted.spec if admitted else None),
+            adapter=asked.requested.adapter.model_dump(mode="json"),
+            quantization=asked.requested.quantization.model_dump(mode="json"),
+            training=shown_training(asked.requested, admitted.spec if admitted else None),
+            plan=admitted.shown() if admitted else None,
+            time=duration,
+            price=self._prices.price(asked.base.id, admitted.total_tokens) if admitted else None,
+            queue=PlaceOut.of(place) if place else None,
+            estimated_finish=_finish(place, duration),
+        )
+
+    def _session(self, caller: Caller) -> AbstractContextManager[orm.Session]:
+        return db.organization_session(self._sessions, caller.organization_id)
+
+    def _understand(self, session: orm.Session, caller: Caller, request: JobCreate) -> _Asked:
+        base, requested = self._catalog.resolve(request.model), request.requested()
+        training, gpu = self._settings.training, self._settings.gpu
+        admission.first_queue(base, requested, among=training.tiers, gpu=gpu, catalog=self._catalog)
+        named = {"training_file": request.training_file, "validation_file": request.validation_file}
+        found = {param: files.get(session, caller, file_id, param=param) for param, file_id in named.items() if file_id}
+        for param, file in found.items():
+            files.require_purpose(file, param=param)
+        reports = {param: Report.model_validate(file.report) for param, file in found.items() if file.report}
+        return _Asked(base, requested, request.seed or 0, found, reports)
+
+    def _look(self, caller: Caller, asked: _Asked) -> _Seen:
+        known_reasons = [reason for param, file in asked.files.items() for reason in _untrainable(file, param)]
+        if known_reasons:
+            return _Seen(asked.reports, known_reasons)
+        facts = cards.read_facts(self._storage, asked.base.id)
+        known = self._known(caller, asked, facts)
+        wanted = Wanted(
+            files=asked.files,
+            base=asked.base.id,
+            card_facts=facts,
+            max_seq_length=asked.max_seq_length,
+            options=asked.requested.training,
+            seed=asked.seed,
+            examines=len(asked.reports) < len(asked.files),
+        )
+        return _seen(asked, glance.look(self._storage, wanted), known)
+
+    def _known(self, caller: Caller, asked: _Asked, card_facts: bytes) -> DataReport | None:
+        """What a job with the same files has found out of all their rows. A split depends on the seed, and is not looked for."""
+        options = asked.requested.training
+        if options.validation_split is not None:
+            return None
+        sets = {
+            param: keys.of_set(file.sha256, card_facts, max_seq_length=asked.max_seq_length, long_rows=options.long_rows)
+            for param, file in asked.files.items()
+        }
+        likeness = keys.of_likeness(*sets.values())
+        with self._session(caller) as session:
+            known = derived.look_up(session, caller.organization_id, {*sets.values(), likeness})
+        if likeness not in known or not known.keys() >= set(sets.values()):
+            return None
+        reports = {param: FileReport.model_validate(known[key].facts) for param, key in sets.items()}
+        return DataReport(
+            training=reports["training_file"],
+            validation=reports.get("validation_file"),
+            likeness=Comparison.model_validate(known[likeness].facts),
+        )
+
+    def _admit(self, asked: _Asked, seen: _Seen) -> Admission | None:
+        """Raises BadRequest."""
+        if seen.report is None:
+            return None
+        scales = {param: sample.scale for param, sample in seen.sampled.items()}
+        training = scales.get("training_file", 1.0)
+        validation = scales.get("validation_file", 1.0) if "validation_file" in asked.files else training
+        return admission.admit(
+            asked.base,
+            asked.requested,
+            Data.of(seen.report).scaled(training, validation),
+            seed=asked.seed,
+            among=self._settings.training.tiers,
+            gpu=self._settings.gpu,
+            catalog=self._catalog,
+        )
+
+
+def _untrainable(file: File, param: str) -> Iterator[Reason]:
+    try:
+        files.require_trainable(file, param=param)
+    except Conflict as refused:
+        yield _reason(refused)
+
+
+def _seen(asked: _Asked, glanced: Glance, known: DataReport | None) -> _Seen:
+    answer, sampled = glanced.answer, {} if known else glanced.sampled
+    reasons = [reason for param, report in answer.examined.items() for reason in _unfit(asked.files[param], report, param)]
+    if answer.refused:
+        reasons.append(Reason(code="invalid_file", message=answer.refused.message, param=answer.refused.param))
+    report = known
+    if answer.training is not None and answer.likeness is not None and known is None:
+        report = DataReport(training=answer.training, validation=answer.validation, split=answer.split, likeness=answer.likeness)
+    return _Seen(answer.examined | asked.reports, reasons, None if reasons else report, answer.preview, sampled)
+
+
+def _unfit(file: File, report: Report, param: str) -> Iterator[Reason]:
+    """Why a file that was examined just now cannot be trained on."""
+    if not report.is_valid:
+        yield Reason(code="invalid_file", message=f"{file.id} is not valid: {report.summary()}", param=param)
+        return
+    try:
+        files.require_trained_format(report.format, file.id, param=param)
+    except Conflict as refused:
+        yield _reason(refused)
+
+
+def _reason(refused: AppError) -> Reason:
+    return Reason(code=refused.code or "invalid_value", message=str(refused), param=refused.param)
+
+
+def _of_samples(seen: _Seen) -> Iterator[str]:
+    for param, sample in seen.sampled.items():
+        yield (
+            f"{param}: the first {sample.rows} rows were looked at, {sample.bytes / MIB:.0f} of {sample.of_bytes / MIB:.0f} MiB; "
+            "counts, time and price are estimated from them, and a longer row further on takes more memory"
+        )
+
+
+def _duration(session: orm.Session, asked: _Asked, admitted: Admission | None) -> Duration | None:
+    if admitted is None:
+        return None
+    speed = throughput.tokens_per_second(session, queue=admitted.queue, base=asked.base.id)
+    return Duration(seconds=admitted.total_tokens / speed, tokens_per_second=speed) if speed else None
+
+
+def _finish(place: Place | None, duration: Duration | None) -> int | None:
+    started = unix(place.starts_at) if place else None
+    return round(started + duration.seconds) if started is not None and duration else None
