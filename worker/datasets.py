@@ -26,7 +26,7 @@ from worker.services import Services
 
 log = structlog.get_logger()
 
-MEMORY_BYTES: Final = 1024 * 1024 * 1024  # bench/data_tokens.py shows what is really taken
+MEMORY_BYTES: Final = 1024 * 1024 * 1024  # bench/second_pass.py shows what is really taken
 CPU_PER_WALL = 2  # seconds of the processor for each of the clock, after which another would take the job
 _PREFIX, _LEFT_BEHIND_SECONDS = "tokens-", 24 * 3600
 
