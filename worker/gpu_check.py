@@ -269,7 +269,7 @@ def _served_logits(bench: Bench, tokens: tuple[int, ...]) -> Tensor:
     loaded = bench.load(for_training=False)
     found = adapter.open(bench.paths("straight").output, base=loaded, max_rank=128)
     runner = ModelRunner(loaded.model)
-    weights = lora.prepare(found.modules, rank=found.rank, scaling=found.scaling, dtype=runner.lora_dtype, device=runner.device)
+    weights = lora.prepare(found, dtype=runner.lora_dtype, device=runner.device)
     request = GenerateRequest(request_id="gpu-check", prompt=tokens, sampling=Sampling(max_tokens=1, temperature=0))
     sequence = Sequence(
         request,

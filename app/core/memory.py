@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from app.core.catalog import Architecture
-from app.core.spec import TARGETS, LoraSpec
+from app.core.spec import TARGETS, LoraSpec, OptimizerKind
 
 GIB = 1024**3
 
@@ -15,6 +15,11 @@ Device = Literal["cpu", "cuda"]
 BYTES_PER_NF4 = {True: 0.515869, False: 0.5625}  # with and without double quantization
 LOGITS_AT_ONCE = 2**25  # of the chunked cross-entropy: worker/training/loss.py
 _LOGITS_ALIVE = 4 * 2  # 16-bit logits, their gradient, and as much again that the compiler may need between them
+
+
+_EIGHT_BITS = 2 + 8 / 256  # two moments and the scales of their blocks
+# paged ones are counted as if they were on the card: while a step is made they are
+_MOMENTS: dict[OptimizerKind, float] = {"adamw_8bit": _EIGHT_BITS, "paged_adamw_8bit": _EIGHT_BITS, "adamw_32bit": 8}
 
 
 class PerToken(NamedTuple):
@@ -41,7 +46,7 @@ class Trainer:
     slack: float  # part of what comes and goes that fragmentation adds
     context_bytes: float  # libraries, compiled kernels, CUDA's context
     is_last_kept: bool = False  # where layers are computed again, the last one, with which the backward begins, is not
-    state_bytes: float = 4 + 4 + 2 + 8 / 256  # for each parameter of the adapter: fp32 master, gradient, 8-bit moments, scales
+    state_bytes: float = 4 + 4 + _MOMENTS["adamw_8bit"]  # for each parameter of the adapter: fp32 master, gradient, moments
     embedding_bytes: int = 2
 
 
@@ -85,7 +90,7 @@ class Memory(BaseModel):
         return self.tensor_bytes + self.slack + self.context
 
 
-def trainer_of(model: Architecture, lora: LoraSpec, device: Device) -> Trainer:
+def trainer_of(model: Architecture, lora: LoraSpec, device: Device, optimizer: OptimizerKind = "adamw_8bit") -> Trainer:
     """Ours: the decoder written out where it knows the model, else transformers' own."""
     slack, context_bytes = _ON[device]
     if is_written_out(model, lora):
@@ -93,7 +98,15 @@ def trainer_of(model: Architecture, lora: LoraSpec, device: Device) -> Trainer:
     else:
         optional = ((model.head_norms, _STOCK_HEAD_NORMS), (model.more_norms, _STOCK_MORE_NORMS), (lora.dropout, _STOCK_DROPOUT))
         kept = [_STOCK, *(part for is_there, part in optional if is_there)]
-    return Trainer(_sum(kept), _PASSING, None, slack, context_bytes, is_last_kept=is_written_out(model, lora))
+    return Trainer(
+        _sum(kept),
+        _PASSING,
+        None,
+        slack,
+        context_bytes,
+        is_last_kept=is_written_out(model, lora),
+        state_bytes=4 + 4 + _MOMENTS[optimizer],
+    )
 
 
 def is_written_out(model: Architecture, lora: LoraSpec) -> bool:

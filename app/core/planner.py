@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from app.core import memory
 from app.core.catalog import Architecture, Base
 from app.core.memory import Device, Memory
-from app.core.spec import LoraSpec
+from app.core.spec import LoraSpec, OptimizerKind
 
 # At 4,096 tokens at once an 8B spends 4 % of its time on making 4-bit weights dense, at 512 it is 23 %; computing layers again is
 # half as much work again. So tokens are given up first, down to FEWEST_KEPT, and only then layers are computed again.
@@ -37,10 +37,16 @@ class Run(_Frozen):
     model: Architecture
     lora: LoraSpec
     double_quant: bool = True
+    optimizer: OptimizerKind = "adamw_8bit"
     longest_tokens: int
     mean_tokens: float
     batch_size: int
     micro_batch_tokens: int | None = None
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Paged states are a service of the card's driver."""
+        return self.optimizer == "paged_adamw_8bit"
 
 
 class Room(_Frozen):
@@ -141,7 +147,7 @@ def _planned(run: Run, room: Room, micro_batch_tokens: int, is_checkpointing: bo
         run.model,
         run.lora,
         micro_batch_tokens=micro_batch_tokens,
-        trainer=memory.trainer_of(run.model, run.lora, room.device),
+        trainer=memory.trainer_of(run.model, run.lora, room.device, run.optimizer),
         double_quant=run.double_quant,
         is_checkpointing=is_checkpointing,
     )

@@ -1,14 +1,18 @@
 """What a run is told: what was asked for, and the frozen value it resolves to, stored with the job and in the manifest."""
 
 import math
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.core.catalog import Base
 
 LongRows = Literal["drop", "truncate"]
 Part = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(strict=True, ge=1)]  # of all rows, or rows
+
+OptimizerKind = Literal["adamw_8bit", "paged_adamw_8bit", "adamw_32bit"]
+Scheduler = Literal["cosine", "linear", "constant"]
+Initialisation = Annotated[bool, Field(strict=True)] | Literal["gaussian", "orthogonal"]
 
 AUTO: Final = "auto"
 Auto = Literal["auto"]
@@ -22,13 +26,35 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _later(default: Any, **limits: Any) -> Any:
+    """A field that came after the first release: told only where it says something else than its default.
+
+    So what an old spec is known by stays (worker/training/checkpoint.py: Identity), and an old release reads a new spec that asks
+    for nothing new.
+    """
+    return Field(default=default, exclude_if=lambda value: value == default, **limits)
+
+
 class LoraSpec(_Frozen):
-    """The adapter's shape. `all-linear` is every linear layer of the decoder: what decides quality in the QLoRA paper."""
+    """The adapter's shape. `all-linear` is every linear layer of the decoder: what decides quality in the QLoRA paper.
+
+    `use_rslora`: its product is scaled by alpha / √rank (arXiv:2312.03732) instead of alpha / rank. `init_lora_weights` is as in
+    PEFT: true draws A as linear layers are drawn, "gaussian" from a normal distribution, both with B zero; "orthogonal" draws A
+    and B with B A = 0; false draws both, so that training starts beside the base.
+    """
 
     rank: int = Field(default=16, ge=1, le=128)
     alpha: float = Field(default=32, gt=0, le=512)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | Annotated[tuple[Target, ...], Field(min_length=1)] = "all-linear"
+    use_rslora: bool = _later(False)
+    init_lora_weights: Initialisation = _later(True)
+
+    @model_validator(mode="after")
+    def _halves(self) -> "LoraSpec":
+        if self.init_lora_weights == "orthogonal" and self.rank % 2:
+            raise ValueError("have an even rank with init_lora_weights 'orthogonal', which gives half of it to A and half to B")
+        return self
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -44,12 +70,19 @@ class QuantizationSpec(_Frozen):
 
 
 class OptimizerSpec(_Frozen):
-    """AdamW with 8-bit states on fp32 masters; a linear warm-up, then a cosine to zero."""
+    """AdamW on fp32 masters; a linear warm-up to `learning_rate`, then down to `min_rate_ratio` of it, or not at all.
+
+    B learns `lora_plus_ratio` times as fast as A (LoRA+, arXiv:2402.12354).
+    """
 
     learning_rate: float = Field(gt=0, le=1)
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    kind: OptimizerKind = _later("adamw_8bit")
+    scheduler: Scheduler = _later("cosine")
+    min_rate_ratio: float = _later(0.0, ge=0, lt=1)
+    lora_plus_ratio: float = _later(1.0, ge=1, le=1000)
 
 
 class TrainSpec(_Frozen):
@@ -92,7 +125,17 @@ class TrainingOptions(_Frozen):
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    optimizer: OptimizerKind = _later("adamw_8bit")
+    scheduler: Scheduler = _later("cosine")
+    min_learning_rate_ratio: float = _later(0.0, ge=0, lt=1)
+    lora_plus_ratio: float = _later(1.0, ge=1, le=1000)
     checkpoint_every_steps: Auto | Annotated[int, Field(strict=True, ge=1)] = AUTO
+
+    @model_validator(mode="after")
+    def _falls(self) -> "TrainingOptions":
+        if self.scheduler == "constant" and self.min_learning_rate_ratio:
+            raise ValueError("leave out min_learning_rate_ratio with a constant scheduler: its rate does not fall")
+        return self
 
 
 class Requested(_Frozen):
@@ -134,6 +177,10 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
             warmup_ratio=options.warmup_ratio,
             weight_decay=options.weight_decay,
             max_grad_norm=options.max_grad_norm,
+            kind=options.optimizer,
+            scheduler=options.scheduler,
+            min_rate_ratio=options.min_learning_rate_ratio,
+            lora_plus_ratio=options.lora_plus_ratio,
         ),
     )
 

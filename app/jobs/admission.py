@@ -110,6 +110,7 @@ def admit(
         model=base.architecture,
         lora=resolved.lora,
         double_quant=resolved.quantization.double_quant,
+        optimizer=resolved.optimizer.kind,
         longest_tokens=data.longest,
         mean_tokens=data.tokens / data.examples,
         batch_size=resolved.batch_size,
@@ -128,16 +129,26 @@ def first_queue(base: Base, requested: Requested, *, among: Set[str], gpu: GpuSe
 
     Raises NoRoom; BadRequest for a base that no worker holds.
     """
-    shortest = Run(model=base.architecture, lora=requested.adapter, longest_tokens=planner.FEWEST, mean_tokens=1, batch_size=1)
+    shortest = Run(
+        model=base.architecture,
+        lora=requested.adapter,
+        optimizer=requested.training.optimizer,
+        longest_tokens=planner.FEWEST,
+        mean_tokens=1,
+        batch_size=1,
+    )
     return f"train.{_placed(shortest, base, among, gpu, catalog).room.tier}"
 
 
 def _placed(run: Run, base: Base, among: Set[str], gpu: GpuSettings, catalog: Catalog) -> Plan:
     rooms = [tiers.room(tier, gpu) for tier in tiers.holding(base, among)]
+    has = ", ".join("cpu" if tier == tiers.CPU else f"{tier} GB" for tier in sorted(among))
     if not rooms:
-        has = ", ".join("cpu" if tier == tiers.CPU else f"{tier} GB" for tier in sorted(among))
         message = f"{base.id} needs a GPU worker of {base.tier} GB; this installation has: {has}"
         raise BadRequest(message, param="model", code="no_worker_for_model")
+    if run.needs_gpu and not (rooms := [room for room in rooms if room.device != "cpu"]):
+        message = f"{run.optimizer} needs a GPU, whose driver pages the states; this installation has: {has}; use adamw_8bit"
+        raise BadRequest(message, param="training.optimizer", code="unsupported_parameter")
     plan = planner.plan(run, rooms)
     if not plan.fits:
         raise _no_room(run, plan, catalog)

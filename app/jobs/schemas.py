@@ -183,8 +183,8 @@ class JobOut(BaseModel):
             user_provided_suffix=job.suffix,
             paused=job.state == JobState.PAUSED,
             base_model=job.base,
-            adapter=requested.adapter.model_dump(mode="json"),
-            quantization=requested.quantization.model_dump(mode="json"),
+            adapter=dict(requested.adapter),
+            quantization=dict(requested.quantization),
             training=shown_training(requested, resolved),
             plan=job.plan,
             data_report=job.data_report,
@@ -297,7 +297,7 @@ def shown_hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | 
 
 
 def shown_training(requested: spec.Requested, resolved: spec.TrainSpec | None) -> dict[str, Any]:
-    shown = requested.training.model_dump(mode="json")
+    shown = dict(requested.training)  # `model_dump` leaves out what is as it always was
     if resolved:
         shown |= {
             "learning_rate": resolved.optimizer.learning_rate,

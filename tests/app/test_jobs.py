@@ -114,6 +114,7 @@ def test_the_sdks_own_retry_makes_no_second_job(http: httpx.Client, file_id: str
         ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "unsupported_parameter"),
         ({"adapter": {"rank": 4096}}, 400, "adapter.rank", None),
         ({"adapter": {"target_modules": []}}, 400, "adapter.target_modules", None),
+        ({"training": {"optimizer": "paged_adamw_8bit"}}, 400, "training.optimizer", "unsupported_parameter"),
         ({"quantization": {"double_quant": False}}, 400, "quantization.double_quant", None),
         ({"metadata": {"k": "v" * 513}}, 400, "metadata.k", None),
         ({"modle": "x"}, 400, "modle", "unknown_parameter"),

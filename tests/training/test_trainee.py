@@ -177,6 +177,25 @@ def test_the_adapter_is_drawn_from_the_seed(tiny: LoadedBase) -> None:
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
+def test_an_orthogonal_adapter_begins_at_the_base_with_neither_half_zero(tiny: LoadedBase) -> None:
+    with adapted(tiny, make.spec(lora={"init_lora_weights": "orthogonal"})) as trainee:
+        a_RI, b_OR = trainee.parameters[0], trainee.parameters[1]
+        assert torch.linalg.matrix_rank(a_RI) == torch.linalg.matrix_rank(b_OR) == len(a_RI) // 2
+        torch.testing.assert_close(b_OR @ a_RI, torch.zeros(len(b_OR), a_RI.shape[1]))
+
+
+def test_lora_plus_trains_the_second_factor_faster(tiny: LoadedBase) -> None:
+    with adapted(tiny, make.spec()) as trainee:
+        names = [
+            name
+            for name, parameter in trainee.model.named_parameters()
+            if any(parameter is one for one in trainee.fast_parameters)
+        ]
+
+    assert len(names) == 2 * 7
+    assert all("lora_B" in name for name in names)
+
+
 def test_only_the_asked_for_modules_are_trained(tiny: LoadedBase) -> None:
     with adapted(tiny, make.spec(lora={"target_modules": ("q_proj", "v_proj")})) as trainee:
         names = [name for name, parameter in trainee.model.named_parameters() if parameter.requires_grad]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from worker.model.adapter import AdapterWeights
+
 
 @dataclass(frozen=True, eq=False)
 class LoraWeights:
@@ -19,15 +21,13 @@ class LoraWeights:
         return sum(part.nbytes for pair in self.modules.values() for part in pair)
 
 
-def prepare(
-    modules: Mapping[str, tuple[Tensor, Tensor]], *, rank: int, scaling: float, dtype: torch.dtype, device: torch.device
-) -> LoraWeights:
+def prepare(weights: AdapterWeights, *, dtype: torch.dtype, device: torch.device) -> LoraWeights:
     """From A [R, I] and B [O, R] as they are stored."""
     made = {
-        name: (a_RI.to(device, dtype).contiguous(), (b_OR.float() * scaling).T.to(device, dtype).contiguous())
-        for name, (a_RI, b_OR) in modules.items()
+        name: (a_RI.to(device, dtype).contiguous(), (b_OR.float() * weights.scaling).T.to(device, dtype).contiguous())
+        for name, (a_RI, b_OR) in weights.modules.items()
     }
-    return LoraWeights(rank, made)
+    return LoraWeights(weights.rank, made)
 
 
 class LoraLayers:

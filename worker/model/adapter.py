@@ -6,6 +6,8 @@ manifest.json               see app.core.manifest; written last
 """
 
 import json
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -47,7 +49,12 @@ class AdapterConfig(BaseModel):
     lora_dropout: float = Field(ge=0, lt=1)
     target_modules: list[str] = Field(min_length=1)
     bias: str = Field(default="none", pattern="^none$")
+    use_rslora: bool = Field(default=False, exclude_if=operator.not_)
     inference_mode: bool = True
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ def open(directory: Path, *, base: LoadedBase, max_rank: int) -> AdapterWeights:
     _require_finite(tensors)
     names = [name for name in base.linear_shapes if f"{_PREFIX}{name}.lora_A.weight" in tensors]
     modules = {name: (tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"]) for name in names}
-    return AdapterWeights(config.r, config.lora_alpha / config.r, modules)
+    return AdapterWeights(config.r, config.scaling, modules)
 
 
 def _config_of(base: BaseEntry, lora: LoraSpec) -> AdapterConfig:
@@ -128,6 +135,7 @@ def _config_of(base: BaseEntry, lora: LoraSpec) -> AdapterConfig:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
+        use_rslora=lora.use_rslora,
     )
 
 

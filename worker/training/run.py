@@ -95,7 +95,7 @@ def _attempt(
     """From the newest checkpoint, or from the start, to the end, or to where it is told to stop. Raises Diverged."""
     spec = identity.spec
     with adapted(identity.base, spec, is_checkpointing=is_checkpointing) as trainee:
-        optimizer = Optimizer(trainee.parameters, spec.optimizer)
+        optimizer = Optimizer(trainee.parameters, spec.optimizer, faster=trainee.fast_parameters)
         measure = partial(_measured, optimizer.device, data.micro_batch_tokens, is_checkpointing)
         keeper = _Keeper(identity, paths, trainee, optimizer, validation, measure, on_event, should_stop)
         state = keeper.restore().slowed(rate_scale)

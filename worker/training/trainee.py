@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from app.core.spec import OptimizerSpec, TrainSpec
@@ -34,6 +35,12 @@ class Trainee:
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def fast_parameters(self) -> list[nn.Parameter]:
+        """Those that LoRA+ trains faster, as PEFT chooses them: B, and vectors."""
+        named = self.model.named_parameters()
+        return [one for name, one in named if one.requires_grad and ("lora_B" in name or one.ndim == 1)]
 
     @torch.no_grad()
     def loss(self, batch: MicroBatch) -> LabelledLoss:
@@ -93,12 +100,16 @@ def adapted(base: LoadedBase, spec: TrainSpec, *, is_checkpointing: bool = False
         lora_alpha=spec.lora.alpha,
         lora_dropout=spec.lora.dropout,
         target_modules=list(spec.lora.targets),
+        use_rslora=spec.lora.use_rslora,
+        init_lora_weights=True if spec.lora.init_lora_weights == "orthogonal" else spec.lora.init_lora_weights,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(spec.seed)
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers by a name that goes in its version 6
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         model = peft.get_peft_model(base.model, config)
+    if spec.lora.init_lora_weights == "orthogonal":
+        _draw_orthogonal(model)
     try:
         inner = base.model.get_decoder()
         is_known = spec.lora.dropout == 0 and decoder.knows(inner, longest=spec.max_seq_length)
@@ -106,6 +117,21 @@ def adapted(base: LoadedBase, spec: TrainSpec, *, is_checkpointing: bool = False
         yield Trainee(model, base, made)
     finally:
         model.unload()
+
+
+@torch.no_grad()
+def _draw_orthogonal(model: Any) -> None:
+    """As PEFT's own: rows of one orthogonal matrix go to A and to B by turns, so that B A = 0.
+
+    PEFT draws in the dtype of the base's weights, which are packed bytes here.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            a_RI, b_OR = (part["default"].weight for part in (module.lora_A, module.lora_B))
+            rank = len(a_RI)
+            turned_RR, _ = torch.linalg.qr(torch.randn(rank, rank))
+            a_RI.copy_((torch.randn(a_RI.shape[1], rank // 2) @ turned_RR[0::2]).T / 10)
+            b_OR.copy_(torch.randn(len(b_OR), rank // 2) @ turned_RR[1::2] / 10)
 
 
 def warm_up(base: LoadedBase) -> None:
