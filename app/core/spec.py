@@ -12,11 +12,19 @@ Part = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(strict=True, g
 
 OptimizerKind = Literal["adamw_8bit", "paged_adamw_8bit", "adamw_32bit"]
 Scheduler = Literal["cosine", "linear", "constant"]
+Publish = Literal["last", "best"]
 Initialisation = Annotated[bool, Field(strict=True)] | Literal["gaussian", "orthogonal"]
 
 AUTO: Final = "auto"
 Auto = Literal["auto"]
 Number = TypeVar("Number", int, float)
+
+# the rules of `auto`: see resolve, and app.core.auto for their reasons
+EXAMPLES_SEEN, MOST_EPOCHS = 800, 10
+STEPS_OF_EPOCH, LARGEST_BATCH = 32, 16
+RATE_OF_LARGE, RATE_OF_SMALL = 2e-4, 1e-3
+LONGEST_UNASKED = 4096
+CHECKPOINTS, JUDGED_CHECKPOINTS = 4, 10
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -85,7 +93,26 @@ class OptimizerSpec(_Frozen):
     lora_plus_ratio: float = _later(1.0, ge=1, le=1000)
 
 
-class TrainSpec(_Frozen):
+class EarlyStopping(_Frozen):
+    """A run ends when `patience` evaluations in a row have not brought the validation loss down by more than `min_delta`."""
+
+    patience: int = Field(ge=1, le=1000, strict=True)
+    min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
+class Judging(_Frozen):
+    """What evaluations decide; each checkpoint has one. `publish`: the adapter of the last step, or that with the lowest loss."""
+
+    early_stopping: EarlyStopping | None = _later(None)
+    publish: Publish = _later("last")
+
+    @property
+    def judges(self) -> bool:
+        """Whether they decide anything."""
+        return self.early_stopping is not None or self.publish == "best"
+
+
+class TrainSpec(Judging):
     """Everything that decides the weights, given base and data.
 
     `batch_size` counts examples per optimizer step; `micro_batch_tokens` bounds the tokens of one forward.
@@ -115,7 +142,7 @@ class Hyperparameters(_Frozen):
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=100)] = AUTO
 
 
-class TrainingOptions(_Frozen):
+class TrainingOptions(Judging):
     """What the API does not know and we offer. `long_rows` and `validation_split` decide the data, and so are in no TrainSpec."""
 
     max_seq_length: Auto | Annotated[int, Field(strict=True, ge=8, le=1_048_576)] = AUTO
@@ -149,7 +176,7 @@ class Requested(_Frozen):
 
 def max_seq_length(requested: Requested, base: Base) -> int:
     """Longer rows are left out, or lose their beginning (`long_rows`). `auto` is what the base can hold, up to 4,096 tokens."""
-    return min(base.context_length, _given(requested.training.max_seq_length, 4096))
+    return min(base.context_length, _given(requested.training.max_seq_length, LONGEST_UNASKED))
 
 
 def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longest: int) -> TrainSpec:
@@ -159,9 +186,10 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
     Rate: 2e-4 as in the QLoRA paper, and more for bases under a billion parameters, which move less per step.
     """
     asked, options = requested.hyperparameters, requested.training
-    n_epochs = _given(asked.n_epochs, min(10, max(1, round(800 / examples))))
-    batch_size = _given(asked.batch_size, min(16, max(1, examples // 32)))
+    n_epochs = _given(asked.n_epochs, min(MOST_EPOCHS, max(1, round(EXAMPLES_SEEN / examples))))
+    batch_size = _given(asked.batch_size, min(LARGEST_BATCH, max(1, examples // STEPS_OF_EPOCH)))
     total_steps = n_epochs * math.ceil(examples / batch_size)
+    checkpoints = JUDGED_CHECKPOINTS if options.judges else CHECKPOINTS
     return TrainSpec(
         base=base.id,
         n_epochs=n_epochs,
@@ -169,7 +197,7 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
         seed=seed,
         max_seq_length=max_seq_length(requested, base),
         micro_batch_tokens=max(longest, 2048),  # an example is never spread over two
-        checkpoint_every_steps=_given(options.checkpoint_every_steps, math.ceil(total_steps / 4)),
+        checkpoint_every_steps=_given(options.checkpoint_every_steps, math.ceil(total_steps / checkpoints)),
         lora=requested.adapter,
         quantization=requested.quantization,
         optimizer=OptimizerSpec(
@@ -182,11 +210,18 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
             min_rate_ratio=options.min_learning_rate_ratio,
             lora_plus_ratio=options.lora_plus_ratio,
         ),
+        early_stopping=options.early_stopping,
+        publish=options.publish,
     )
 
 
+def is_large(base: Base) -> bool:
+    """Whether it has more than a billion parameters."""
+    return base.architecture.linear_parameters > 1e9
+
+
 def _learning_rate(requested: Requested, base: Base) -> float:
-    usual = 2e-4 if base.architecture.linear_parameters > 1e9 else 1e-3
+    usual = RATE_OF_LARGE if is_large(base) else RATE_OF_SMALL
     multiplier = _given(requested.hyperparameters.learning_rate_multiplier, 1.0)
     return min(1.0, _given(requested.training.learning_rate, usual) * multiplier)
 

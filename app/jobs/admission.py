@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from app.core import memory, planner, spec, tiers
+from app.core import auto, memory, planner, spec, tiers
+from app.core.auto import Chosen
 from app.core.catalog import Base, Catalog
 from app.core.data_report import DataReport
 from app.core.errors import BadRequest
@@ -66,6 +67,7 @@ class Admission(BaseModel):
     plan: Plan
     data: Data
     adapter_parameters: int
+    auto: dict[str, Chosen]
 
     @property
     def queue(self) -> str:
@@ -95,6 +97,7 @@ class Admission(BaseModel):
             "predicted_bytes": plan.memory.model_dump(),
             "usable_bytes": plan.room.usable_bytes,
             "reserved_bytes": plan.room.reserved_bytes,
+            "auto": {name: chosen.model_dump() for name, chosen in self.auto.items()},
         }
 
 
@@ -121,6 +124,7 @@ def admit(
         plan=plan,
         data=data,
         adapter_parameters=memory.adapter_parameters(base.architecture, resolved.lora),
+        auto=auto.explain(requested, resolved, base, plan, examples=data.examples),
     )
 
 
