@@ -53,7 +53,7 @@ def list_jobs(
     }
     mine, has_more = jobs.list_page(session, caller, metadata=metadata, after=after, limit=limit)
     places = queue.places(session, mine)
-    return pages.page((mine, has_more), lambda job: JobOut.of(job, places.get(job.id)))
+    return pages.page((mine, has_more), lambda job: JobOut.of(job, places.get(job.id), is_listed=True))
 
 
 @router.get("/jobs/{job_id}")
