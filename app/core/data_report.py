@@ -1,6 +1,7 @@
 """What a job's data is like, told in numbers and line numbers: stored with the job, shown in its object and as warnings."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -88,13 +89,14 @@ class Comparison(_Frozen):
     """`training`: rows like an earlier one of that file; `leaked`: rows of the validation file like one that is trained on.
 
     `compared` rows were long enough to be compared nearly; `boilerplate` is the part of what is said that stands in so many
-    rows that it tells nothing.
+    rows that it tells nothing. Not `is_whole`: so many pairs were near each other that not all were compared.
     """
 
     training: Likeness
     leaked: Likeness | None = None
     compared: int
     boilerplate: float
+    is_whole: bool = True
 
 
 class SplitReport(_Frozen):
@@ -126,6 +128,15 @@ class DataReport(_Frozen):
         if self.validation is not None:
             yield from _of_file(self.validation, " of the validation file")
         yield from _of_likeness(self.likeness)
+
+
+def brief(report: dict[str, Any]) -> dict[str, Any]:
+    """A report as it is stored, this or a file's own, without the rows that it lists: a page of a hundred would be megabytes."""
+
+    def shown(value: Any) -> Any:
+        return brief(value) if isinstance(value, dict) else [] if isinstance(value, list) else value
+
+    return {key: shown(value) for key, value in report.items()}
 
 
 def _of_file(file: FileReport, of_which: str) -> Iterator[str]:

@@ -46,9 +46,10 @@ def _later(default: Any, **limits: Any) -> Any:
 class LoraSpec(_Frozen):
     """The adapter's shape. `all-linear` is every linear layer of the decoder: what decides quality in the QLoRA paper.
 
-    `use_rslora`: its product is scaled by alpha / √rank (arXiv:2312.03732) instead of alpha / rank. `init_lora_weights` is as in
-    PEFT: true draws A as linear layers are drawn, "gaussian" from a normal distribution, both with B zero; "orthogonal" draws A
-    and B with B A = 0; false draws both, so that training starts beside the base.
+    `use_rslora`: its product is scaled by alpha / √rank (arXiv:2312.03732), not by alpha / rank. `use_dora`: the length of each
+    output's weights is trained apart from their direction (arXiv:2402.09353). `init_lora_weights` is as in PEFT: true draws A as
+    linear layers are drawn, "gaussian" from a normal distribution, both with B zero; "orthogonal" draws A and B with B A = 0;
+    false draws both, so that training starts beside the base.
     """
 
     rank: int = Field(default=16, ge=1, le=128)
@@ -56,6 +57,7 @@ class LoraSpec(_Frozen):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | Annotated[tuple[Target, ...], Field(min_length=1)] = "all-linear"
     use_rslora: bool = _later(False)
+    use_dora: bool = _later(False)
     init_lora_weights: Initialisation = _later(True)
 
     @model_validator(mode="after")
@@ -128,6 +130,7 @@ class TrainSpec(Judging):
     lora: LoraSpec = LoraSpec()
     quantization: QuantizationSpec = QuantizationSpec()
     optimizer: OptimizerSpec
+    neftune_noise_alpha: float = _later(0.0, ge=0, le=100)
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole run: the last batch of an epoch may be smaller."""
@@ -156,6 +159,7 @@ class TrainingOptions(Judging):
     scheduler: Scheduler = _later("cosine")
     min_learning_rate_ratio: float = _later(0.0, ge=0, lt=1)
     lora_plus_ratio: float = _later(1.0, ge=1, le=1000)
+    neftune_noise_alpha: float = _later(0.0, ge=0, le=100)
     checkpoint_every_steps: Auto | Annotated[int, Field(strict=True, ge=1)] = AUTO
 
     @model_validator(mode="after")
@@ -212,6 +216,7 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
         ),
         early_stopping=options.early_stopping,
         publish=options.publish,
+        neftune_noise_alpha=options.neftune_noise_alpha,
     )
 
 

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Annotated
 
 import structlog
@@ -87,7 +88,8 @@ def list_files(
     purpose: str | None = None,
 ) -> pages.Page[FileOut]:
     """Your files, newest first."""
-    return pages.page(files.list_page(session, caller, purpose=purpose, after=after, limit=limit, order=order), FileOut.of)
+    found = files.list_page(session, caller, purpose=purpose, after=after, limit=limit, order=order)
+    return pages.page(found, partial(FileOut.of, is_listed=True))
 
 
 @router.get("/files/{file_id}")

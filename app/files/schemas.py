@@ -3,6 +3,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from app.core.clock import unix
+from app.core.data_report import brief
 from app.core.errors import BadRequest
 from app.models import File
 
@@ -11,7 +12,7 @@ _MIN_EXPIRY, _MAX_EXPIRY = 3600, 2_592_000
 
 
 class FileOut(BaseModel):
-    """A file as the SDK knows it; `report` is ours: what validation found, line by line."""
+    """A file as the SDK knows it; `report` is ours: what validation found, line by line. Pages of files leave the lines out."""
 
     id: str
     object: Literal["file"] = "file"
@@ -25,7 +26,7 @@ class FileOut(BaseModel):
     report: dict[str, Any] | None
 
     @classmethod
-    def of(cls, file: File) -> "FileOut":
+    def of(cls, file: File, *, is_listed: bool = False) -> "FileOut":
         return cls(
             id=file.id,
             bytes=file.size_bytes,
@@ -35,7 +36,7 @@ class FileOut(BaseModel):
             purpose=file.purpose,
             status=file.status,
             status_details=file.status_details,
-            report=file.report,
+            report=brief(file.report) if file.report and is_listed else file.report,
         )
 
 

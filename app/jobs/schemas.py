@@ -4,6 +4,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from app.core import spec
 from app.core.clock import unix
+from app.core.data_report import brief
 from app.core.errors import BadRequest
 from app.jobs.queue import Place, Queue
 from app.models import Job, JobCheckpoint, JobEvent, JobState
@@ -165,8 +166,8 @@ class JobOut(BaseModel):
     queue: PlaceOut | None
 
     @classmethod
-    def of(cls, job: Job, place: Place | None = None) -> "JobOut":
-        """`place` is for a job that waits."""
+    def of(cls, job: Job, place: Place | None = None, *, is_listed: bool = False) -> "JobOut":
+        """`place` is for a job that waits. One of a page leaves out the rows that its `data_report` lists."""
         requested = spec.Requested.model_validate(job.request)
         resolved = spec.TrainSpec.model_validate(job.spec) if job.spec else None
         hyperparameters = shown_hyperparameters(requested, resolved)
@@ -195,7 +196,7 @@ class JobOut(BaseModel):
             quantization=dict(requested.quantization),
             training=shown_training(requested, resolved),
             **told_plan(job.plan),
-            data_report=job.data_report,
+            data_report=brief(job.data_report) if job.data_report and is_listed else job.data_report,
             started_at=unix(job.started_at),
             step=job.step,
             attempt=job.attempt,

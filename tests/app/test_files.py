@@ -46,7 +46,9 @@ def test_a_bad_file_says_what_is_wrong_and_where(client: OpenAI, services: Servi
 
     assert checked.status == "error"
     assert checked.status_details is not None and "line 13" in checked.status_details
-    assert (checked.model_extra or {})["report"]["problem_count"] == 1
+    report, listed = ((file.model_extra or {})["report"] for file in (checked, client.files.list().data[0]))
+    assert (report["problem_count"], len(report["problems"])) == (1, 1)
+    assert listed == report | {"problems": [], "warnings": []}  # a page of them would be megabytes
 
 
 def test_a_file_that_storage_damaged_is_not_trained_on(client: OpenAI, services: Services, storage: Storage) -> None:

@@ -62,3 +62,9 @@ def test_states_in_32_bits_take_four_times_those_in_8() -> None:
 
     assert eight == paged
     assert full - eight == pytest.approx(parameters * (8 - 2 - 8 / 256), abs=1)
+
+
+def test_dora_trains_a_length_for_each_output() -> None:
+    plain, dora = (memory.adapter_parameters(SMOL, LoraSpec(use_dora=use_dora)) for use_dora in (False, True))
+
+    assert dora - plain == SMOL.layers * sum(outside for _, outside in SMOL.linear_shapes)

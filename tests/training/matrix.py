@@ -39,6 +39,13 @@ CASES = (
     Case("target_modules q_proj, v_proj", {"lora": {"target_modules": ("q_proj", "v_proj")}}),
     Case("dropout 0.1", {"lora": {"dropout": 0.1}}, quick=False),
     Case("use_rslora", {"lora": {"use_rslora": True}}),
+    Case("use_dora", {"lora": {"use_dora": True}}, quick=False),
+    Case(
+        "use_dora with rsLoRA and LoRA+",
+        {"lora": {"use_dora": True, "use_rslora": True}, "optimizer": {"lora_plus_ratio": 4}},
+        quick=False,
+    ),
+    Case("neftune_noise_alpha 5", {"neftune_noise_alpha": 5}),
     Case("init_lora_weights gaussian", {"lora": {"init_lora_weights": "gaussian"}}),
     Case("init_lora_weights orthogonal", {"lora": {"init_lora_weights": "orthogonal"}}),
     Case("init_lora_weights false", {"lora": {"init_lora_weights": False}}),

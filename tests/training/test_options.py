@@ -37,7 +37,13 @@ def usual(tiny: LoadedBase, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.option)
 def test_an_option_trains_resumes_and_is_served(
-    case: Case, usual: bytes, tiny: LoadedBase, plain: LoadedBase, fresh: Callable[[], LoadedBase], tmp_path: Path
+    case: Case,
+    usual: bytes,
+    tiny: LoadedBase,
+    exact: LoadedBase,
+    plain: LoadedBase,
+    fresh: Callable[[], LoadedBase],
+    tmp_path: Path,
 ) -> None:
     straight = matrix.trained(tiny, case.asked(), tmp_path / "straight")
     assert matrix.is_learning(straight)
@@ -47,6 +53,7 @@ def test_an_option_trains_resumes_and_is_served(
 
     assert matrix.resumed(tiny, case.asked(), tmp_path / "resumed").weights == straight.weights
 
-    theirs = matrix.of_peft(plain, straight.paths.output)
-    torch.testing.assert_close(matrix.served(fresh(), straight.paths.output), theirs, atol=1e-4, rtol=1e-4)
+    exactly = matrix.trained(exact, case.asked(), tmp_path / "exact") if case.asked().lora.use_dora else straight
+    theirs = matrix.of_peft(plain, exactly.paths.output)  # with DoRA it asks how long its own weights are, in fp32
+    torch.testing.assert_close(matrix.served(fresh(), exactly.paths.output), theirs, atol=1e-4, rtol=1e-4)
     assert (matrix.of_base(plain) - theirs).abs().max() > 0.01  # the adapter says something

@@ -163,7 +163,7 @@ def _take_weights(checkpoint: Path, identity: Identity, trainee: Trainee) -> Tra
     facts = _facts(checkpoint)
     if facts["run"] != identity.digest:
         raise Damaged("it belongs to another run")
-    trainee.load(weights.modules)
+    trainee.load(weights)
     return TrainState.model_validate(facts["state"])
 
 

@@ -1,7 +1,7 @@
 """The frozen base with an adapter to be trained on it, and its forward."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from app.core.spec import OptimizerSpec, TrainSpec
+from worker.model.adapter import AdapterWeights
 from worker.model.base import LoadedBase
-from worker.training import decoder
+from worker.training import decoder, neftune
 from worker.training.data import MicroBatch
 from worker.training.decoder import Decoder
 from worker.training.failures import BaseUnsupported
@@ -31,6 +32,7 @@ class Trainee:
     model: Any
     base: LoadedBase
     decoder: Decoder | StockDecoder
+    noise_alpha: float = 0.0  # NEFTune's, while training
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -75,16 +77,20 @@ class Trainee:
             )
         )
         lengths = (*batch.lengths, padding) if padding else batch.lengths
-        hidden_ND, backward = self.decoder.forward(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
+        alpha = self.noise_alpha if self.model.training else 0.0
+        with neftune.noised(self.base.model.get_input_embeddings(), lengths, alpha=alpha):
+            hidden_ND, backward = self.decoder.forward(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
         return head_VD, targets_N, hidden_ND, backward
 
     @torch.no_grad()
-    def load(self, modules: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Take over A and B of every adapted module, as `adapter.open` gives them."""
-        for name, (a_RI, b_OR) in modules.items():
+    def load(self, weights: AdapterWeights) -> None:
+        """Take over what `adapter.open` gives."""
+        for name, (a_RI, b_OR) in weights.modules.items():
             layer = self.base.model.get_submodule(name)
             layer.lora_A["default"].weight.copy_(a_RI)
             layer.lora_B["default"].weight.copy_(b_OR)
+        for name, dora in weights.dora.items():
+            self.base.model.get_submodule(name).lora_magnitude_vector["default"].weight.copy_(dora.magnitude_O)
 
 
 @contextmanager
@@ -101,6 +107,7 @@ def adapted(base: LoadedBase, spec: TrainSpec, *, is_checkpointing: bool = False
         lora_dropout=spec.lora.dropout,
         target_modules=list(spec.lora.targets),
         use_rslora=spec.lora.use_rslora,
+        use_dora=spec.lora.use_dora,
         init_lora_weights=True if spec.lora.init_lora_weights == "orthogonal" else spec.lora.init_lora_weights,
         task_type="CAUSAL_LM",
     )
@@ -112,9 +119,9 @@ def adapted(base: LoadedBase, spec: TrainSpec, *, is_checkpointing: bool = False
         _draw_orthogonal(model)
     try:
         inner = base.model.get_decoder()
-        is_known = spec.lora.dropout == 0 and decoder.knows(inner, longest=spec.max_seq_length)
+        is_known = not (spec.lora.dropout or spec.lora.use_dora) and decoder.knows(inner, longest=spec.max_seq_length)
         made: Decoder | StockDecoder = (Decoder if is_known else StockDecoder)(inner, is_checkpointing=is_checkpointing)
-        yield Trainee(model, base, made)
+        yield Trainee(model, base, made, spec.neftune_noise_alpha)
     finally:
         model.unload()
 
