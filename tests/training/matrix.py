@@ -62,16 +62,18 @@ CASES = (
 def trained(base: LoadedBase, asked: TrainSpec, folder: Path) -> Runner:
     """A run from its first step to its last."""
     runner = Runner(base, folder)
-    assert isinstance(runner.go(asked), Finished)
+    ended = runner.go(asked)
+    assert isinstance(ended, Finished)
     return runner
 
 
 def resumed(base: LoadedBase, asked: TrainSpec, folder: Path) -> Runner:
     """The same run, stopped on the way and gone on with, as another process would."""
     runner = Runner(base, folder)
-    assert runner.go(asked, should_stop=runner.stop_after(STOP_AFTER)) == Stopped(step=STOP_AFTER)
+    stopped = runner.go(asked, should_stop=runner.stop_after(STOP_AFTER))
     torch.manual_seed(99)
-    assert isinstance(runner.go(asked), Finished)
+    ended = runner.go(asked)
+    assert stopped == Stopped(step=STOP_AFTER) and isinstance(ended, Finished)
     return runner
 
 

@@ -18,6 +18,9 @@ from worker.training.trainee import adapted
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks by it
 
 
+FORWARD = {True: "written out", False: "transformers'"}
+
+
 @pytest.fixture(scope="session")
 def plain(bases_dir: Path) -> LoadedBase:
     """A base in fp32 that no other test hooks into."""
@@ -57,3 +60,10 @@ def test_an_option_trains_resumes_and_is_served(
     theirs = matrix.of_peft(plain, exactly.paths.output)  # with DoRA it asks how long its own weights are, in fp32
     torch.testing.assert_close(matrix.served(fresh(), exactly.paths.output), theirs, atol=1e-4, rtol=1e-4)
     assert (matrix.of_base(plain) - theirs).abs().max() > 0.01  # the adapter says something
+
+
+def test_the_document_shows_every_case() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
+    rows = [f"| {case.option} | {FORWARD[case.quick]} | yes | yes | yes |" for case in CASES]
+
+    assert [row for row in rows if row not in document] == []
