@@ -21,7 +21,7 @@ PREFERRED_TOKENS: dict[Device, int] = {"cpu": 2048, "cuda": 4096}
 FEWEST_KEPT, FEWEST = 512, 128
 _RANKS = (64, 32, 16, 8, 4)
 
-Param = Literal["tier", "model", "adapter.dropout", "adapter.rank", "training.max_seq_length"]
+Param = Literal["tier", "model", "adapter.dropout", "adapter.use_dora", "adapter.rank", "training.max_seq_length"]
 
 
 class _Frozen(BaseModel):
@@ -111,6 +111,7 @@ def remedies(run: Run, room: Room, *, larger: Iterable[Room] = (), bases: Iterab
     """
     found = [
         *_first_fitting(room, "adapter.dropout", ((0, _with_lora(run, dropout=0.0)) for _ in range(bool(run.lora.dropout)))),
+        *_first_fitting(room, "adapter.use_dora", (("false", _with_lora(run, use_dora=False)) for _ in range(run.lora.use_dora))),
         *_shorter(run, room),
         *_first_fitting(room, "adapter.rank", ((r, _with_lora(run, rank=r)) for r in _RANKS if r < run.lora.rank)),
     ]
