@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,9 +84,9 @@ def test_a_stopped_and_resumed_run_gives_the_same_bits(tiny: LoadedBase, tmp_pat
     assert [event.train_loss for event in halting.of(Stepped)] == [event.train_loss for event in straight.of(Stepped)]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_run_that_computes_layers_again_gives_the_same_bits(tiny: LoadedBase, tmp_path: Path, dropout: float) -> None:
-    asked = make.spec(lora={"dropout": dropout})
+@pytest.mark.parametrize("lora", [{"dropout": 0.0}, {"dropout": 0.1}, {"use_dora": True}])
+def test_a_run_that_computes_layers_again_gives_the_same_bits(tiny: LoadedBase, tmp_path: Path, lora: dict[str, Any]) -> None:
+    asked = make.spec(lora=lora, neftune_noise_alpha=5)
     keeping, again = Runner(tiny, tmp_path / "a", True), Runner(tiny, tmp_path / "b", True)
     kept, computed = keeping.go(asked), again.go(asked, is_checkpointing=True)
 

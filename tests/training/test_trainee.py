@@ -1,5 +1,6 @@
 """The forward: packed documents, the CPU's repacking, precision, and a base that is left as it was (traps 1, 2, 3, 6, 9)."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -159,8 +160,9 @@ def test_training_leaves_embeddings_head_and_norms_in_16_bits(tiny: LoadedBase) 
 def test_the_base_is_left_as_it_was(tiny: LoadedBase) -> None:
     tokens = torch.arange(30)[None]
     before, hooks = tiny.model(tokens).logits, sum(len(module._forward_hooks) for module in tiny.model.modules())
-    for dropout, is_checkpointing in ((0.0, False), (0.0, True), (0.1, False), (0.1, True)):  # dropout: transformers' layers
-        with adapted(tiny, make.spec(lora={"dropout": dropout}), is_checkpointing=is_checkpointing) as trainee:
+    kinds = ({}, {"dropout": 0.1}, {"use_dora": True})  # the last two by transformers' layers
+    for lora, is_checkpointing in itertools.product(kinds, (False, True)):
+        with adapted(tiny, make.spec(lora=lora, neftune_noise_alpha=5), is_checkpointing=is_checkpointing) as trainee:
             excite(trainee)
             gradient_of(trainee, packed(tiny, max_tokens=160))
     assert torch.equal(tiny.model(tokens).logits, before)
