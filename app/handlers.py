@@ -19,7 +19,7 @@ from app.core.errors import AppError, BadRequest, Unavailable
 
 log = structlog.get_logger()
 
-_UNION_BRANCH = re.compile(r"(literal|list|dict|tuple|function-\w+|nullable)\[|(constrained-)?(int|float|str)$")
+_UNION_BRANCH = re.compile(r"(literal|list|dict|tuple|function-\w+|nullable)\[|(constrained-)?(int|float|str|bool)$")
 # what pydantic's errors want, behind "must", where its own words are of its making: "String should match pattern …"
 _WANTED = {
     "value_error": "{error}",

@@ -46,6 +46,13 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="ROWS", help="of an optimizer step; by default 16")
     parser.add_argument("--rank", type=_positive, default=16, help="of the adapter; by default 16")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter; by default 0")
+    parser.add_argument("--dora", action="store_true", help="train the length of each output's weights too")
+    parser.add_argument(
+        "--optimizer",
+        choices=("adamw_8bit", "paged_adamw_8bit", "adamw_32bit"),
+        default="adamw_8bit",
+        help="by default adamw_8bit",
+    )
     parser.add_argument(
         "--beside",
         choices=("engine", "trainer"),
@@ -101,18 +108,25 @@ def _asked(options: argparse.Namespace, known: "Catalog") -> "tuple[Base | Size,
 
     model = known.sized(options.model)
     try:
-        lora = LoraSpec(rank=options.rank, dropout=options.dropout)
+        lora = LoraSpec(rank=options.rank, dropout=options.dropout, use_dora=options.dora)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
     context = getattr(model, "context_length", None)
     if options.beside and options.tier == "cpu":
         raise ValueError("--beside is for a GPU: memory is not planned on a CPU")
+    if options.optimizer == "paged_adamw_8bit" and options.tier == "cpu":
+        raise ValueError("--optimizer paged_adamw_8bit needs a GPU, whose driver pages the states")
     if context and options.seq_length > context:
         raise ValueError(f"--seq-length {options.seq_length}: {model.id} reads at most {context} tokens")
     length = options.seq_length
     return model, Run(
-        model=model.architecture, lora=lora, longest_tokens=length, mean_tokens=length, batch_size=options.batch_size
+        model=model.architecture,
+        lora=lora,
+        optimizer=options.optimizer,
+        longest_tokens=length,
+        mean_tokens=length,
+        batch_size=options.batch_size,
     )
 
 

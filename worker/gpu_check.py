@@ -258,7 +258,7 @@ def _trained_logits(bench: Bench, tokens: tuple[int, ...]) -> Tensor:
     loaded = bench.load(for_training=True)
     found = adapter.open(bench.paths("straight").output, base=loaded, max_rank=128)
     with adapted(loaded, _spec(bench)) as trainee, torch.no_grad(), torch.autocast(bench.device, torch.bfloat16):
-        trainee.load(found.modules)
+        trainee.load(found)
         ids_1T = torch.tensor([tokens], device=bench.device)
         hidden_1TD = loaded.model.get_decoder()(input_ids=ids_1T, use_cache=False, documents=(len(tokens),)).last_hidden_state
         logits_V: Tensor = loaded.model.get_output_embeddings()(hidden_1TD[0, -1]).float().cpu()
@@ -269,7 +269,7 @@ def _served_logits(bench: Bench, tokens: tuple[int, ...]) -> Tensor:
     loaded = bench.load(for_training=False)
     found = adapter.open(bench.paths("straight").output, base=loaded, max_rank=128)
     runner = ModelRunner(loaded.model)
-    weights = lora.prepare(found.modules, rank=found.rank, scaling=found.scaling, dtype=runner.lora_dtype, device=runner.device)
+    weights = lora.prepare(found, dtype=runner.lora_dtype, device=runner.device)
     request = GenerateRequest(request_id="gpu-check", prompt=tokens, sampling=Sampling(max_tokens=1, temperature=0))
     sequence = Sequence(
         request,

@@ -15,13 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import structlog
 from sqlalchemy import orm
 
 from app import db
-from app.core import events, manifest
+from app.core import checkpoints, events, manifest
 from app.core.errors import AppError, NotFound, Unavailable
 from app.core.settings import PREFIX
 from app.core.spec import TrainSpec
@@ -61,7 +61,16 @@ class Assignment:
     spec: TrainSpec
     datasets: Datasets
     prefix: str
-    resume_from: tuple[tuple[int, str], ...]  # steps and prefixes, the newest first
+    resume_from: tuple["Kept", ...]  # the newest first
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint in storage that can be gone on from."""
+
+    step: int
+    prefix: str
+    metrics: dict[str, Any]
 
 
 class Supervisor:
@@ -177,16 +186,26 @@ class _Attempt:
         return job
 
     def _fetch_checkpoint(self, assignment: Assignment, into: Path) -> None:
-        """The newest that is in storage as it was put there."""
-        for step, prefix in assignment.resume_from:
-            directory = into / f"step-{step}"
-            try:
-                self._patiently(partial(_download_checkpoint, self._to.storage, prefix, directory))
-                return
-            except (manifest.Damaged, NotFound) as error:
-                shutil.rmtree(directory, ignore_errors=True)
-                log.error("checkpoint_damaged", prefix=prefix, reason=str(error))
-                self._heart.say(events.Noted(level="warn", message=f"The checkpoint of step {step} is not used: {error}."))
+        """The newest that is in storage as it was put there; and the best, where that is to be published."""
+        known = {kept.step: kept for kept in assignment.resume_from}
+        newest = next((step for step, kept in known.items() if self._is_fetched(kept, into)), None)
+        if newest is None or assignment.spec.publish != "best":
+            return
+        best = checkpoints.best({step: kept.metrics for step, kept in known.items()}, newest=newest)
+        if best is not None and best != newest:
+            self._is_fetched(known[best], into)
+
+    def _is_fetched(self, kept: Kept, into: Path) -> bool:
+        """False once it has been said why not."""
+        directory = into / f"step-{kept.step}"
+        try:
+            self._patiently(partial(_download_checkpoint, self._to.storage, kept.prefix, directory))
+        except (manifest.Damaged, NotFound) as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            log.error("checkpoint_damaged", prefix=kept.prefix, reason=str(error))
+            self._heart.say(events.Noted(level="warn", message=f"The checkpoint of step {kept.step} is not used: {error}."))
+            return False
+        return True
 
     def _trained(self, job: wire.TrainerJob, assignment: Assignment) -> events.Event:
         """The last word of the job's trainer, once the checkpoints are in storage that it has left."""
@@ -340,7 +359,7 @@ def _assignment(session: orm.Session, lease: Lease) -> Assignment:
         spec=TrainSpec.model_validate(job.spec),
         datasets=Datasets.model_validate(job.datasets),
         prefix=f"orgs/{job.organization_id}/jobs/{job.id}/a{lease.attempt}",
-        resume_from=tuple((found.step, found.prefix) for found in leases.resumable_checkpoints(session, lease)),
+        resume_from=tuple(Kept(kept.step, kept.prefix, kept.metrics) for kept in leases.resumable_checkpoints(session, lease)),
     )
 
 

@@ -61,6 +61,7 @@ def must_checkpoint(job: wire.TrainerJob, room: Room | None) -> bool:
         model=job.base.architecture,
         lora=job.spec.lora,
         double_quant=job.spec.quantization.double_quant,
+        optimizer=job.spec.optimizer.kind,
         longest_tokens=1,
         mean_tokens=1,
         batch_size=1,

@@ -10,6 +10,11 @@ def kept(metrics: Mapping[int, Mapping[str, Any]], *, newest: int) -> set[int]:
     The one before is there for the case that `newest` is damaged. What lies ahead of `newest` was, and is not gone on from.
     """
     reached = sorted(step for step in metrics if step <= newest)
-    judged = [step for step in reached if "valid_loss" in metrics[step]]
-    best = min(judged, key=lambda step: metrics[step]["valid_loss"], default=newest)  # of equal ones the first
-    return {*reached[-2:], best}
+    found = best(metrics, newest=newest)
+    return {*reached[-2:], newest if found is None else found}
+
+
+def best(metrics: Mapping[int, Mapping[str, Any]], *, newest: int) -> int | None:
+    """The step with the lowest validation loss, of equal ones the first; None where none was evaluated."""
+    judged = sorted(step for step, found in metrics.items() if step <= newest and "valid_loss" in found)
+    return min(judged, key=lambda step: metrics[step]["valid_loss"], default=None)

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from app.core.catalog import Architecture
-from app.core.spec import TARGETS, LoraSpec
+from app.core.spec import TARGETS, LoraSpec, OptimizerKind
 
 GIB = 1024**3
 
@@ -15,6 +15,11 @@ Device = Literal["cpu", "cuda"]
 BYTES_PER_NF4 = {True: 0.515869, False: 0.5625}  # with and without double quantization
 LOGITS_AT_ONCE = 2**25  # of the chunked cross-entropy: worker/training/loss.py
 _LOGITS_ALIVE = 4 * 2  # 16-bit logits, their gradient, and as much again that the compiler may need between them
+
+
+_EIGHT_BITS = 2 + 8 / 256  # two moments and the scales of their blocks
+# paged ones are counted as if they were on the card: while a step is made they are
+_MOMENTS: dict[OptimizerKind, float] = {"adamw_8bit": _EIGHT_BITS, "paged_adamw_8bit": _EIGHT_BITS, "adamw_32bit": 8}
 
 
 class PerToken(NamedTuple):
@@ -41,7 +46,7 @@ class Trainer:
     slack: float  # part of what comes and goes that fragmentation adds
     context_bytes: float  # libraries, compiled kernels, CUDA's context
     is_last_kept: bool = False  # where layers are computed again, the last one, with which the backward begins, is not
-    state_bytes: float = 4 + 4 + 2 + 8 / 256  # for each parameter of the adapter: fp32 master, gradient, 8-bit moments, scales
+    state_bytes: float = 4 + 4 + _MOMENTS["adamw_8bit"]  # for each parameter of the adapter: fp32 master, gradient, moments
     embedding_bytes: int = 2
 
 
@@ -51,7 +56,9 @@ _STOCK = PerToken(18, 10, 0, 8)  # transformers' and PEFT's modules: worker/trai
 _STOCK_HEAD_NORMS = PerToken(0, 4, 4, 0)
 _STOCK_MORE_NORMS = PerToken(8, 0, 0, 0)  # Gemma's, behind attention and MLP
 _STOCK_DROPOUT = PerToken(20, 4, 0, 4)  # inputs and masks of every adapted layer
+_STOCK_DORA = PerToken(8, 4, 8, 8)  # of each adapted layer's outputs two in 16 bits: the base's and the product's
 _PASSING = PerToken(8, 0, 0, 8)
+_DORA_DENSE = 2 + 2 + 2 + 2  # bytes of a weight made dense, its B A, that scaled, and their sum: PEFT measures its rows by it
 _ON = {"cuda": (0.05, 1e9), "cpu": (0.35, 0.8e9)}  # slack and context; the CPU's are measured: bench/memory.py
 
 
@@ -85,20 +92,33 @@ class Memory(BaseModel):
         return self.tensor_bytes + self.slack + self.context
 
 
-def trainer_of(model: Architecture, lora: LoraSpec, device: Device) -> Trainer:
+def trainer_of(model: Architecture, lora: LoraSpec, device: Device, optimizer: OptimizerKind = "adamw_8bit") -> Trainer:
     """Ours: the decoder written out where it knows the model, else transformers' own."""
     slack, context_bytes = _ON[device]
     if is_written_out(model, lora):
         kept = [_WRITTEN_OUT, *[_HEAD_NORMS] * model.head_norms]
     else:
-        optional = ((model.head_norms, _STOCK_HEAD_NORMS), (model.more_norms, _STOCK_MORE_NORMS), (lora.dropout, _STOCK_DROPOUT))
+        optional = (
+            (model.head_norms, _STOCK_HEAD_NORMS),
+            (model.more_norms, _STOCK_MORE_NORMS),
+            (lora.dropout, _STOCK_DROPOUT),
+            (lora.use_dora, _STOCK_DORA),
+        )
         kept = [_STOCK, *(part for is_there, part in optional if is_there)]
-    return Trainer(_sum(kept), _PASSING, None, slack, context_bytes, is_last_kept=is_written_out(model, lora))
+    return Trainer(
+        _sum(kept),
+        _PASSING,
+        None,
+        slack,
+        context_bytes,
+        is_last_kept=is_written_out(model, lora),
+        state_bytes=4 + 4 + _MOMENTS[optimizer],
+    )
 
 
 def is_written_out(model: Architecture, lora: LoraSpec) -> bool:
     """Whether training takes worker/training/decoder.py."""
-    return not model.stock and not lora.dropout
+    return not (model.stock or lora.dropout or lora.use_dora)
 
 
 def predict(
@@ -119,7 +139,7 @@ def predict(
     if is_checkpointing:
         checkpoints, layers = 2 * model.layers * model.hidden * tokens, of_layer if trainer.is_last_kept else 0
         passing += 0 if trainer.is_last_kept else of_layer
-    dequantized = 2 * max(i * o for i, o in model.linear_shapes)
+    dequantized = (_DORA_DENSE if lora.use_dora else 2) * max(i * o for i, o in model.linear_shapes)
     coming_and_going = checkpoints + layers + max(passing, head) + dequantized
     return Memory(
         weights=round(weights_bytes(model, double_quant=double_quant, embedding_bytes=trainer.embedding_bytes)),
@@ -147,9 +167,9 @@ def waiting_bytes(model: Architecture, device: Device = "cuda") -> int:
 
 
 def adapter_parameters(model: Architecture, lora: LoraSpec) -> int:
-    """Trainable parameters of LoRA: r·(in + out) for each linear layer that it changes."""
+    """Trainable parameters of LoRA: r·(in + out) for each linear layer that it changes; with DoRA a length for each output."""
     shapes = zip(TARGETS, model.linear_shapes, strict=True)
-    return model.layers * sum(lora.rank * (i + o) for name, (i, o) in shapes if name in lora.targets)
+    return model.layers * sum(lora.rank * (i + o) + lora.use_dora * o for name, (i, o) in shapes if name in lora.targets)
 
 
 def _kept_of_adapter(model: Architecture, lora: LoraSpec) -> int:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from app.core import memory
 from app.core.catalog import Architecture, Base
 from app.core.memory import Device, Memory
-from app.core.spec import LoraSpec
+from app.core.spec import LoraSpec, OptimizerKind
 
 # At 4,096 tokens at once an 8B spends 4 % of its time on making 4-bit weights dense, at 512 it is 23 %; computing layers again is
 # half as much work again. So tokens are given up first, down to FEWEST_KEPT, and only then layers are computed again.
@@ -21,7 +21,7 @@ PREFERRED_TOKENS: dict[Device, int] = {"cpu": 2048, "cuda": 4096}
 FEWEST_KEPT, FEWEST = 512, 128
 _RANKS = (64, 32, 16, 8, 4)
 
-Param = Literal["tier", "model", "adapter.dropout", "adapter.rank", "training.max_seq_length"]
+Param = Literal["tier", "model", "adapter.dropout", "adapter.use_dora", "adapter.rank", "training.max_seq_length"]
 
 
 class _Frozen(BaseModel):
@@ -37,10 +37,16 @@ class Run(_Frozen):
     model: Architecture
     lora: LoraSpec
     double_quant: bool = True
+    optimizer: OptimizerKind = "adamw_8bit"
     longest_tokens: int
     mean_tokens: float
     batch_size: int
     micro_batch_tokens: int | None = None
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Paged states are a service of the card's driver."""
+        return self.optimizer == "paged_adamw_8bit"
 
 
 class Room(_Frozen):
@@ -105,6 +111,7 @@ def remedies(run: Run, room: Room, *, larger: Iterable[Room] = (), bases: Iterab
     """
     found = [
         *_first_fitting(room, "adapter.dropout", ((0, _with_lora(run, dropout=0.0)) for _ in range(bool(run.lora.dropout)))),
+        *_first_fitting(room, "adapter.use_dora", (("false", _with_lora(run, use_dora=False)) for _ in range(run.lora.use_dora))),
         *_shorter(run, room),
         *_first_fitting(room, "adapter.rank", ((r, _with_lora(run, rank=r)) for r in _RANKS if r < run.lora.rank)),
     ]
@@ -141,7 +148,7 @@ def _planned(run: Run, room: Room, micro_batch_tokens: int, is_checkpointing: bo
         run.model,
         run.lora,
         micro_batch_tokens=micro_batch_tokens,
-        trainer=memory.trainer_of(run.model, run.lora, room.device),
+        trainer=memory.trainer_of(run.model, run.lora, room.device, run.optimizer),
         double_quant=run.double_quant,
         is_checkpointing=is_checkpointing,
     )

@@ -1,18 +1,30 @@
 """What a run is told: what was asked for, and the frozen value it resolves to, stored with the job and in the manifest."""
 
 import math
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.core.catalog import Base
 
 LongRows = Literal["drop", "truncate"]
 Part = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(strict=True, ge=1)]  # of all rows, or rows
 
+OptimizerKind = Literal["adamw_8bit", "paged_adamw_8bit", "adamw_32bit"]
+Scheduler = Literal["cosine", "linear", "constant"]
+Publish = Literal["last", "best"]
+Initialisation = Annotated[bool, Field(strict=True)] | Literal["gaussian", "orthogonal"]
+
 AUTO: Final = "auto"
 Auto = Literal["auto"]
 Number = TypeVar("Number", int, float)
+
+# the rules of `auto`: see resolve, and app.core.auto for their reasons
+EXAMPLES_SEEN, MOST_EPOCHS = 800, 10
+STEPS_OF_EPOCH, LARGEST_BATCH = 32, 16
+RATE_OF_LARGE, RATE_OF_SMALL = 2e-4, 1e-3
+LONGEST_UNASKED = 4096
+CHECKPOINTS, JUDGED_CHECKPOINTS = 4, 10
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -22,13 +34,37 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _later(default: Any, **limits: Any) -> Any:
+    """A field that came after the first release: told only where it says something else than its default.
+
+    So what an old spec is known by stays (worker/training/checkpoint.py: Identity), and an old release reads a new spec that asks
+    for nothing new.
+    """
+    return Field(default=default, exclude_if=lambda value: value == default, **limits)
+
+
 class LoraSpec(_Frozen):
-    """The adapter's shape. `all-linear` is every linear layer of the decoder: what decides quality in the QLoRA paper."""
+    """The adapter's shape. `all-linear` is every linear layer of the decoder: what decides quality in the QLoRA paper.
+
+    `use_rslora`: its product is scaled by alpha / √rank (arXiv:2312.03732), not by alpha / rank. `use_dora`: the length of each
+    output's weights is trained apart from their direction (arXiv:2402.09353). `init_lora_weights` is as in PEFT: true draws A as
+    linear layers are drawn, "gaussian" from a normal distribution, both with B zero; "orthogonal" draws A and B with B A = 0;
+    false draws both, so that training starts beside the base.
+    """
 
     rank: int = Field(default=16, ge=1, le=128)
     alpha: float = Field(default=32, gt=0, le=512)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | Annotated[tuple[Target, ...], Field(min_length=1)] = "all-linear"
+    use_rslora: bool = _later(False)
+    use_dora: bool = _later(False)
+    init_lora_weights: Initialisation = _later(True)
+
+    @model_validator(mode="after")
+    def _halves(self) -> "LoraSpec":
+        if self.init_lora_weights == "orthogonal" and self.rank % 2:
+            raise ValueError("have an even rank with init_lora_weights 'orthogonal', which gives half of it to A and half to B")
+        return self
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -44,15 +80,41 @@ class QuantizationSpec(_Frozen):
 
 
 class OptimizerSpec(_Frozen):
-    """AdamW with 8-bit states on fp32 masters; a linear warm-up, then a cosine to zero."""
+    """AdamW on fp32 masters; a linear warm-up to `learning_rate`, then down to `min_rate_ratio` of it, or not at all.
+
+    B learns `lora_plus_ratio` times as fast as A (LoRA+, arXiv:2402.12354).
+    """
 
     learning_rate: float = Field(gt=0, le=1)
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    kind: OptimizerKind = _later("adamw_8bit")
+    scheduler: Scheduler = _later("cosine")
+    min_rate_ratio: float = _later(0.0, ge=0, lt=1)
+    lora_plus_ratio: float = _later(1.0, ge=1, le=1000)
 
 
-class TrainSpec(_Frozen):
+class EarlyStopping(_Frozen):
+    """A run ends when `patience` evaluations in a row have not brought the validation loss down by more than `min_delta`."""
+
+    patience: int = Field(ge=1, le=1000, strict=True)
+    min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
+class Judging(_Frozen):
+    """What evaluations decide; each checkpoint has one. `publish`: the adapter of the last step, or that with the lowest loss."""
+
+    early_stopping: EarlyStopping | None = _later(None)
+    publish: Publish = _later("last")
+
+    @property
+    def judges(self) -> bool:
+        """Whether they decide anything."""
+        return self.early_stopping is not None or self.publish == "best"
+
+
+class TrainSpec(Judging):
     """Everything that decides the weights, given base and data.
 
     `batch_size` counts examples per optimizer step; `micro_batch_tokens` bounds the tokens of one forward.
@@ -68,6 +130,7 @@ class TrainSpec(_Frozen):
     lora: LoraSpec = LoraSpec()
     quantization: QuantizationSpec = QuantizationSpec()
     optimizer: OptimizerSpec
+    neftune_noise_alpha: float = _later(0.0, ge=0, le=100)
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole run: the last batch of an epoch may be smaller."""
@@ -82,7 +145,7 @@ class Hyperparameters(_Frozen):
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=100)] = AUTO
 
 
-class TrainingOptions(_Frozen):
+class TrainingOptions(Judging):
     """What the API does not know and we offer. `long_rows` and `validation_split` decide the data, and so are in no TrainSpec."""
 
     max_seq_length: Auto | Annotated[int, Field(strict=True, ge=8, le=1_048_576)] = AUTO
@@ -92,7 +155,18 @@ class TrainingOptions(_Frozen):
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    optimizer: OptimizerKind = _later("adamw_8bit")
+    scheduler: Scheduler = _later("cosine")
+    min_learning_rate_ratio: float = _later(0.0, ge=0, lt=1)
+    lora_plus_ratio: float = _later(1.0, ge=1, le=1000)
+    neftune_noise_alpha: float = _later(0.0, ge=0, le=100)
     checkpoint_every_steps: Auto | Annotated[int, Field(strict=True, ge=1)] = AUTO
+
+    @model_validator(mode="after")
+    def _falls(self) -> "TrainingOptions":
+        if self.scheduler == "constant" and self.min_learning_rate_ratio:
+            raise ValueError("leave out min_learning_rate_ratio with a constant scheduler: its rate does not fall")
+        return self
 
 
 class Requested(_Frozen):
@@ -106,7 +180,7 @@ class Requested(_Frozen):
 
 def max_seq_length(requested: Requested, base: Base) -> int:
     """Longer rows are left out, or lose their beginning (`long_rows`). `auto` is what the base can hold, up to 4,096 tokens."""
-    return min(base.context_length, _given(requested.training.max_seq_length, 4096))
+    return min(base.context_length, _given(requested.training.max_seq_length, LONGEST_UNASKED))
 
 
 def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longest: int) -> TrainSpec:
@@ -116,9 +190,10 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
     Rate: 2e-4 as in the QLoRA paper, and more for bases under a billion parameters, which move less per step.
     """
     asked, options = requested.hyperparameters, requested.training
-    n_epochs = _given(asked.n_epochs, min(10, max(1, round(800 / examples))))
-    batch_size = _given(asked.batch_size, min(16, max(1, examples // 32)))
+    n_epochs = _given(asked.n_epochs, min(MOST_EPOCHS, max(1, round(EXAMPLES_SEEN / examples))))
+    batch_size = _given(asked.batch_size, min(LARGEST_BATCH, max(1, examples // STEPS_OF_EPOCH)))
     total_steps = n_epochs * math.ceil(examples / batch_size)
+    checkpoints = JUDGED_CHECKPOINTS if options.judges else CHECKPOINTS
     return TrainSpec(
         base=base.id,
         n_epochs=n_epochs,
@@ -126,7 +201,7 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
         seed=seed,
         max_seq_length=max_seq_length(requested, base),
         micro_batch_tokens=max(longest, 2048),  # an example is never spread over two
-        checkpoint_every_steps=_given(options.checkpoint_every_steps, math.ceil(total_steps / 4)),
+        checkpoint_every_steps=_given(options.checkpoint_every_steps, math.ceil(total_steps / checkpoints)),
         lora=requested.adapter,
         quantization=requested.quantization,
         optimizer=OptimizerSpec(
@@ -134,12 +209,24 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
             warmup_ratio=options.warmup_ratio,
             weight_decay=options.weight_decay,
             max_grad_norm=options.max_grad_norm,
+            kind=options.optimizer,
+            scheduler=options.scheduler,
+            min_rate_ratio=options.min_learning_rate_ratio,
+            lora_plus_ratio=options.lora_plus_ratio,
         ),
+        early_stopping=options.early_stopping,
+        publish=options.publish,
+        neftune_noise_alpha=options.neftune_noise_alpha,
     )
 
 
+def is_large(base: Base) -> bool:
+    """Whether it has more than a billion parameters."""
+    return base.architecture.linear_parameters > 1e9
+
+
 def _learning_rate(requested: Requested, base: Base) -> float:
-    usual = 2e-4 if base.architecture.linear_parameters > 1e9 else 1e-3
+    usual = RATE_OF_LARGE if is_large(base) else RATE_OF_SMALL
     multiplier = _given(requested.hyperparameters.learning_rate_multiplier, 1.0)
     return min(1.0, _given(requested.training.learning_rate, usual) * multiplier)
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from app.core import memory, planner, spec, tiers
+from app.core import auto, memory, planner, spec, tiers
+from app.core.auto import Chosen
 from app.core.catalog import Base, Catalog
 from app.core.data_report import DataReport
 from app.core.errors import BadRequest
@@ -66,6 +67,7 @@ class Admission(BaseModel):
     plan: Plan
     data: Data
     adapter_parameters: int
+    auto: dict[str, Chosen]
 
     @property
     def queue(self) -> str:
@@ -95,6 +97,7 @@ class Admission(BaseModel):
             "predicted_bytes": plan.memory.model_dump(),
             "usable_bytes": plan.room.usable_bytes,
             "reserved_bytes": plan.room.reserved_bytes,
+            "auto": {name: chosen.model_dump() for name, chosen in self.auto.items()},
         }
 
 
@@ -110,6 +113,7 @@ def admit(
         model=base.architecture,
         lora=resolved.lora,
         double_quant=resolved.quantization.double_quant,
+        optimizer=resolved.optimizer.kind,
         longest_tokens=data.longest,
         mean_tokens=data.tokens / data.examples,
         batch_size=resolved.batch_size,
@@ -120,6 +124,7 @@ def admit(
         plan=plan,
         data=data,
         adapter_parameters=memory.adapter_parameters(base.architecture, resolved.lora),
+        auto=auto.explain(requested, resolved, base, plan, examples=data.examples),
     )
 
 
@@ -128,16 +133,26 @@ def first_queue(base: Base, requested: Requested, *, among: Set[str], gpu: GpuSe
 
     Raises NoRoom; BadRequest for a base that no worker holds.
     """
-    shortest = Run(model=base.architecture, lora=requested.adapter, longest_tokens=planner.FEWEST, mean_tokens=1, batch_size=1)
+    shortest = Run(
+        model=base.architecture,
+        lora=requested.adapter,
+        optimizer=requested.training.optimizer,
+        longest_tokens=planner.FEWEST,
+        mean_tokens=1,
+        batch_size=1,
+    )
     return f"train.{_placed(shortest, base, among, gpu, catalog).room.tier}"
 
 
 def _placed(run: Run, base: Base, among: Set[str], gpu: GpuSettings, catalog: Catalog) -> Plan:
     rooms = [tiers.room(tier, gpu) for tier in tiers.holding(base, among)]
+    has = ", ".join("cpu" if tier == tiers.CPU else f"{tier} GB" for tier in sorted(among))
     if not rooms:
-        has = ", ".join("cpu" if tier == tiers.CPU else f"{tier} GB" for tier in sorted(among))
         message = f"{base.id} needs a GPU worker of {base.tier} GB; this installation has: {has}"
         raise BadRequest(message, param="model", code="no_worker_for_model")
+    if run.needs_gpu and not (rooms := [room for room in rooms if room.device != "cpu"]):
+        message = f"{run.optimizer} needs a GPU, whose driver pages the states; this installation has: {has}; use adamw_8bit"
+        raise BadRequest(message, param="training.optimizer", code="unsupported_parameter")
     plan = planner.plan(run, rooms)
     if not plan.fits:
         raise _no_room(run, plan, catalog)

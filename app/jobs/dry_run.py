@@ -27,7 +27,7 @@ from app.files.glance import Glance, Sample, Wanted
 from app.jobs import admission, queue, throughput
 from app.jobs.admission import Admission, Data
 from app.jobs.queue import Place
-from app.jobs.schemas import JobCreate, PlaceOut, shown_hyperparameters, shown_training
+from app.jobs.schemas import JobCreate, PlaceOut, shown_hyperparameters, shown_training, told_plan
 from app.models import File
 
 
@@ -70,6 +70,7 @@ class DryRunOut(BaseModel):
     quantization: dict[str, Any]
     training: dict[str, Any]
     plan: dict[str, Any] | None
+    auto: dict[str, Any] | None
     time: Duration | None
     price: Price | None
     queue: PlaceOut | None
@@ -136,10 +137,10 @@ class DryRunner:
             data_report=seen.report,
             preview=list(seen.preview),
             hyperparameters=shown_hyperparameters(asked.requested, admitted.spec if admitted else None),
-            adapter=asked.requested.adapter.model_dump(mode="json"),
-            quantization=asked.requested.quantization.model_dump(mode="json"),
+            adapter=dict(asked.requested.adapter),
+            quantization=dict(asked.requested.quantization),
             training=shown_training(asked.requested, admitted.spec if admitted else None),
-            plan=admitted.shown() if admitted else None,
+            **told_plan(admitted.shown() if admitted else None),
             time=duration,
             price=self._prices.price(asked.base.id, admitted.total_tokens) if admitted else None,
             queue=PlaceOut.of(place) if place else None,

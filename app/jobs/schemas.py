@@ -73,6 +73,10 @@ class JobCreate(_Request):
         if self.validation_file and self.training.validation_split is not None:
             message = "validation_file and training.validation_split both say what to validate with; send one of them"
             raise BadRequest(message, param="training.validation_split")
+        if self.training.judges and not self.validation_file and self.training.validation_split is None:
+            param = "training.early_stopping" if self.training.early_stopping else "training.publish"
+            message = f"{param} goes by the validation loss; send a validation_file or training.validation_split too"
+            raise BadRequest(message, param=param)
         if not self.quantization.double_quant:
             message = "engines hold their bases with double quantization, and an adapter must meet the base it was trained on"
             raise BadRequest(message, param="quantization.double_quant", code="unsupported_parameter")
@@ -123,7 +127,10 @@ class PlaceOut(BaseModel):
 
 
 class JobOut(BaseModel):
-    """The SDK's FineTuningJob, and what we add: the real base, the resolved settings, progress, the place in the queue."""
+    """The SDK's FineTuningJob, and what we add: the real base, the resolved settings, progress, the place in the queue.
+
+    `auto` tells of each setting that was left to us its `value` and the `reason`; null until the files have been looked at.
+    """
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -151,6 +158,7 @@ class JobOut(BaseModel):
     quantization: dict[str, Any]
     training: dict[str, Any]
     plan: dict[str, Any] | None
+    auto: dict[str, Any] | None
     data_report: dict[str, Any] | None
     started_at: int | None
     step: int
@@ -184,10 +192,10 @@ class JobOut(BaseModel):
             user_provided_suffix=job.suffix,
             paused=job.state == JobState.PAUSED,
             base_model=job.base,
-            adapter=requested.adapter.model_dump(mode="json"),
-            quantization=requested.quantization.model_dump(mode="json"),
+            adapter=dict(requested.adapter),
+            quantization=dict(requested.quantization),
             training=shown_training(requested, resolved),
-            plan=job.plan,
+            **told_plan(job.plan),
             data_report=brief(job.data_report) if job.data_report and is_listed else job.data_report,
             started_at=unix(job.started_at),
             step=job.step,
@@ -287,6 +295,13 @@ class CheckpointOut(BaseModel):
         )
 
 
+def told_plan(plan: dict[str, Any] | None) -> dict[str, Any]:
+    """`plan` and `auto` of what Admission.shown gave."""
+    if plan is None:
+        return {"plan": None, "auto": None}
+    return {"plan": {name: value for name, value in plan.items() if name != "auto"}, "auto": plan.get("auto")}
+
+
 def shown_hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | None) -> dict[str, Any]:
     """What was asked, with `auto` replaced as soon as it is known what it became."""
     shown = requested.hyperparameters.model_dump(mode="json")
@@ -298,7 +313,7 @@ def shown_hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | 
 
 
 def shown_training(requested: spec.Requested, resolved: spec.TrainSpec | None) -> dict[str, Any]:
-    shown = requested.training.model_dump(mode="json")
+    shown = dict(requested.training)  # `model_dump` leaves out what is as it always was
     if resolved:
         shown |= {
             "learning_rate": resolved.optimizer.learning_rate,

@@ -88,6 +88,20 @@ def test_a_stranger_can_neither_see_nor_cancel(client: OpenAI, stranger: OpenAI,
     assert client.fine_tuning.jobs.retrieve(job.id).status == "validating_files"
 
 
+def test_options_are_shown_as_they_were_asked_and_as_they_are_by_default(client: OpenAI, file_id: str) -> None:
+    asked = {
+        "adapter": {"use_dora": True, "rank": 8, "init_lora_weights": "gaussian"},
+        "training": {"scheduler": "linear", "early_stopping": {"patience": 3}, "publish": "best", "validation_split": 0.2},
+    }
+    job = client.fine_tuning.jobs.create(model=make.TINY, training_file=file_id, extra_body=asked)
+    shown = client.fine_tuning.jobs.retrieve(job.id).model_extra
+
+    assert shown is not None and shown["auto"] is None  # nobody has looked at the files
+    assert shown["adapter"] | asked["adapter"] == shown["adapter"]
+    assert (shown["adapter"]["use_rslora"], shown["training"]["optimizer"]) == (False, "adamw_8bit")
+    assert (shown["training"]["early_stopping"], shown["training"]["publish"]) == ({"patience": 3, "min_delta": 0.0}, "best")
+
+
 def test_the_sdks_own_retry_makes_no_second_job(http: httpx.Client, file_id: str) -> None:
     body = {"model": make.TINY, "training_file": file_id}
     first = http.post("/v1/fine_tuning/jobs", json=body).json()["id"]
@@ -114,6 +128,7 @@ def test_the_sdks_own_retry_makes_no_second_job(http: httpx.Client, file_id: str
         ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "unsupported_parameter"),
         ({"adapter": {"rank": 4096}}, 400, "adapter.rank", None),
         ({"adapter": {"target_modules": []}}, 400, "adapter.target_modules", None),
+        ({"training": {"optimizer": "paged_adamw_8bit"}}, 400, "training.optimizer", "unsupported_parameter"),
         ({"quantization": {"double_quant": False}}, 400, "quantization.double_quant", None),
         ({"metadata": {"k": "v" * 513}}, 400, "metadata.k", None),
         ({"modle": "x"}, 400, "modle", "unknown_parameter"),

@@ -48,6 +48,18 @@ def test_as_json_it_is_the_planners_own_value(capsys: pytest.CaptureFixture[str]
     assert said["memory"] == expected.model_dump() and said["peak_bytes"] == expected.peak_bytes
 
 
+def test_options_that_cost_memory_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    def parts(*more: str) -> dict[str, int]:
+        main(["plan", EIGHT, "--tier", "80", "--json", *more])
+        found: dict[str, int] = json.loads(capsys.readouterr().out)["memory"]
+        return found
+
+    plain = parts()
+    assert parts("--dora")["layers"] > 2 * plain["layers"]
+    assert parts("--optimizer", "adamw_32bit")["adapter"] > 1.5 * plain["adapter"]
+    assert parts("--optimizer", "paged_adamw_8bit") == plain
+
+
 def test_what_is_beside_it_leaves_less(capsys: pytest.CaptureFixture[str]) -> None:
     def usable(*more: str) -> int:
         main(["plan", EIGHT, "--tier", "24", "--json", *more])
@@ -66,6 +78,7 @@ def test_what_is_beside_it_leaves_less(capsys: pytest.CaptureFixture[str]) -> No
         (["smollm2-135m-instruct", "--seq-length", "9000"], "reads at most 8192 tokens"),
         ([EIGHT, "--rank", "1000"], "--rank 1000: "),
         ([EIGHT, "--dropout", "1"], "--dropout 1.0: "),
+        (["smollm2-135m-instruct", "--tier", "cpu", "--optimizer", "paged_adamw_8bit"], "needs a GPU"),
         (["smollm2-135m-instruct", "--tier", "cpu", "--beside", "engine"], "memory is not planned on a CPU"),
     ],
 )

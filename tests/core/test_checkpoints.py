@@ -1,4 +1,4 @@
-from app.core.checkpoints import kept
+from app.core.checkpoints import best, kept
 
 UNJUDGED = {"train_loss": 1.0}
 
@@ -25,3 +25,10 @@ def test_without_validation_there_is_no_best() -> None:
 def test_what_was_not_gone_on_from_takes_nobody_s_place() -> None:
     """The checkpoint of step 8 was damaged, and the run went on from step 4."""
     assert kept({2: UNJUDGED, 4: UNJUDGED, 8: UNJUDGED} | losses(s6=1.0, s10=0.5), newest=6) == {4, 6}
+
+
+def test_the_best_is_the_first_of_the_lowest_that_were_gone_on_from() -> None:
+    found = losses(s2=3.0, s4=1.0, s5=1.0, s6=2.0, s8=0.5)
+
+    assert (best(found, newest=8), best(found, newest=6)) == (8, 4)
+    assert best({2: UNJUDGED}, newest=2) is None

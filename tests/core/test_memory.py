@@ -51,3 +51,20 @@ def test_an_adapter_on_fewer_modules_is_smaller() -> None:
 
     assert memory.adapter_parameters(SMOL, some) == SMOL.layers * 16 * ((576 + 576) + (576 + 192))
     assert memory.adapter_parameters(SMOL, LoraSpec()) > memory.adapter_parameters(SMOL, some)
+
+
+def test_states_in_32_bits_take_four_times_those_in_8() -> None:
+    parameters = memory.adapter_parameters(SMOL, LoraSpec())
+    eight, paged, full = (
+        memory.predict(SMOL, LoraSpec(), micro_batch_tokens=64, trainer=memory.trainer_of(SMOL, LoraSpec(), "cuda", kind)).adapter
+        for kind in ("adamw_8bit", "paged_adamw_8bit", "adamw_32bit")
+    )
+
+    assert eight == paged
+    assert full - eight == pytest.approx(parameters * (8 - 2 - 8 / 256), abs=1)
+
+
+def test_dora_trains_a_length_for_each_output() -> None:
+    plain, dora = (memory.adapter_parameters(SMOL, LoraSpec(use_dora=use_dora)) for use_dora in (False, True))
+
+    assert dora - plain == SMOL.layers * sum(outside for _, outside in SMOL.linear_shapes)

@@ -140,3 +140,11 @@ def test_an_unknown_name_is_told_the_names_near_to_it() -> None:
         KNOWN.sized("mistral-7b-v0.2-instruct")
     with pytest.raises(NotFound, match=r"there are: smollm2-135m-instruct, .*llama-65b"):
         KNOWN.sized("?????")
+
+
+def test_dora_is_named_where_it_is_to_blame() -> None:
+    plain, (room,) = run("llama-3.1-8b-instruct", longest=20_000, batch_size=1), rooms("24")
+    asked = plain.model_copy(update={"lora": LoraSpec(use_dora=True)})
+
+    assert planner.plan(plain, [room]).fits and not planner.plan(asked, [room]).fits
+    assert planner.remedies(asked, room)[0].param == "adapter.use_dora"

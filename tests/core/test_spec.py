@@ -29,6 +29,52 @@ def test_what_was_asked_for_is_what_is_done() -> None:
     assert resolved.optimizer.learning_rate == pytest.approx(auto.optimizer.learning_rate / 2)
 
 
+def test_what_an_old_spec_is_known_by_stays() -> None:
+    """Checkpoints of the first release are gone on from only if its specs read the same. This is one of them."""
+    said = (
+        '{"base":"smollm2-135m-instruct","n_epochs":2,"batch_size":12,"seed":1,"max_seq_length":4096,"micro_batch_tokens":2048,'
+        '"checkpoint_every_steps":17,"lora":{"rank":16,"alpha":32.0,"dropout":0.0,"target_modules":"all-linear"},'
+        '"quantization":{"scheme":"nf4","double_quant":true},'
+        '"optimizer":{"learning_rate":0.001,"warmup_ratio":0.05,"weight_decay":0.0,"max_grad_norm":1.0}}'
+    )
+
+    assert spec.resolve(spec.Requested(), BASE, seed=1, examples=400, longest=90).model_dump_json() == said
+    assert spec.TrainSpec.model_validate_json(said).model_dump_json() == said
+
+
+def test_an_option_asked_for_is_told() -> None:
+    asked = spec.Requested(
+        adapter=spec.LoraSpec(use_rslora=True, init_lora_weights="orthogonal"),
+        training=spec.TrainingOptions(
+            optimizer="adamw_32bit", scheduler="linear", min_learning_rate_ratio=0.1, lora_plus_ratio=16, learning_rate=3e-4
+        ),
+    )
+    resolved = spec.resolve(asked, BASE, seed=1, examples=400, longest=90)
+    optimizer = resolved.optimizer
+
+    assert spec.TrainSpec.model_validate_json(resolved.model_dump_json()) == resolved
+    assert spec.Requested.model_validate(asked.model_dump(mode="json")) == asked
+    assert (optimizer.kind, optimizer.scheduler, optimizer.min_rate_ratio) == ("adamw_32bit", "linear", 0.1)
+    assert (optimizer.lora_plus_ratio, optimizer.learning_rate) == (16, 3e-4)
+    assert (resolved.lora.use_rslora, resolved.lora.init_lora_weights) == (True, "orthogonal")
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (spec.LoraSpec, {"init_lora_weights": "orthogonal", "rank": 5}),
+        (spec.LoraSpec, {"init_lora_weights": "pissa"}),
+        (spec.LoraSpec, {"init_lora_weights": 1}),
+        (spec.TrainingOptions, {"scheduler": "constant", "min_learning_rate_ratio": 0.1}),
+        (spec.TrainingOptions, {"min_learning_rate_ratio": 1}),
+        (spec.TrainingOptions, {"lora_plus_ratio": 0.5}),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(kind: type[spec.LoraSpec], wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        kind.model_validate(wrong)
+
+
 def test_one_example_is_enough() -> None:
     assert spec.resolve(spec.Requested(), BASE, seed=1, examples=1, longest=90).total_steps(1) >= 1
 

@@ -91,7 +91,8 @@ def test_it_tells_what_the_job_will_be(house: House) -> None:
     job = house.job(FILE, validation, **asked)
 
     assert told.ok and told.problems == []
-    assert told.plan == job.plan
+    assert job.plan is not None and {**(told.plan or {}), "auto": told.auto} == job.plan
+    assert told.auto is not None and told.auto["learning_rate"]["value"] == told.training["learning_rate"]
     assert told.data_report is not None and told.data_report.model_dump(mode="json") == job.data_report
     assert told.hyperparameters == {"n_epochs": 3, "batch_size": 1, "learning_rate_multiplier": 1.0}
     assert told.training["max_seq_length"] == 200 and told.training["learning_rate"] == job.spec["optimizer"]["learning_rate"]
@@ -210,7 +211,7 @@ def test_what_a_job_has_found_out_of_a_long_file_is_exact(house: House, monkeypa
     told = house.dry_run(house.file(FILE))
     other = house.dry_run(house.file(FILE), training={"max_seq_length": 100})
 
-    assert (told.plan, told.sampled, len(told.preview)) == (job.plan, {}, 5)
+    assert ({**(told.plan or {}), "auto": told.auto}, told.sampled, len(told.preview)) == (job.plan, {}, 5)
     assert other.sampled
 
 

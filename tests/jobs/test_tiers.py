@@ -3,11 +3,12 @@
 from dataclasses import dataclass, replace
 
 import pytest
-from sqlalchemy import orm
+from sqlalchemy import orm, select
 
 from app.accounts.caller import Caller
 from app.core import catalog, tiers
 from app.core.catalog import Base, Catalog
+from app.core.errors import BadRequest
 from app.core.settings import GpuSettings, Settings, TrainingSettings
 from app.core.storage import Storage
 from app.jobs import service as jobs
@@ -178,3 +179,15 @@ def test_the_cpu_tier_plans_no_memory(installation: Installation, base: Base) ->
     here = replace(installation, services=replace(installation.services, catalog=Catalog((small,), {}))).with_tiers("cpu", "16")
 
     assert here.prepared(here.create(small, answer_length=4_000)).queue == "train.cpu"
+
+
+def test_paged_optimizer_states_go_to_a_gpu_or_are_refused(installation: Installation, base: Base) -> None:
+    small = base.model_copy(update={"tier": "cpu"})
+    here = replace(installation, services=replace(installation.services, catalog=Catalog((small,), {})))
+    asked = {"training": {"optimizer": "paged_adamw_8bit"}}
+
+    assert here.with_tiers("cpu", "16").create(small, answer_length=100, **asked)
+    with here.services.sessions() as session:
+        assert session.scalars(select(Job.queue).order_by(Job.id.desc()).limit(1)).one() == "train.16"
+    with pytest.raises(BadRequest, match=r"paged_adamw_8bit needs a GPU.*this installation has: cpu; use adamw_8bit"):
+        here.with_tiers("cpu").create(small, answer_length=100, **asked)

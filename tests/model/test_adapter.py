@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from app.core import manifest
 from app.core.manifest import BaseEntry, Manifest
 from app.core.render import Renderer
+from app.core.spec import TrainSpec
 from tests.training import make as training
 from worker.model import adapter
-from worker.model.adapter import CONFIG, WEIGHTS, AdapterRefused
+from worker.model.adapter import CONFIG, NORMS, WEIGHTS, AdapterRefused
 from worker.model.base import LoadedBase
 from worker.training.trainee import adapted
 
@@ -28,9 +29,17 @@ def written(tiny: LoadedBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def write(directory: Path, base: LoadedBase, model: object) -> Manifest:
+@pytest.fixture(scope="module")
+def written_with_dora(tiny: LoadedBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory, asked = tmp_path_factory.mktemp("adapters") / "dora", training.spec(lora={"use_dora": True})
+    with adapted(tiny, asked) as trainee:
+        write(directory, tiny, trainee.model, asked)
+    return directory
+
+
+def write(directory: Path, base: LoadedBase, model: object, asked: TrainSpec | None = None) -> Manifest:
     facts = {"dataset_sha256": "0" * 64, "step": 3, "metrics": {"train_loss": 0.5}}
-    return adapter.write(directory, model, base=base.entry, spec=training.spec(), renderer=base.renderer, **facts)
+    return adapter.write(directory, model, base=base.entry, spec=asked or training.spec(), renderer=base.renderer, **facts)
 
 
 def resigned(directory: Path) -> None:
@@ -63,6 +72,59 @@ def test_a_written_adapter_opens_with_every_module_and_its_scale(written: Path, 
     assert opened.modules.keys() == tiny.linear_shapes.keys()
     a_RI, b_OR = opened.modules["model.layers.0.mlp.down_proj"]
     assert (a_RI.shape, b_OR.shape, a_RI.dtype) == ((4, 128), (64, 4), torch.float32)
+
+
+def test_an_untrained_dora_adapter_opens_and_changes_nothing(written_with_dora: Path, tiny: LoadedBase) -> None:
+    opened = adapter.open(written_with_dora, base=tiny, max_rank=4)
+
+    assert opened.dora.keys() == opened.modules.keys() == tiny.linear_shapes.keys()
+    for dora in opened.dora.values():
+        torch.testing.assert_close(dora.magnitude_O, dora.norm_O, rtol=2**-8, atol=0)  # PEFT draws it in 16 bits
+
+
+def test_scales_of_rslora_are_by_the_root_of_the_rank(tiny: LoadedBase, tmp_path: Path) -> None:
+    asked = training.spec(lora={"use_rslora": True})
+    with adapted(tiny, asked) as trainee:
+        write(tmp_path / "one", tiny, trainee.model, asked)
+
+    assert adapter.open(tmp_path / "one", base=tiny, max_rank=4).scaling == 8 / 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda norms: norms.popitem(), "is missing"),
+        (lambda norms: next(iter(norms.values())).zero_(), "a length of zero"),
+        (lambda norms: next(iter(norms.values())).fill_(float("nan")), "not finite"),
+        (lambda norms: norms.update({next(iter(norms)): torch.ones(3)}), r"has shape \(3,\)"),
+    ],
+)
+def test_lengths_that_could_mislead_are_refused(
+    written_with_dora: Path, tiny: LoadedBase, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], reason: str
+) -> None:
+    copy = Path(shutil.copytree(written_with_dora, tmp_path / "copy"))
+    norms = load_file(copy / NORMS)
+    change(norms)
+    save_file(norms, copy / NORMS)
+    resigned(copy)
+
+    with pytest.raises(AdapterRefused, match=reason):
+        adapter.open(copy, base=tiny, max_rank=4)
+
+
+def test_dora_without_its_lengths_is_never_served_as_plain_lora(
+    written_with_dora: Path, written: Path, tiny: LoadedBase, tmp_path: Path
+) -> None:
+    without, beside = (Path(shutil.copytree(one, tmp_path / str(n))) for n, one in enumerate((written_with_dora, written)))
+    (without / NORMS).unlink()
+    said = Manifest.model_validate_json((without / manifest.NAME).read_bytes())
+    change_manifest(without, files={name: entry for name, entry in said.files.items() if name != NORMS})
+    change_config(beside, use_dora=True)
+    resigned(beside)
+
+    for copy in (without, beside):
+        with pytest.raises(AdapterRefused, match="does not agree"):
+            adapter.open(copy, base=tiny, max_rank=4)
 
 
 def test_the_manifest_names_base_template_and_tokens(written: Path, tiny: LoadedBase) -> None:

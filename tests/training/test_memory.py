@@ -54,7 +54,9 @@ def model_of(kind: type[PreTrainedConfig], lora: LoraSpec, layers: int, folder: 
     AutoModelForCausalLM.from_config(config(kind, layers), dtype=torch.bfloat16).save_pretrained(folder)
     model = bases.quantized(folder, QuantizationSpec(), "cpu").requires_grad_(False)
     bases.keep_weights_unpacked(model)
-    asked = peft.LoraConfig(r=lora.rank, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    asked = peft.LoraConfig(
+        r=lora.rank, lora_dropout=lora.dropout, use_dora=lora.use_dora, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     return peft.get_peft_model(model, asked).train()
 
 
@@ -128,6 +130,13 @@ def test_layers_keep_what_the_planner_says(
 
     assert memory.is_written_out(model, lora) == (of is Decoder)
     assert measured(kind, lora, of, tmp_path) == pytest.approx(predicted(model, lora), rel=0.02)
+
+
+def test_dora_keeps_what_the_planner_says(tmp_path: Path) -> None:
+    lora = LoraSpec(rank=8, use_dora=True)
+
+    assert not memory.is_written_out(PLAIN, lora)
+    assert measured(LlamaConfig, lora, StockDecoder, tmp_path) == pytest.approx(predicted(PLAIN, lora), rel=0.02)
 
 
 @pytest.mark.parametrize("of", [Decoder, StockDecoder])

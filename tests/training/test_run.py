@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 
 from app.core import manifest
-from app.core.events import Checkpointed, Evaluated, Finished, Noted, Started, Stepped, Stopped
+from app.core.events import Checkpointed, Evaluated, Event, Finished, Noted, Started, Stepped, Stopped
 from app.core.manifest import Manifest
+from app.core.spec import EarlyStopping
 from app.core.tokens.tokenise import tokenise
 from tests.make import chat_line
 from tests.training import make
@@ -82,9 +84,9 @@ def test_a_stopped_and_resumed_run_gives_the_same_bits(tiny: LoadedBase, tmp_pat
     assert [event.train_loss for event in halting.of(Stepped)] == [event.train_loss for event in straight.of(Stepped)]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_run_that_computes_layers_again_gives_the_same_bits(tiny: LoadedBase, tmp_path: Path, dropout: float) -> None:
-    asked = make.spec(lora={"dropout": dropout})
+@pytest.mark.parametrize("lora", [{"dropout": 0.0}, {"dropout": 0.1}, {"use_dora": True}])
+def test_a_run_that_computes_layers_again_gives_the_same_bits(tiny: LoadedBase, tmp_path: Path, lora: dict[str, Any]) -> None:
+    asked = make.spec(lora=lora, neftune_noise_alpha=5)
     keeping, again = Runner(tiny, tmp_path / "a", True), Runner(tiny, tmp_path / "b", True)
     kept, computed = keeping.go(asked), again.go(asked, is_checkpointing=True)
 
@@ -136,15 +138,100 @@ def test_another_run_s_checkpoint_is_neither_gone_on_from_nor_deleted(runner: Ru
 
 
 def test_the_last_two_checkpoints_are_kept_and_the_best(tiny: LoadedBase, tmp_path: Path) -> None:
-    runner = Runner(tiny, tmp_path, has_validation=True)
-    assert runner.paths.validation is not None
-    answers = [make.chat(line, "Count to 3.", answer) for line, answer in enumerate(("abc", "xyz"), 1)]  # numbers are trained on
-    tokenise(answers, tiny.renderer, max_seq_length=64).write(runner.paths.validation)
+    runner = overfitting(tiny, tmp_path)
     runner.go(make.spec(n_epochs=4))
     judged = [event.valid_loss for event in runner.of(Evaluated)]
 
     assert judged[0] == min(judged)
     assert runner.kept == [2, 8, 10]
+
+
+def overfitting(tiny: LoadedBase, folder: Path) -> Runner:
+    """A run whose first evaluation is its best: other answers are asked for than are trained on."""
+    runner = Runner(tiny, folder, has_validation=True)
+    assert runner.paths.validation is not None
+    answers = [make.chat(line, "Count to 3.", answer) for line, answer in enumerate(("abc", "xyz"), 1)]
+    tokenise(answers, tiny.renderer, max_seq_length=64).write(runner.paths.validation)
+    return runner
+
+
+EARLY = {"early_stopping": EarlyStopping(patience=2), "n_epochs": 4}
+
+
+def test_a_run_that_gains_nothing_stops_early_and_leaves_an_adapter(tiny: LoadedBase, tmp_path: Path) -> None:
+    runner = overfitting(tiny, tmp_path)
+    result = runner.go(make.spec(**EARLY))
+    said = Manifest.model_validate_json((runner.paths.output / manifest.NAME).read_bytes())
+
+    assert isinstance(result, Finished) and result.step == said.step == 6  # evaluated at 2, 4 and 6
+    assert [event.step for event in runner.of(Evaluated)] == [2, 4, 6]
+    assert runner.of(Noted)[0].message == ("Stopped early at step 6 of 12: the validation loss has not fallen in 2 evaluations.")
+
+
+def test_a_run_that_gains_more_than_the_least_goes_on(tiny: LoadedBase, tmp_path: Path) -> None:
+    patient, strict = Runner(tiny, tmp_path / "a", True), Runner(tiny, tmp_path / "b", True)
+    patient.go(make.spec(early_stopping=EarlyStopping(patience=1)))
+    strict.go(make.spec(early_stopping=EarlyStopping(patience=1, min_delta=100)))
+    losses = [event.valid_loss for event in patient.of(Evaluated)]
+
+    assert losses == sorted(losses, reverse=True) and len(losses) == 3
+    assert [event.step for event in strict.of(Evaluated)] == [2, 4]
+    assert "has not fallen by more than 100 in 1 evaluations" in strict.of(Noted)[0].message
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 6])
+def test_an_early_stop_and_the_best_are_the_same_after_a_resume(tiny: LoadedBase, tmp_path: Path, stop_after: int) -> None:
+    asked = make.spec(**EARLY, publish="best")
+    straight, halting = overfitting(tiny, tmp_path / "a"), overfitting(tiny, tmp_path / "b")
+    straight.go(asked)
+    halting.go(asked, should_stop=halting.stop_after(stop_after))
+    finished = halting.go(asked)
+
+    assert isinstance(finished, Finished) and finished.step == 6
+    assert halting.weights == straight.weights
+
+
+def test_the_best_is_published_when_asked_for(tiny: LoadedBase, tmp_path: Path) -> None:
+    runner, last = overfitting(tiny, tmp_path / "a"), overfitting(tiny, tmp_path / "b")
+    kept: dict[int, bytes] = {}
+
+    def keep(event: Event) -> None:
+        if isinstance(event, Checkpointed):
+            kept[event.step] = (Path(event.directory) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    runner.listener = keep
+    result = runner.go(make.spec(n_epochs=4, publish="best"))
+    last.go(make.spec(n_epochs=4))
+    said = Manifest.model_validate_json((runner.paths.output / manifest.NAME).read_bytes())
+
+    assert isinstance(result, Finished) and result.step == 12  # what was trained, and is paid for
+    assert runner.weights == kept[2] != last.weights
+    assert (said.step, said.kind) == (2, "adapter")
+    assert said.metrics["valid_loss"] == min(event.valid_loss for event in runner.of(Evaluated))
+    assert "that of step 2" in runner.of(Noted)[0].message
+
+
+def test_the_last_is_published_where_it_is_the_best(tiny: LoadedBase, tmp_path: Path) -> None:
+    runner, last = Runner(tiny, tmp_path / "a", True), Runner(tiny, tmp_path / "b", True)
+    runner.go(make.spec(publish="best"))
+    last.go(make.spec())
+
+    assert runner.weights == last.weights and not runner.of(Noted)
+
+
+def test_a_best_that_is_damaged_is_not_published(tiny: LoadedBase, tmp_path: Path) -> None:
+    runner, last = overfitting(tiny, tmp_path / "a"), overfitting(tiny, tmp_path / "b")
+
+    def lose(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == event.total_steps:
+            shutil.rmtree(runner.paths.checkpoints / "step-000002")
+
+    runner.listener = lose
+    runner.go(make.spec(n_epochs=4, publish="best"))
+    last.go(make.spec(n_epochs=4))
+
+    assert runner.weights == last.weights
+    assert "had the lowest validation loss, but its checkpoint is not used" in runner.of(Noted)[0].message
 
 
 def test_without_validation_the_last_two_checkpoints_are_kept(runner: Runner) -> None:
@@ -328,7 +415,7 @@ def test_plain_peft_loads_the_adapter_and_agrees(runner: Runner, exact: LoadedBa
     runner.go(make.spec())
     tokens = torch.arange(60).reshape(2, 30)
     with adapted(exact, make.spec()) as trainee:
-        trainee.load(adapter.open(runner.paths.output, base=exact, max_rank=4).modules)
+        trainee.load(adapter.open(runner.paths.output, base=exact, max_rank=4))
         exact.model.config._attn_implementation = "sdpa"
         ours = exact.model(tokens).logits
     plain = exact.model(tokens).logits

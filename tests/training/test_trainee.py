@@ -1,5 +1,6 @@
 """The forward: packed documents, the CPU's repacking, precision, and a base that is left as it was (traps 1, 2, 3, 6, 9)."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -159,8 +160,9 @@ def test_training_leaves_embeddings_head_and_norms_in_16_bits(tiny: LoadedBase) 
 def test_the_base_is_left_as_it_was(tiny: LoadedBase) -> None:
     tokens = torch.arange(30)[None]
     before, hooks = tiny.model(tokens).logits, sum(len(module._forward_hooks) for module in tiny.model.modules())
-    for dropout, is_checkpointing in ((0.0, False), (0.0, True), (0.1, False), (0.1, True)):  # dropout: transformers' layers
-        with adapted(tiny, make.spec(lora={"dropout": dropout}), is_checkpointing=is_checkpointing) as trainee:
+    kinds = ({}, {"dropout": 0.1}, {"use_dora": True})  # the last two by transformers' layers
+    for lora, is_checkpointing in itertools.product(kinds, (False, True)):
+        with adapted(tiny, make.spec(lora=lora, neftune_noise_alpha=5), is_checkpointing=is_checkpointing) as trainee:
             excite(trainee)
             gradient_of(trainee, packed(tiny, max_tokens=160))
     assert torch.equal(tiny.model(tokens).logits, before)
@@ -175,6 +177,25 @@ def test_the_adapter_is_drawn_from_the_seed(tiny: LoadedBase) -> None:
             drawn.append(torch.cat([parameter.detach().flatten() for parameter in trainee.parameters]))
 
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_an_orthogonal_adapter_begins_at_the_base_with_neither_half_zero(tiny: LoadedBase) -> None:
+    with adapted(tiny, make.spec(lora={"init_lora_weights": "orthogonal"})) as trainee:
+        a_RI, b_OR = trainee.parameters[0], trainee.parameters[1]
+        assert torch.linalg.matrix_rank(a_RI) == torch.linalg.matrix_rank(b_OR) == len(a_RI) // 2
+        torch.testing.assert_close(b_OR @ a_RI, torch.zeros(len(b_OR), a_RI.shape[1]))
+
+
+def test_lora_plus_trains_the_second_factor_faster(tiny: LoadedBase) -> None:
+    with adapted(tiny, make.spec()) as trainee:
+        names = [
+            name
+            for name, parameter in trainee.model.named_parameters()
+            if any(parameter is one for one in trainee.fast_parameters)
+        ]
+
+    assert len(names) == 2 * 7
+    assert all("lora_B" in name for name in names)
 
 
 def test_only_the_asked_for_modules_are_trained(tiny: LoadedBase) -> None:

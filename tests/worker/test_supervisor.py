@@ -16,10 +16,11 @@ from app.core import catalog
 from app.core.settings import Settings
 from app.core.spec import TrainSpec
 from app.core.storage import Storage
+from app.core.tokens.tokenise import tokenise
 from app.jobs import preparing
 from app.jobs import service as jobs
 from app.jobs.preparing import Dataset, Datasets
-from app.models import Job, JobCheckpoint, JobEvent, JobState
+from app.models import Adapter, Job, JobCheckpoint, JobEvent, JobState
 from tests import make, small_disk
 from tests.embedded.patience import eventually
 from tests.training import make as training
@@ -65,16 +66,25 @@ def at_work(to: Services, queue: str) -> Iterator[Supervisor]:
         supervisor.close()
 
 
-def queued(to: Services, organization: Caller, tiny: LoadedBase, folder: Path, asked: TrainSpec) -> Job:
-    """A job with this spec, prepared, in a queue of its own."""
+def queued(
+    to: Services, organization: Caller, tiny: LoadedBase, folder: Path, asked: TrainSpec, *, has_validation: bool = False
+) -> Job:
+    """A job with this spec, prepared, in a queue of its own. Its validation asks for answers other than those trained on."""
     folder.mkdir(exist_ok=True)
     training.examples(tiny.renderer).write(folder / "tokens.safetensors")
+    answers = [training.chat(line, "Count to 3.", answer) for line, answer in enumerate(("abc", "xyz"), 1)]
+    tokenise(answers, tiny.renderer, max_seq_length=64).write(folder / "validation.safetensors")
     with to.sessions.begin() as session:
         job = make.job(session, organization)
-        key = f"orgs/{organization.organization_id}/datasets/{job.id}.safetensors"
-        stored = Dataset(key=key, sha256=to.storage.put_file(key, folder / "tokens.safetensors").sha256)
+
+        def stored(name: str) -> Dataset:
+            key = f"orgs/{organization.organization_id}/datasets/{job.id}-{name}"
+            return Dataset(key=key, sha256=to.storage.put_file(key, folder / name).sha256)
+
+        validation = stored("validation.safetensors") if has_validation else None
         admitted = make.admitted().model_copy(update={"spec": asked})
-        preparing.finish(session, job.id, admitted=admitted, datasets=Datasets(training=stored))
+        datasets = Datasets(training=stored("tokens.safetensors"), validation=validation)
+        preparing.finish(session, job.id, admitted=admitted, datasets=datasets)
         job.queue = f"train.{job.id}"
     return job
 
@@ -129,6 +139,30 @@ def test_a_damaged_checkpoint_in_storage_falls_back_to_the_one_before(
     with to.sessions() as session:
         again = session.scalars(select(JobCheckpoint).where(JobCheckpoint.job_id == job.id, JobCheckpoint.attempt == 2)).all()
     assert min(checkpoint.step for checkpoint in again) > before.step
+
+
+def test_the_best_adapter_is_published_by_a_worker_that_did_not_train_it(
+    to: Services, organization: Caller, tiny: LoadedBase, tmp_path: Path
+) -> None:
+    asked = training.spec(n_epochs=20, checkpoint_every_steps=3, publish="best", optimizer={"warmup_ratio": 0})
+    job = queued(to, organization, tiny, tmp_path, asked, has_validation=True)
+    with at_work(to, job.queue) as first:
+        eventually(lambda: len(checkpoints(to, job)) == 3)  # the newest, the one before, the best
+        first.drain()
+    best = min(checkpoints(to, job), key=lambda checkpoint: checkpoint.metrics["valid_loss"])
+
+    with at_work(to, job.queue):
+        pass
+
+    said = messages(to, job)
+    assert any(message.startswith(f"The adapter is that of step {best.step}: ") for message in said), said
+    with to.sessions() as session:
+        published, kept = (
+            session.scalars(select(Adapter).where(Adapter.job_id == job.id, Adapter.step.is_not_distinct_from(step))).one()
+            for step in (None, best.step)
+        )
+    weights = [to.storage.get(f"{adapter.prefix}/adapter_model.safetensors") for adapter in (published, kept)]
+    assert weights[0] == weights[1]
 
 
 def test_a_full_disk_is_told_as_one_and_the_job_goes_on_when_there_is_room(

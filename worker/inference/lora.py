@@ -6,28 +6,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from worker.model.adapter import AdapterWeights
+
 
 @dataclass(frozen=True, eq=False)
 class LoraWeights:
-    """One adapter as it is applied: by module, A [R, I] and B [R, O], transposed and already scaled."""
+    """One adapter as it is applied: by module, A [R, I] and B [R, O], transposed and already scaled.
+
+    DoRA multiplies what the base and the product give by a number for each output: that of the product is in B already, `gains`
+    [O] say by how much more than once the base's part counts.
+    """
 
     rank: int
     modules: Mapping[str, tuple[Tensor, Tensor]]
+    gains: Mapping[str, Tensor]
 
     @property
     def size_bytes(self) -> int:
-        return sum(part.nbytes for pair in self.modules.values() for part in pair)
+        pairs = sum(part.nbytes for pair in self.modules.values() for part in pair)
+        return pairs + sum(gain_O.nbytes for gain_O in self.gains.values())
 
 
-def prepare(
-    modules: Mapping[str, tuple[Tensor, Tensor]], *, rank: int, scaling: float, dtype: torch.dtype, device: torch.device
-) -> LoraWeights:
+def prepare(weights: AdapterWeights, *, dtype: torch.dtype, device: torch.device) -> LoraWeights:
     """From A [R, I] and B [O, R] as they are stored."""
-    made = {
-        name: (a_RI.to(device, dtype).contiguous(), (b_OR.float() * scaling).T.to(device, dtype).contiguous())
-        for name, (a_RI, b_OR) in modules.items()
-    }
-    return LoraWeights(rank, made)
+    modules, gains = dict[str, tuple[Tensor, Tensor]](), dict[str, Tensor]()
+    for name, (a_RI, b_OR) in weights.modules.items():
+        scaled_OR = b_OR.float() * weights.scaling
+        if dora := weights.dora.get(name):
+            times_O = dora.magnitude_O / dora.norm_O
+            scaled_OR *= times_O[:, None]
+            gains[name] = (times_O - 1).to(device, dtype)
+        modules[name] = (a_RI.to(device, dtype).contiguous(), scaled_OR.T.to(device, dtype).contiguous())
+    return LoraWeights(weights.rank, modules, gains)
 
 
 class LoraLayers:
@@ -45,6 +55,8 @@ class LoraLayers:
         self._wide: dict[str, tuple[Tensor, Tensor]] = {}
         self._rows_T: Tensor | None = None  # rows with an adapter; None when all have one
         self._others_TR: Tensor | None = None  # ranks that are not the row's own; None when there are no others
+        self._gains: dict[str, Tensor] = {}  # by module, those of every adapter [adapters, O], zeros where it has none
+        self._owners_T: Tensor | None = None  # of the rows with an adapter, which of them; None when no adapter has gains
         self._is_on = False
 
     def use(self, segments: Sequence[tuple[LoraWeights | None, int]], device: torch.device) -> None:
@@ -58,20 +70,26 @@ class LoraLayers:
         owners = [weights for weights, count in segments for _ in range(count)]
         mine = [row for row, owner in enumerate(owners) if owner is not None]
         self._rows_T = None if len(mine) == len(owners) else torch.tensor(mine, device=device)
-        self._others_TR = None if len(self._built) == 1 else self._others([owners[row] for row in mine], device)
+        mine_owners = [owners[row] for row in mine]
+        self._others_TR = None if len(self._built) == 1 else self._others(mine_owners, device)
+        numbers = {weights: number for number, weights in enumerate(self._built)}
+        self._owners_T = torch.tensor([numbers[one] for one in mine_owners if one], device=device) if self._gains else None
 
     def _covers(self, active: KeysView[LoraWeights]) -> bool:
         """Whether what is built will do: adapters that left may stay until they are most of the work."""
         return active <= self._built.keys() and 2 * sum(one.rank for one in active) >= sum(one.rank for one in self._built)
 
     def _build(self, active: KeysView[LoraWeights]) -> None:
-        self._built, self._wide, start = {}, {}, 0
+        self._built, self._wide, self._gains, start = {}, {}, {}, 0
         for weights in active:
             self._built[weights] = slice(start, start + weights.rank)
             start += weights.rank
         for name in {name for weights in active for name in weights.modules}:
             pairs = [_pair(weights, name, like=next(w for w in active if name in w.modules)) for weights in self._built]
             self._wide[name] = (_joined([a for a, _ in pairs]), _joined([b for _, b in pairs]))
+            if any(name in weights.gains for weights in active):
+                like_O = pairs[0][1][0]
+                self._gains[name] = torch.stack([weights.gains.get(name, torch.zeros_like(like_O)) for weights in self._built])
 
     def _others(self, owners: Sequence[LoraWeights | None], device: torch.device) -> Tensor:
         width = sum(weights.rank for weights in self._built)
@@ -82,21 +100,33 @@ class LoraLayers:
         return others_TR.to(device)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def add(_module: nn.Module, inputs: tuple[Tensor, ...], output_1TO: Tensor) -> Tensor | None:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output_1TO: Tensor) -> Tensor | None:
             if not self._is_on or name not in self._wide:
                 return None
-            self._add(inputs[0][0], output_1TO[0], *self._wide[name])
+            self._add(inputs[0][0], output_1TO[0], *self._wide[name], self._more(name, module, output_1TO[0]))
             return output_1TO
 
         return add
 
-    def _add(self, rows_TI: Tensor, output_TO: Tensor, a_RI: Tensor, b_RO: Tensor) -> None:
+    def _more(self, name: str, module: nn.Module, output_TO: Tensor) -> Tensor | None:
+        """What the gains add to the rows with an adapter. A bias is no part of what they multiply."""
+        if self._owners_T is None or name not in self._gains:
+            return None
+        products_TO = output_TO if self._rows_T is None else output_TO[self._rows_T]
+        if isinstance(module.bias, Tensor):
+            products_TO = products_TO - module.bias
+        return products_TO * self._gains[name][self._owners_T]
+
+    def _add(self, rows_TI: Tensor, output_TO: Tensor, a_RI: Tensor, b_RO: Tensor, more_TO: Tensor | None) -> None:
         if self._rows_T is not None:
             rows_TI = rows_TI[self._rows_T]
         inner_TR = rows_TI.to(a_RI.dtype) @ a_RI.T
         if self._others_TR is not None:
             inner_TR.masked_fill_(self._others_TR, 0)  # not a product with zero: a neighbour's overflow must not become NaN here
-        delta_TO = (inner_TR @ b_RO).to(output_TO.dtype)
+        delta_TO = inner_TR @ b_RO
+        if more_TO is not None:
+            delta_TO += more_TO
+        delta_TO = delta_TO.to(output_TO.dtype)
         if self._rows_T is None:
             output_TO.add_(delta_TO)
         else:

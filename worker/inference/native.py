@@ -148,7 +148,7 @@ def _load(ref: AdapterRef, *, disk: AdapterDisk, base: LoadedBase, runner: Model
         found = directories.open(directory, base=base, max_rank=max_rank)
     except AdapterRefused as error:
         raise refused(ref, str(error)) from error
-    made = lora.prepare(found.modules, rank=found.rank, scaling=found.scaling, dtype=runner.lora_dtype, device=runner.device)
+    made = lora.prepare(found, dtype=runner.lora_dtype, device=runner.device)
     seconds = round(time.monotonic() - began, 3)
     log.info("adapter_loaded", adapter=ref.internal_name, rank=made.rank, size_bytes=made.size_bytes, seconds=seconds)
     return made

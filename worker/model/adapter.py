@@ -1,11 +1,16 @@
 """Adapter directories: written once, whole and with a manifest; opened only if nothing in them could mislead.
 
-adapter_model.safetensors   LoRA matrices in fp32, named as PEFT names them
+adapter_model.safetensors   LoRA matrices in fp32, and DoRA's magnitudes, named as PEFT names them
 adapter_config.json         what PEFT needs to load them, and nothing else
+dora_norms.safetensors      of DoRA alone: by output the length of W + s B A, which its magnitude replaces; PEFT asks its own base
 manifest.json               see app.core.manifest; written last
+
+Engines cannot compute those lengths: their weights may be packed for good. The manifest binds them to the base that they are of.
 """
 
 import json
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +33,8 @@ from worker.model.directory import written_whole
 
 WEIGHTS: Final = "adapter_model.safetensors"
 CONFIG: Final = "adapter_config.json"
+NORMS: Final = "dora_norms.safetensors"
+_MAGNITUDE = ".lora_magnitude_vector"
 _PREFIX = "base_model.model."  # PEFT's name for the model inside its own
 
 
@@ -47,25 +55,57 @@ class AdapterConfig(BaseModel):
     lora_dropout: float = Field(ge=0, lt=1)
     target_modules: list[str] = Field(min_length=1)
     bias: str = Field(default="none", pattern="^none$")
+    use_rslora: bool = Field(default=False, exclude_if=operator.not_)
+    use_dora: bool = Field(default=False, exclude_if=operator.not_)
     inference_mode: bool = True
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+@dataclass(frozen=True)
+class Dora:
+    """What DoRA adds to a linear layer: its outputs are multiplied by magnitude over norm, in fp32."""
+
+    magnitude_O: Tensor
+    norm_O: Tensor
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A checked adapter. `modules` maps a linear layer's name to A [R, I] and B [O, R], unscaled, in fp32."""
+    """A checked adapter. `modules` maps a linear layer's name to A [R, I] and B [O, R], unscaled, in fp32; `dora` the same names,
+    or none, to what DoRA adds."""
 
     rank: int
     scaling: float
     modules: Mapping[str, tuple[Tensor, Tensor]]
+    dora: Mapping[str, Dora]
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
     """The trained tensors of a PEFT model, by the names they have in files."""
     return {
-        name.replace(".default.", "."): parameter.detach().float().cpu().contiguous()
+        name.replace(".lora_magnitude_vector.default.weight", _MAGNITUDE).replace(".default.", "."): _plain(parameter)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+@torch.no_grad()
+def norms_of(model: Any) -> dict[str, Tensor]:
+    """The lengths of the rows of W + s B A, by layer; none without DoRA."""
+    found = dict[str, Tensor]()
+    for name, layer in model.named_modules():
+        if getattr(layer, "lora_magnitude_vector", None):
+            a_RI, b_OR = (part["default"].weight.float() for part in (layer.lora_A, layer.lora_B))
+            dense_OI = dequantize_module_weight(layer.get_base_layer()).float()
+            found[name] = _plain(torch.linalg.norm(dense_OI + layer.scaling["default"] * (b_OR @ a_RI), dim=1))
+    return found
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().contiguous()
 
 
 def write(
@@ -81,14 +121,16 @@ def write(
     kind: str = "adapter",
 ) -> Manifest:
     """Write what a PEFT `model` has learnt. Readers see the whole directory or none. Raises AdapterRefused if not finite."""
-    tensors = tensors_of(model)
+    tensors, norms = tensors_of(model), norms_of(model)
     _require_finite(tensors)
     with written_whole(directory) as partial:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        if norms:
+            save_file(norms, partial / NORMS)
         (partial / CONFIG).write_text(_config_of(base, spec.lora).model_dump_json(indent=2))
         written = Manifest(
             kind=kind,
-            files={name: manifest.entry_of(partial / name) for name in (WEIGHTS, CONFIG)},
+            files={name: manifest.entry_of(partial / name) for name in (WEIGHTS, CONFIG, *[NORMS] * bool(norms))},
             base=base,
             dataset_sha256=dataset_sha256,
             template_sha256=renderer.template_sha256,
@@ -104,21 +146,37 @@ def write(
 
 def open(directory: Path, *, base: LoadedBase, max_rank: int) -> AdapterWeights:
     """Check everything that can be checked before these weights answer anyone. Raises AdapterRefused."""
-    _check_manifest(directory, base)
+    said = _check_manifest(directory, base)
     config = _read_config(directory)
+    if (NORMS in said.files) != config.use_dora:
+        raise AdapterRefused(f"{CONFIG}: use_dora does not agree with {NORMS}, which is {'not ' if config.use_dora else ''}there")
     if config.r > max_rank:
         raise AdapterRefused(f"its rank is {config.r}; at most {max_rank} is allowed")
+    shapes = {name: shape for name, shape in base.linear_shapes.items() if name.rpartition(".")[2] in config.target_modules}
+    tensors = _read_tensors(directory / WEIGHTS, _expected_shapes(config, shapes))
+    norms = {}
+    if config.use_dora:
+        norms = _read_tensors(directory / NORMS, {f"{_PREFIX}{name}": (outside,) for name, (_, outside) in shapes.items()})
+    if not all((norm_O > 0).all() for norm_O in norms.values()):
+        raise AdapterRefused(f"{NORMS} holds a length of zero")
+    return AdapterWeights(
+        config.r,
+        config.scaling,
+        {name: (tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"]) for name in shapes},
+        {name: Dora(tensors[f"{_PREFIX}{name}{_MAGNITUDE}"], norms[f"{_PREFIX}{name}"]) for name in shapes if norms},
+    )
+
+
+def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Exactly those expected, and finite. Raises AdapterRefused."""
     try:
-        tensors = load_file(directory / WEIGHTS)
+        tensors = load_file(path)
     except SafetensorError as error:
-        raise AdapterRefused(f"{WEIGHTS} cannot be read: {error}") from error
-    expected = _expected_shapes(config, base.linear_shapes)
+        raise AdapterRefused(f"{path.name} cannot be read: {error}") from error
     if problem := _difference(tensors, expected):
         raise AdapterRefused(problem)
     _require_finite(tensors)
-    names = [name for name in base.linear_shapes if f"{_PREFIX}{name}.lora_A.weight" in tensors]
-    modules = {name: (tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"]) for name in names}
-    return AdapterWeights(config.r, config.lora_alpha / config.r, modules)
+    return tensors
 
 
 def _config_of(base: BaseEntry, lora: LoraSpec) -> AdapterConfig:
@@ -128,16 +186,18 @@ def _config_of(base: BaseEntry, lora: LoraSpec) -> AdapterConfig:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
     )
 
 
-def _check_manifest(directory: Path, base: LoadedBase) -> None:
+def _check_manifest(directory: Path, base: LoadedBase) -> Manifest:
     """That the directory is what its manifest says, and that the manifest speaks of this base and this template."""
     try:
         said = manifest.read(directory)
     except manifest.Damaged as error:
         raise AdapterRefused(str(error)) from error
-    if unexpected := said.files.keys() ^ {WEIGHTS, CONFIG}:
+    if unexpected := (said.files.keys() - {NORMS}) ^ {WEIGHTS, CONFIG}:
         raise AdapterRefused(f"it must hold {WEIGHTS} and {CONFIG} and nothing else, and differs in {min(unexpected)}")
     if said.base.digest != base.entry.digest:
         raise AdapterRefused(f"it was trained on other weights ({said.base.id} {said.base.digest[:12]}) than {base.entry.id} has")
@@ -145,6 +205,7 @@ def _check_manifest(directory: Path, base: LoadedBase) -> None:
         raise AdapterRefused("it was trained with another chat template")
     if base.renderer.differs_from(said.token_vectors):
         raise AdapterRefused("the tokenizer gives other tokens than it was trained with")
+    return said
 
 
 def _read_config(directory: Path) -> AdapterConfig:
@@ -157,12 +218,13 @@ def _read_config(directory: Path) -> AdapterConfig:
         raise AdapterRefused(f"{CONFIG} is not JSON") from error
 
 
-def _expected_shapes(config: AdapterConfig, linear_shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(config: AdapterConfig, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
     expected = dict[str, tuple[int, ...]]()
-    for name, (inside, outside) in linear_shapes.items():
-        if name.rpartition(".")[2] in config.target_modules:
-            expected[f"{_PREFIX}{name}.lora_A.weight"] = (config.r, inside)
-            expected[f"{_PREFIX}{name}.lora_B.weight"] = (outside, config.r)
+    for name, (inside, outside) in shapes.items():
+        expected[f"{_PREFIX}{name}.lora_A.weight"] = (config.r, inside)
+        expected[f"{_PREFIX}{name}.lora_B.weight"] = (outside, config.r)
+        if config.use_dora:
+            expected[f"{_PREFIX}{name}{_MAGNITUDE}"] = (outside,)
     return expected
 
 

@@ -8,6 +8,7 @@ Order of data, dropout and rate follow from seed and step, so they need no state
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 class TrainState(BaseModel):
     """How far a run is, between two steps. `metrics` are those of the last step and of the last evaluation.
 
-    `rate_scale` is what the schedule's rate is multiplied with: less than one in a run that has diverged before.
+    `rate_scale` is what the schedule's rate is multiplied with: less than one in a run that has diverged before. `judged_step` is
+    that of the last evaluation, `best_step` of the one with the lowest loss; `stale` counts evaluations since `loss_to_beat`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -45,6 +47,11 @@ class TrainState(BaseModel):
     skipped_in_a_row: int = 0
     rate_scale: float = 1.0
     metrics: dict[str, float] = {}
+    judged_step: int = 0
+    best_step: int = 0
+    best_loss: float = math.inf
+    loss_to_beat: float = math.inf
+    stale: int = 0
 
     def advanced(self, step: Step, metrics: dict[str, float]) -> "TrainState":
         tokens = self.trained_tokens + step.tokens
@@ -54,8 +61,19 @@ class TrainState(BaseModel):
     def slowed(self, rate_scale: float) -> "TrainState":
         return self.model_copy(update={"rate_scale": min(self.rate_scale, rate_scale)})
 
-    def measured(self, **metrics: float) -> "TrainState":
-        return self.model_copy(update={"metrics": {**self.metrics, **metrics}})
+    def judged(self, *, valid_loss: float, valid_mean_token_accuracy: float, min_delta: float = 0.0) -> "TrainState":
+        """With what an evaluation has found."""
+        found = {"valid_loss": valid_loss, "valid_mean_token_accuracy": valid_mean_token_accuracy}
+        changes = {"metrics": {**self.metrics, **found}, "judged_step": self.step, "stale": self.stale + 1}
+        if valid_loss < self.best_loss:
+            changes |= {"best_step": self.step, "best_loss": valid_loss}
+        if valid_loss < self.loss_to_beat - min_delta:
+            changes |= {"loss_to_beat": valid_loss, "stale": 0}
+        return self.model_copy(update=changes)
+
+    def is_spent(self, spec: TrainSpec) -> bool:
+        """Whether the run has stopped early."""
+        return spec.early_stopping is not None and self.stale >= spec.early_stopping.patience
 
     def skipped(self, step: Step) -> "TrainState":
         return self.model_copy(update={"step": step.number, "skipped_in_a_row": self.skipped_in_a_row + 1})
@@ -123,8 +141,21 @@ def restore(
 
 def _open(checkpoint: Path, identity: Identity, trainee: Trainee, optimizer: Optimizer) -> TrainState:
     """Everything is checked before anything is taken over. Raises Damaged."""
-    beside = checkpoint / "state"
-    manifest.read(beside)
+    state = _take_weights(checkpoint, identity, trainee)
+    optimizer.restore(load_file(checkpoint / "state" / _OPTIMIZER))
+    return state
+
+
+def take_adapter(directory: Path, identity: Identity, trainee: Trainee, *, step: int) -> TrainState:
+    """Take over the weights of this step's checkpoint, to be published and not gone on with. Raises Damaged."""
+    found = _found(directory)
+    if step not in found:
+        raise Damaged("it is not here")
+    return _take_weights(found[step], identity, trainee)
+
+
+def _take_weights(checkpoint: Path, identity: Identity, trainee: Trainee) -> TrainState:
+    manifest.read(checkpoint / "state")
     try:
         weights = adapter.open(checkpoint / "adapter", base=identity.base, max_rank=identity.spec.lora.rank)
     except AdapterRefused as error:
@@ -132,8 +163,7 @@ def _open(checkpoint: Path, identity: Identity, trainee: Trainee, optimizer: Opt
     facts = _facts(checkpoint)
     if facts["run"] != identity.digest:
         raise Damaged("it belongs to another run")
-    trainee.load(weights.modules)
-    optimizer.restore(load_file(beside / _OPTIMIZER))
+    trainee.load(weights)
     return TrainState.model_validate(facts["state"])
 
 

@@ -27,6 +27,10 @@ class BaseUnsupported(TrainingFailed):
     code = "base_unsupported"
 
 
+class OptimizerUnsupported(TrainingFailed):
+    code = "optimizer_unsupported"
+
+
 def failed(error: BaseException) -> Failed:
     """The last event of a run that raised `error`. What is not the owner's doing is said without its details."""
     match error:

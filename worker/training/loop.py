@@ -31,7 +31,8 @@ def train(
     on_event: OnEvent,
     should_stop: ShouldStop,
 ) -> TrainState:
-    """Go on from `state` to the last step, or to where `should_stop` says so; returns the state after the last whole step.
+    """Go on from `state` to the last step, to where nothing is gained any more (`TrainState.is_spent`), or to where `should_stop`
+    says so; returns the state after the last whole step.
 
     `keep` is called where a checkpoint is due. Raises Diverged.
     """
@@ -79,4 +80,6 @@ def train(
         )
         if step.number % spec.checkpoint_every_steps == 0 and step.number < data.total_steps:
             state = keep(state)
+            if state.is_spent(spec):
+                break
     return state

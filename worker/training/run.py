@@ -10,6 +10,7 @@ import torch
 
 from app.core import catalog
 from app.core.events import Checkpointed, Finished, MeasuredMemory, Noted, Started, Stopped
+from app.core.manifest import Damaged
 from app.core.spec import TrainSpec
 from app.core.tokens.tokenise import TokenisedSet
 from worker.model import base as bases
@@ -95,7 +96,7 @@ def _attempt(
     """From the newest checkpoint, or from the start, to the end, or to where it is told to stop. Raises Diverged."""
     spec = identity.spec
     with adapted(identity.base, spec, is_checkpointing=is_checkpointing) as trainee:
-        optimizer = Optimizer(trainee.parameters, spec.optimizer)
+        optimizer = Optimizer(trainee.parameters, spec.optimizer, faster=trainee.fast_parameters)
         measure = partial(_measured, optimizer.device, data.micro_batch_tokens, is_checkpointing)
         keeper = _Keeper(identity, paths, trainee, optimizer, validation, measure, on_event, should_stop)
         state = keeper.restore().slowed(rate_scale)
@@ -108,7 +109,15 @@ def _attempt(
                 evaluation_tokens=sum(len(batch.tokens_T) for batch in validation),
             )
         )
-        state = loop.train(trainee, data, optimizer, state, spec, keep=keeper.keep, on_event=on_event, should_stop=should_stop)
+        if spec.judges and keeper.lacks_evaluation(state):
+            state = keeper.keep(state)
+        if not state.is_spent(spec):
+            state = loop.train(
+                trainee, data, optimizer, state, spec, keep=keeper.keep, on_event=on_event, should_stop=should_stop
+            )
+        if state.is_spent(spec) and state.step < data.total_steps:
+            on_event(Noted(level="info", message=_stopped_early(state, spec, data.total_steps)))
+            return keeper.finish(state)
         return keeper.finish(state) if state.step == data.total_steps else keeper.stop(state)
 
 
@@ -142,6 +151,11 @@ class _Keeper:
         self._kept_step = state.step if state else 0
         return state or TrainState()
 
+    def lacks_evaluation(self, state: TrainState) -> bool:
+        """Whether whoever wrote this checkpoint was stopped while it was evaluated, and so came to no decision."""
+        is_due = state.step > 0 and state.step % self._identity.spec.checkpoint_every_steps == 0
+        return is_due and state.judged_step != state.step
+
     def keep(self, state: TrainState) -> TrainState:
         return self._checkpointed(self._evaluated(state) or state)
 
@@ -151,16 +165,32 @@ class _Keeper:
         return Stopped(step=state.step)
 
     def finish(self, state: TrainState) -> Finished | Stopped:
-        evaluated = self._evaluated(state)
+        evaluated = state if state.judged_step == state.step else self._evaluated(state)
         if evaluated is None:
             return self.stop(state)
-        self._identity.write_adapter(self._paths.output, self._trainee, evaluated, kind="adapter")
+        self._identity.write_adapter(self._paths.output, self._trainee, self._chosen(evaluated), kind="adapter")
         return Finished(
             step=evaluated.step,
             trained_tokens=evaluated.trained_tokens,
             directory=str(self._paths.output),
             memory=self._measure(),
         )
+
+    def _chosen(self, last: TrainState) -> TrainState:
+        """What is published: the last state, or with the weights of the best one that state. The trainee has its weights."""
+        if self._identity.spec.publish == "last" or last.best_step in (0, last.step):
+            return last
+        best, loss = last.best_step, last.best_loss
+        try:
+            chosen = checkpoint.take_adapter(self._paths.checkpoints, self._identity, self._trainee, step=best)
+        except Damaged as error:
+            message = f"Step {best} had the lowest validation loss, but its checkpoint is not used: {error}. The last step's is."
+            self._on_event(Noted(level="warn", message=message))
+            return last
+        self._on_event(
+            Noted(level="info", message=f"The adapter is that of step {best}: its validation loss, {loss:.4f}, was best.")
+        )
+        return chosen
 
     def _evaluated(self, state: TrainState) -> TrainState | None:
         """With the metrics of the validation file, if there is one; None when told to stop on the way."""
@@ -170,7 +200,12 @@ class _Keeper:
         if event is None:
             return None
         self._on_event(event)
-        return state.measured(valid_loss=event.valid_loss, valid_mean_token_accuracy=event.valid_mean_token_accuracy)
+        early = self._identity.spec.early_stopping
+        return state.judged(
+            valid_loss=event.valid_loss,
+            valid_mean_token_accuracy=event.valid_mean_token_accuracy,
+            min_delta=early.min_delta if early else 0.0,
+        )
 
     def _checkpointed(self, state: TrainState) -> TrainState:
         directory = checkpoint.write(self._paths.checkpoints, self._identity, self._trainee, self._optimizer, state)
@@ -178,6 +213,13 @@ class _Keeper:
         self._on_event(Checkpointed(step=state.step, directory=str(directory), metrics=state.metrics))
         checkpoint.prune(self._paths.checkpoints, self._identity, newest=state.step)
         return state
+
+
+def _stopped_early(state: TrainState, spec: TrainSpec, total_steps: int) -> str:
+    assert spec.early_stopping is not None
+    by = f" by more than {spec.early_stopping.min_delta:g}" if spec.early_stopping.min_delta else ""
+    stale = f"the validation loss has not fallen{by} in {state.stale} evaluations"
+    return f"Stopped early at step {state.step} of {total_steps}: {stale}."
 
 
 def _open_validation(path: Path | None, tokens_at_once: int) -> tuple[MicroBatch, ...]:

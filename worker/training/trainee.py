@@ -1,7 +1,7 @@
 """The frozen base with an adapter to be trained on it, and its forward."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from app.core.spec import OptimizerSpec, TrainSpec
+from worker.model.adapter import AdapterWeights
 from worker.model.base import LoadedBase
-from worker.training import decoder
+from worker.training import decoder, neftune
 from worker.training.data import MicroBatch
 from worker.training.decoder import Decoder
 from worker.training.failures import BaseUnsupported
@@ -30,10 +32,17 @@ class Trainee:
     model: Any
     base: LoadedBase
     decoder: Decoder | StockDecoder
+    noise_alpha: float = 0.0  # NEFTune's, while training
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def fast_parameters(self) -> list[nn.Parameter]:
+        """Those that LoRA+ trains faster, as PEFT chooses them: B, and vectors."""
+        named = self.model.named_parameters()
+        return [one for name, one in named if one.requires_grad and ("lora_B" in name or one.ndim == 1)]
 
     @torch.no_grad()
     def loss(self, batch: MicroBatch) -> LabelledLoss:
@@ -68,16 +77,20 @@ class Trainee:
             )
         )
         lengths = (*batch.lengths, padding) if padding else batch.lengths
-        hidden_ND, backward = self.decoder.forward(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
+        alpha = self.noise_alpha if self.model.training else 0.0
+        with neftune.noised(self.base.model.get_input_embeddings(), lengths, alpha=alpha):
+            hidden_ND, backward = self.decoder.forward(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
         return head_VD, targets_N, hidden_ND, backward
 
     @torch.no_grad()
-    def load(self, modules: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Take over A and B of every adapted module, as `adapter.open` gives them."""
-        for name, (a_RI, b_OR) in modules.items():
+    def load(self, weights: AdapterWeights) -> None:
+        """Take over what `adapter.open` gives."""
+        for name, (a_RI, b_OR) in weights.modules.items():
             layer = self.base.model.get_submodule(name)
             layer.lora_A["default"].weight.copy_(a_RI)
             layer.lora_B["default"].weight.copy_(b_OR)
+        for name, dora in weights.dora.items():
+            self.base.model.get_submodule(name).lora_magnitude_vector["default"].weight.copy_(dora.magnitude_O)
 
 
 @contextmanager
@@ -93,19 +106,39 @@ def adapted(base: LoadedBase, spec: TrainSpec, *, is_checkpointing: bool = False
         lora_alpha=spec.lora.alpha,
         lora_dropout=spec.lora.dropout,
         target_modules=list(spec.lora.targets),
+        use_rslora=spec.lora.use_rslora,
+        use_dora=spec.lora.use_dora,
+        init_lora_weights=True if spec.lora.init_lora_weights == "orthogonal" else spec.lora.init_lora_weights,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(spec.seed)
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers by a name that goes in its version 6
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         model = peft.get_peft_model(base.model, config)
+    if spec.lora.init_lora_weights == "orthogonal":
+        _draw_orthogonal(model)
     try:
         inner = base.model.get_decoder()
-        is_known = spec.lora.dropout == 0 and decoder.knows(inner, longest=spec.max_seq_length)
+        is_known = not (spec.lora.dropout or spec.lora.use_dora) and decoder.knows(inner, longest=spec.max_seq_length)
         made: Decoder | StockDecoder = (Decoder if is_known else StockDecoder)(inner, is_checkpointing=is_checkpointing)
-        yield Trainee(model, base, made)
+        yield Trainee(model, base, made, spec.neftune_noise_alpha)
     finally:
         model.unload()
+
+
+@torch.no_grad()
+def _draw_orthogonal(model: Any) -> None:
+    """As PEFT's own: rows of one orthogonal matrix go to A and to B by turns, so that B A = 0.
+
+    PEFT draws in the dtype of the base's weights, which are packed bytes here.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            a_RI, b_OR = (part["default"].weight for part in (module.lora_A, module.lora_B))
+            rank = len(a_RI)
+            turned_RR, _ = torch.linalg.qr(torch.randn(rank, rank))
+            a_RI.copy_((torch.randn(a_RI.shape[1], rank // 2) @ turned_RR[0::2]).T / 10)
+            b_OR.copy_(torch.randn(len(b_OR), rank // 2) @ turned_RR[1::2] / 10)
 
 
 def warm_up(base: LoadedBase) -> None:

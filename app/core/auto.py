@@ -1,0 +1,74 @@
+"""What every `auto` of a request became, and why: told with the job and with a dry run. The rules are those of spec.resolve."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from app.core import spec
+from app.core.catalog import Base
+from app.core.planner import Plan
+from app.core.spec import AUTO, Requested, TrainSpec
+
+
+class Chosen(BaseModel):
+    """A value that nobody asked for, and the rule that gave it, in words for the job's owner."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: int | float
+    reason: str
+
+
+def explain(requested: Requested, resolved: TrainSpec, base: Base, plan: Plan, *, examples: int) -> dict[str, Chosen]:
+    """By the API's names, those alone that were `auto`; and the tokens at once, which are always chosen here."""
+    asked: dict[str, Any] = {**dict(requested.hyperparameters), **dict(requested.training)}
+    chosen = {
+        "n_epochs": Chosen(value=resolved.n_epochs, reason=_epochs(examples)),
+        "batch_size": Chosen(value=resolved.batch_size, reason=_batch(examples)),
+        "learning_rate_multiplier": Chosen(value=1.0, reason="the learning rate is taken as it is"),
+        "learning_rate": Chosen(value=resolved.optimizer.learning_rate, reason=_rate(requested, base)),
+        "max_seq_length": Chosen(value=resolved.max_seq_length, reason=_length(base)),
+        "checkpoint_every_steps": Chosen(
+            value=resolved.checkpoint_every_steps, reason=_checkpoints(requested, resolved.total_steps(examples))
+        ),
+    }
+    tokens = Chosen(value=plan.micro_batch_tokens, reason=_tokens(plan))
+    return {name: choice for name, choice in chosen.items() if asked[name] == AUTO} | {"micro_batch_tokens": tokens}
+
+
+def _epochs(examples: int) -> str:
+    seen, most = spec.EXAMPLES_SEEN, spec.MOST_EPOCHS
+    return f"so that about {seen} examples are seen, in 1 to {most} epochs: {seen} / {examples} is {seen / examples:.1f}"
+
+
+def _batch(examples: int) -> str:
+    steps, most = spec.STEPS_OF_EPOCH, spec.LARGEST_BATCH
+    return f"so that an epoch has about {steps} steps, with 1 to {most} rows: {examples} / {steps} is {examples / steps:.1f}"
+
+
+def _rate(requested: Requested, base: Base) -> str:
+    large, small = spec.RATE_OF_LARGE, spec.RATE_OF_SMALL
+    if spec.is_large(base):
+        reason = f"{large:g} as in the QLoRA paper, for bases over a billion parameters"
+    else:
+        reason = f"{small:g} for bases under a billion parameters, which move less per step than the QLoRA paper's ({large:g})"
+    multiplier = requested.hyperparameters.learning_rate_multiplier
+    return reason if multiplier == AUTO else f"{reason}; times learning_rate_multiplier {multiplier:g}"
+
+
+def _length(base: Base) -> str:
+    return f"what the base can read, {base.context_length:,} tokens, but no more than {spec.LONGEST_UNASKED:,}"
+
+
+def _checkpoints(requested: Requested, total_steps: int) -> str:
+    if requested.training.judges:
+        why = "because their evaluations decide when to stop or what to publish"
+        return f"{spec.JUDGED_CHECKPOINTS} in the {total_steps} steps, {why}"
+    return f"{spec.CHECKPOINTS} in the {total_steps} steps"
+
+
+def _tokens(plan: Plan) -> str:
+    again = ", with layers computed again in the backward" if plan.is_checkpointing else ""
+    if plan.room.usable_bytes is None:
+        return f"what goes fastest on a CPU, or the longest row if that is longer{again}"
+    return f"what goes fastest of what fits a GPU of {plan.room.tier} GB, or the longest row if that is longer{again}"

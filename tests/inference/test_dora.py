@@ -1,0 +1,63 @@
+"""DoRA beside plain LoRA and the bare base in one forward, on a layer with a bias: each row as PEFT computes it."""
+
+import copy
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from worker.inference import lora
+from worker.inference.lora import LoraLayers, LoraWeights
+from worker.model import adapter
+from worker.model.adapter import AdapterWeights, Dora
+
+INSIDE, OUTSIDE = 8, 6
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(INSIDE, OUTSIDE)
+
+    def forward(self, x_1TI: Tensor) -> Tensor:
+        found: Tensor = self.q_proj(x_1TI)
+        return found
+
+
+def tuned(base: Toy, *, rank: int, use_dora: bool) -> peft.PeftModel:
+    """With nothing left at its beginning."""
+    asked = peft.LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=["q_proj"], use_dora=use_dora)
+    model = peft.get_peft_model(copy.deepcopy(base), asked).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.rand_like(parameter))
+    return model
+
+
+def weights_of(model: peft.PeftModel) -> LoraWeights:
+    layer = model.base_model.model.q_proj
+    pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    norms = list(adapter.norms_of(model).values())  # of the one layer, or none
+    dora = {"q_proj": Dora(layer.lora_magnitude_vector["default"].weight, norms[0])} if norms else {}
+    held = AdapterWeights(len(pair[0]), layer.scaling["default"], {"q_proj": pair}, dora)
+    return lora.prepare(held, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@torch.no_grad()
+def test_rows_get_their_own_adapter_whatever_kind_the_others_have() -> None:
+    torch.manual_seed(5)
+    base = Toy().requires_grad_(False)
+    models = [tuned(base, rank=2, use_dora=True), tuned(base, rank=4, use_dora=False), tuned(base, rank=2, use_dora=True)]
+    first, second, third = (weights_of(model) for model in models)
+    x_TI = torch.randn(12, INSIDE)
+    expected = torch.cat([models[0](x_TI[:3]), base(x_TI[3:5]), models[1](x_TI[5:9]), models[2](x_TI[9:])])
+
+    layers, alone = LoraLayers(base), copy.deepcopy(base)
+    layers.use([(first, 3), (None, 2), (second, 4), (third, 3)], torch.device("cpu"))
+    torch.testing.assert_close(base(x_TI[None])[0], expected)
+    layers.use([(second, 12)], torch.device("cpu"))  # what is built still knows the gains of those that left
+    torch.testing.assert_close(base(x_TI[None])[0], models[1](x_TI))
+    layers.use([(first, 12)], torch.device("cpu"))
+    torch.testing.assert_close(base(x_TI[None])[0], models[0](x_TI))
+    layers.use([(None, 12)], torch.device("cpu"))
+    assert torch.equal(base(x_TI[None])[0], nn.functional.linear(x_TI, alone.q_proj.weight, alone.q_proj.bias))
