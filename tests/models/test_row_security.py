@@ -35,6 +35,9 @@ def test_without_an_organization_the_api_sees_nothing(
     for _ in range(2):  # the second time on a connection that once had one
         with api_sessions.begin() as session:
             for table in TENANT_TABLES:
+                if table.name == "queue_shares":  # it is told places, and never shares
+                    assert not session.scalar(text("SELECT has_table_privilege('queue_shares', 'SELECT')"))
+                    continue
                 assert session.scalar(select(func.count()).select_from(table)) == 0, table.name
         with api_sessions.begin() as session:
             db.use_organization(session, organization.organization_id)
