@@ -59,11 +59,15 @@ class RenderError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """A rendered conversation. `is_trained[i]` says whether `tokens[i]` is to be predicted, `speakers[i]` whose it is."""
+    """A rendered conversation. `is_trained[i]` says whether `tokens[i]` is to be predicted, `speakers[i]` whose it is.
+
+    Two that are compared are one example: from `second` on it is the one that the other is preferred to. 0: there is none.
+    """
 
     tokens: list[int]
     is_trained: list[bool]
     speakers: bytes
+    second: int = 0
 
 
 @dataclass(frozen=True)

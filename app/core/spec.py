@@ -6,9 +6,12 @@ from typing import Annotated, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.core.catalog import Base
+from app.core.methods import MethodName, Preferring
 
 LongRows = Literal["drop", "truncate"]
 Part = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(strict=True, ge=1)]  # of all rows, or rows
+
+Beta = Annotated[float, Field(gt=0, le=10)]
 
 AUTO: Final = "auto"
 Auto = Literal["auto"]
@@ -52,10 +55,18 @@ class OptimizerSpec(_Frozen):
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
+class PreferenceSpec(_Frozen):
+    """Answers are compared, not copied. `beta`: how much it costs to leave the base."""
+
+    method: Preferring
+    beta: Beta
+
+
 class TrainSpec(_Frozen):
     """Everything that decides the weights, given base and data.
 
-    `batch_size` counts examples per optimizer step; `micro_batch_tokens` bounds the tokens of one forward.
+    `batch_size` counts examples per optimizer step, a pair as one; `micro_batch_tokens` bounds the tokens of one forward.
+    Without `preference` the run is supervised, and its spec says as much as it did before there was anything else.
     """
 
     base: str
@@ -68,6 +79,7 @@ class TrainSpec(_Frozen):
     lora: LoraSpec = LoraSpec()
     quantization: QuantizationSpec = QuantizationSpec()
     optimizer: OptimizerSpec
+    preference: PreferenceSpec | None = Field(default=None, exclude_if=lambda value: value is None)
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole run: the last batch of an epoch may be smaller."""
@@ -98,7 +110,9 @@ class TrainingOptions(_Frozen):
 class Requested(_Frozen):
     """A job's settings as its owner asked for them."""
 
+    method: MethodName = "supervised"
     hyperparameters: Hyperparameters = Hyperparameters()
+    beta: Auto | Beta = AUTO  # of methods that compare answers
     adapter: LoraSpec = LoraSpec()
     quantization: QuantizationSpec = QuantizationSpec()
     training: TrainingOptions = TrainingOptions()
@@ -112,11 +126,13 @@ def max_seq_length(requested: Requested, base: Base) -> int:
 def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longest: int) -> TrainSpec:
     """Turn every `auto` into a number. `longest` is the longest example's length in tokens.
 
-    Epochs: about 800 examples seen, between 1 and 10 epochs. Batch: a 1/32 of the examples, between 1 and 16.
-    Rate: 2e-4 as in the QLoRA paper, and more for bases under a billion parameters, which move less per step.
+    Epochs: about 800 examples seen, between 1 and 10 epochs, or 3 where answers are compared. Batch: a 1/32 of the examples,
+    between 1 and 16. Rate: 2e-4 as in the QLoRA paper, and more for bases under a billion parameters, which move less per step;
+    a tenth of it where answers are compared. Beta: 0.1, as in the papers.
     """
     asked, options = requested.hyperparameters, requested.training
-    n_epochs = _given(asked.n_epochs, min(10, max(1, round(800 / examples))))
+    most_epochs = 10 if requested.method == "supervised" else 3
+    n_epochs = _given(asked.n_epochs, min(most_epochs, max(1, round(800 / examples))))
     batch_size = _given(asked.batch_size, min(16, max(1, examples // 32)))
     total_steps = n_epochs * math.ceil(examples / batch_size)
     return TrainSpec(
@@ -135,11 +151,19 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
             weight_decay=options.weight_decay,
             max_grad_norm=options.max_grad_norm,
         ),
+        preference=_preference(requested),
     )
+
+
+def _preference(requested: Requested) -> PreferenceSpec | None:
+    if requested.method == "supervised":
+        return None
+    return PreferenceSpec(method=requested.method, beta=_given(requested.beta, 0.1))
 
 
 def _learning_rate(requested: Requested, base: Base) -> float:
     usual = 2e-4 if base.architecture.linear_parameters > 1e9 else 1e-3
+    usual *= 1.0 if requested.method == "supervised" else 0.1
     multiplier = _given(requested.hyperparameters.learning_rate_multiplier, 1.0)
     return min(1.0, _given(requested.training.learning_rate, usual) * multiplier)
 

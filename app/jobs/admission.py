@@ -22,7 +22,8 @@ class NoRoom(BadRequest):
 
 
 class Data(BaseModel):
-    """What of a tokenised data set decides a run, or is told of it. Lengths are in tokens; `longest` is that of all rows.
+    """What of a tokenised data set decides a run, or is told of it. Lengths are in tokens; `longest` is that of all rows, both
+    answers of a pair together.
 
     `examples`, `dropped`, `truncated` and tokens are those of training, `validation` counts the examples that are not trained on.
     """
@@ -111,6 +112,7 @@ def admit(
         lora=resolved.lora,
         double_quant=resolved.quantization.double_quant,
         longest_tokens=data.longest,
+        documents=2 if resolved.preference else 1,
         mean_tokens=data.tokens / data.examples,
         batch_size=resolved.batch_size,
     )

@@ -107,6 +107,20 @@ def test_other_formats_become_chats(line: dict[str, Any], messages: list[tuple[s
     assert only(line) == Chat(tuple(Message(role, content) for role, content in messages), 1)
 
 
+def test_a_preference_compares_two_last_messages_and_all_before_is_context() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    line = {
+        "input": {"messages": [USER, ASSISTANT, {"role": "user", "content": "c"}], "tools": [tool]},
+        "preferred_output": [ASSISTANT | {"weight": 0}],
+        "non_preferred_output": [{"role": "assistant", "content": "d"}],
+    }
+    asked = tuple(Message(role, content, 0) for role, content in (("user", "a"), ("assistant", "b"), ("user", "c")))
+    read = only(line)
+
+    assert read.sides == ((*asked, Message("assistant", "b")), (*asked, Message("assistant", "d")))
+    assert read.tools == (tool,)
+
+
 def test_developer_is_system_and_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]
     read = only({"messages": [{"role": "developer", "content": parts}, USER, ASSISTANT | {"weight": 0}]})

@@ -1,5 +1,6 @@
 """Rows that are too long: what is cut, what never is."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,35 @@ def cut(chat: Chat, renderer: Renderer, max_tokens: int, long_rows: LongRows = "
     tokens = fitted.example.tokens if fitted.example else []
     assert len(tokens) <= max_tokens
     return fitted, renderer.tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+def test_a_pair_is_one_example_of_two_conversations_whose_answers_alone_are_trained(renderer: Renderer) -> None:
+    asked = (Message("user", "one?"), Message("assistant", "1", 0), Message("user", "two?"))
+    pair = Chat((*asked, Message("assistant", "yes")), 7, rejected=Message("assistant", "no!!!"))
+    sides = [renderer.example(side) for side in pair.sides]
+    fitted = fit(pair, renderer, max_tokens=200, long_rows="drop")
+
+    assert fitted.example is not None and fitted.problem is None
+    assert fitted.example.tokens == sides[0].tokens + sides[1].tokens
+    assert fitted.example.second == len(sides[0].tokens)
+    assert fitted.length == len(sides[1].tokens)
+    trained = [token for token, flag in zip(fitted.example.tokens, fitted.example.is_trained, strict=True) if flag]
+    assert renderer.tokenizer.decode(trained, skip_special_tokens=False) == f"yes{END}no!!!{END}"
+
+
+def test_a_pair_goes_whole_when_one_side_is_too_long_or_cannot_be_shown(renderer: Renderer) -> None:
+    pair = Chat((Message("user", "two?"), Message("assistant", "yes")), 7, rejected=Message("assistant", "no" * 50))
+    longer = len(renderer.example(pair.sides[1]).tokens)
+    fitted = [fit(pair, renderer, max_tokens=most, long_rows="truncate") for most in (longer - 1, longer)]
+    forged = fit(replace(pair, rejected=Message("assistant", END)), renderer, max_tokens=longer, long_rows="drop")
+
+    assert [made.example is None for made in fitted] == [True, False]
+    assert (
+        fitted[0].problem is not None
+        and fitted[0].problem.code == "row_too_long"
+        and "no side is cut" in fitted[0].problem.message
+    )
+    assert forged.problem is not None and forged.problem.code == "row_not_rendered"
 
 
 def length_of(chat: Chat, renderer: Renderer) -> int:

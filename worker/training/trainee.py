@@ -11,13 +11,13 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from app.core.spec import OptimizerSpec, TrainSpec
+from app.core.spec import OptimizerSpec, PreferenceSpec, TrainSpec
 from worker.model.base import LoadedBase
-from worker.training import decoder
+from worker.training import decoder, preference
 from worker.training.data import MicroBatch
 from worker.training.decoder import Decoder
 from worker.training.failures import BaseUnsupported
-from worker.training.loss import NO_TARGET, LabelledLoss, labelled_loss
+from worker.training.loss import NO_TARGET, Measured, token_losses
 from worker.training.stock import StockDecoder
 
 _TOKENS, _LABELLED = 128, 64  # what numbers of them are rounded up to
@@ -25,30 +25,49 @@ _TOKENS, _LABELLED = 128, 64  # what numbers of them are rounded up to
 
 @dataclass(frozen=True)
 class Trainee:
-    """`model` is PEFT's around the base's own."""
+    """`model` is PEFT's around the base's own. Without `preference` what is labelled is learnt."""
 
     model: Any
     base: LoadedBase
     decoder: Decoder | StockDecoder
+    preference: PreferenceSpec | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    @torch.no_grad()
-    def loss(self, batch: MicroBatch) -> LabelledLoss:
-        """Summed over the labelled positions of one micro-batch."""
-        head_VD, targets_N, hidden_ND, _ = self._forward(batch)
-        return labelled_loss(hidden_ND, head_VD, targets_N)
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    def loss(self, batch: MicroBatch) -> Measured:
+        """Summed over the labelled positions of one micro-batch, or over its pairs."""
+        return self._measured(batch, scale=None)
+
+    def backward(self, batch: MicroBatch, *, scale: float) -> Measured:
+        """The same loss; the gradient of `scale` times it is added to the parameters' own."""
+        return self._measured(batch, scale=scale)
 
     @torch.no_grad()
-    def backward(self, batch: MicroBatch, *, scale: float) -> LabelledLoss:
-        """The same loss; the gradient of `scale` times it is added to the parameters' own."""
+    def _measured(self, batch: MicroBatch, *, scale: float | None) -> Measured:
+        reference_N = self._losses_of_base(batch) if self.preference else None
         head_VD, targets_N, hidden_ND, backward = self._forward(batch)
-        d_hidden_ND = torch.empty_like(hidden_ND)
-        loss = labelled_loss(hidden_ND, head_VD, targets_N, d_hidden_ND=d_hidden_ND)
-        backward(d_hidden_ND.mul_(scale))
-        return loss
+        d_hidden_ND = None if scale is None else torch.empty_like(hidden_ND)
+        losses_N, is_first_N = token_losses(hidden_ND, head_VD, targets_N, d_hidden_ND=d_hidden_ND)
+        if self.preference and reference_N is not None:
+            measured, weights_N = preference.judge(self.preference, batch, losses_N, is_first_N, reference_N)
+        else:
+            measured, weights_N = Measured(losses_N.sum(), is_first_N.sum()), None
+        if d_hidden_ND is not None and scale is not None:
+            backward(d_hidden_ND.mul_(scale) if weights_N is None else d_hidden_ND.mul_((weights_N * scale)[:, None]))
+        return measured
+
+    def _losses_of_base(self, batch: MicroBatch) -> Tensor:
+        """Of each labelled position, without the adapter. What this forward has kept is free again before the next begins."""
+        with self.model.disable_adapter():
+            head_VD, targets_N, hidden_ND, _ = self._forward(batch)
+        return token_losses(hidden_ND, head_VD, targets_N)[0]
 
     def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], None]]:
         """Head, targets, hidden states and the way back from these.
@@ -103,7 +122,7 @@ def adapted(base: LoadedBase, spec: TrainSpec, *, is_checkpointing: bool = False
         inner = base.model.get_decoder()
         is_known = spec.lora.dropout == 0 and decoder.knows(inner, longest=spec.max_seq_length)
         made: Decoder | StockDecoder = (Decoder if is_known else StockDecoder)(inner, is_checkpointing=is_checkpointing)
-        yield Trainee(model, base, made)
+        yield Trainee(model, base, made, spec.preference)
     finally:
         model.unload()
 

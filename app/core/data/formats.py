@@ -22,7 +22,7 @@ class Format:
 FORMATS = (
     Format("chat", frozenset({"messages"}), chats.check, chats.convert),
     Format("sharegpt", frozenset({"conversations"}), sharegpt.check, sharegpt.convert),
-    Format("preference", frozenset(preference.OUTPUTS), preference.check),
+    Format("preference", frozenset(preference.OUTPUTS), preference.check, preference.convert),
     Format("alpaca", frozenset({"instruction"}), alpaca.check, alpaca.convert),
     Format("completion", completion.KEYS, completion.check, completion.convert),
     Format("text", text.KEYS, text.check),
