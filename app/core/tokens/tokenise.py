@@ -27,7 +27,7 @@ _ARRAYS = ("tokens_N", "is_trained_N", "offsets_E1", "lines_E")
 _SECONDS = "seconds_E"
 _DROPPED, _TRUNCATED = "dropped", "truncated"
 CHUNK_BYTES = 256 * 1024
-_ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 256, 512 * 1024  # an encoding takes hundreds of times the room of its text
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 512 * 1024  # an encoding takes hundreds of times the room of its text
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,24 @@ def tokenise_to(path: Path, chats: Iterable[Chat], renderer: Renderer, *, max_se
 
 
 def _batches(chats: Iterable[Chat]) -> Iterator[list[Chat]]:
-    batch, characters = list[Chat](), 0
+    batch, size_bytes = list[Chat](), 0
     for chat in chats:
-        length = sum(len(message.content) for side in chat.sides for message in side)
-        if batch and (len(batch) == _ROWS_AT_ONCE or characters + length > _CHARACTERS_AT_ONCE):
+        of_chat = _size_bytes(chat)
+        if batch and (len(batch) == _ROWS_AT_ONCE or size_bytes + of_chat > _BYTES_AT_ONCE):
             yield batch
-            batch, characters = [], 0
+            batch, size_bytes = [], 0
         batch.append(chat)
-        characters += length
+        size_bytes += of_chat
     if batch:
         yield batch
+
+
+def _size_bytes(chat: Chat) -> int:
+    """Of what a template writes of it: tools stand in every row."""
+    messages = [message for side in chat.sides for message in side]
+    said = sum(len(message.content.encode(errors="replace")) for message in messages)
+    calls = [call.arguments for message in messages for call in message.tool_calls]
+    return said + (len(json.dumps([*chat.tools, *calls])) if chat.tools or calls else 0)
 
 
 @dataclass
@@ -245,3 +253,4 @@ def _told(facts: str) -> tuple[tuple[Problem, ...], int]:
 
 
 _NOTHING = _facts((), 0)
+NOTHING_LOST = _metadata((), 0, (), 0)
