@@ -28,13 +28,15 @@ class Message:
 class Chat:
     """One row of a training file. `tools` are those the row offers, as the API describes functions.
 
-    With `rejected` the row compares: its last message is preferred to that one.
+    With `rejected` the row compares: its last message is preferred to that one. With `text` it is no conversation: there are no
+    messages, and all of the text is learnt.
     """
 
     messages: tuple[Message, ...]
     line: int
     tools: tuple[dict[str, Any], ...] = ()
     rejected: Message | None = None
+    text: str | None = None
 
     @property
     def sides(self) -> tuple[tuple[Message, ...], ...]:

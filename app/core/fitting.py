@@ -15,13 +15,14 @@ class Fitted:
     """What is trained on of a row, if anything is, and what its owner must be told of it, if something is.
 
     `chat` is what is left of the row, `length` its tokens before anything was cut, of two sides those of the longer one; 0 when
-    it cannot be rendered.
+    it cannot be rendered. Of a text in pieces the first has the length of all, and those after it are `is_further`.
     """
 
     chat: Chat
     example: Example | None
     problem: Problem | None = None
     length: int = 0
+    is_further: bool = False
 
 
 def fit(chat: Chat, renderer: Renderer, *, max_tokens: int, long_rows: LongRows) -> Fitted:
@@ -34,15 +35,26 @@ def fit(chat: Chat, renderer: Renderer, *, max_tokens: int, long_rows: LongRows)
 
 
 def fit_all(chats: Sequence[Chat], renderer: Renderer, *, max_tokens: int, long_rows: LongRows) -> list[Fitted]:
-    """`fit` of each; encoded side by side on all cores."""
-    made = iter(renderer.examples([Conversation(side, chat.tools) for chat in chats for side in chat.sides]))
-    sides = [[next(made) for _ in chat.sides] for chat in chats]
-    return [
-        _fitted(chat, rendered[0], renderer, max_tokens=max_tokens, long_rows=long_rows)
-        if chat.rejected is None
-        else _paired(chat, rendered, max_tokens=max_tokens)
-        for chat, rendered in zip(chats, sides, strict=True)
-    ]
+    """`fit` of each; conversations are encoded side by side on all cores. A long text becomes several, and loses nothing."""
+    made = iter(renderer.examples([Conversation(side, chat.tools) for chat in chats if chat.text is None for side in chat.sides]))
+    fitted = list[Fitted]()
+    for chat in chats:
+        if chat.text is not None:
+            fitted += _pieces(chat, chat.text, renderer, max_tokens)
+        elif chat.rejected is not None:
+            fitted.append(_paired(chat, [next(made), next(made)], max_tokens=max_tokens))
+        else:
+            fitted.append(_fitted(chat, next(made), renderer, max_tokens=max_tokens, long_rows=long_rows))
+    return fitted
+
+
+def _pieces(chat: Chat, text: str, renderer: Renderer, max_tokens: int) -> list[Fitted]:
+    try:
+        pieces = renderer.document(text, max_tokens=max_tokens)
+    except RenderError as error:
+        return [_not_rendered(chat, error)]
+    length = sum(len(piece.tokens) for piece in pieces)
+    return [Fitted(chat, piece, length=0 if n else length, is_further=n > 0) for n, piece in enumerate(pieces)]
 
 
 def _paired(chat: Chat, rendered: Sequence[Example | RenderError], *, max_tokens: int) -> Fitted:

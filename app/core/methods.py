@@ -7,7 +7,7 @@ MethodName = Literal["supervised", Preferring]
 
 METHODS: Final[tuple[MethodName, ...]] = ("supervised", *get_args(Preferring))
 FORMATS: Final[dict[MethodName, tuple[str, ...]]] = {
-    "supervised": ("chat", "sharegpt", "alpaca", "completion"),
+    "supervised": ("chat", "sharegpt", "alpaca", "completion", "text"),
     "dpo": ("preference",),
 }
 

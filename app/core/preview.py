@@ -47,12 +47,16 @@ def preview(
 ) -> list[RowPreview]:
     """The first `rows` of the chats, rendered and tokenised exactly as for training. Needs neither weights nor torch."""
     fitted = fit_all(list(islice(chats, rows)), renderer, max_tokens=max_seq_length, long_rows=long_rows)
-    return [_shown(row, renderer) for row in fitted]
+    return [_shown(row, renderer) for row in fitted[:rows]]  # a long text is several
 
 
 def _shown(row: Fitted, renderer: Renderer) -> RowPreview:
     example, chat = row.example, row.chat
-    sides = [_pieces(Conversation(side, chat.tools), renderer) for side in chat.sides] if example else [()]
+    sides: list[tuple[Piece, ...]] = [()]
+    if example and chat.text is not None:
+        sides = [(Piece(text=renderer.decode(example.tokens), trained=True),)]
+    elif example:
+        sides = [_pieces(Conversation(side, chat.tools), renderer) for side in chat.sides]
     return RowPreview(
         line=chat.line,
         length=row.length,

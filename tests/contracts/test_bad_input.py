@@ -258,7 +258,7 @@ def test_a_bad_file_is_told_line_code_and_remedy(client: OpenAI, services: Servi
     assert refusal.value.param == "training_file"
 
 
-@pytest.mark.parametrize("name", ["preference-plain", "text-plain"])
+@pytest.mark.parametrize("name", ["preference-plain"])
 @pytest.mark.parametrize("is_read_first", [True, False])
 def test_rows_that_a_method_does_not_train_on_are_refused_with_those_that_it_does(
     client: OpenAI, services: Services, name: str, is_read_first: bool

@@ -141,7 +141,7 @@ def test_what_is_wrong_with_a_file_is_told_line_by_line(house: House, is_validat
 
 
 def test_rows_that_are_not_trained_on_here_are_a_problem(house: House) -> None:
-    told = house.dry_run(house.file(b'{"text": "once"}\n{"text": "twice"}'))
+    told = house.dry_run(house.file(b'{"text": "once"}\n{"text": "twice"}'), method={"type": "dpo"})
 
     assert [(reason.code, reason.param) for reason in told.problems] == [("format_not_trained", "training_file")]
 

@@ -50,6 +50,18 @@ def test_the_two_sides_of_a_pair_are_no_duplicates(prepared: Prepared) -> None:
     assert once.data_report["likeness"]["training"]["near"]["count"] == 0  # type: ignore[index]
 
 
+def test_texts_are_trained_on_whole_and_told_as_rows_and_examples(prepared: Prepared, stored: Any) -> None:
+    texts = [{"text": "long text " * 12}, {"text": "short"}]
+    job: Job = prepared(*texts, training={"max_seq_length": 64})
+    training, _ = stored(job)
+
+    assert job.data_report is not None and job.plan is not None
+    said = job.data_report["training"]
+    assert (said["rows"], said["examples"], job.plan["examples"]) == (2, 3, 3)
+    assert training.lines_E.tolist() == [1, 1, 2] and training.labelled_tokens == training.tokens - 3
+    assert said["lengths"]["longest"] == 121 and said["speakers"]["text"]["tokens"] == training.tokens
+
+
 @pytest.mark.parametrize(
     ("content", "method", "advice"),
     [

@@ -152,6 +152,7 @@ def _size_bytes(chat: Chat) -> int:
     messages = [message for side in chat.sides for message in side]
     said = sum(len(message.content.encode(errors="replace")) for message in messages)
     calls = [call.arguments for message in messages for call in message.tool_calls]
+    said += len((chat.text or "").encode(errors="replace"))
     return said + (len(json.dumps([*chat.tools, *calls])) if chat.tools or calls else 0)
 
 
@@ -160,6 +161,7 @@ class _Tally:
     """Counts of all rows so far. A row is at most a line's bytes long, so that each length can have a counter of its own."""
 
     rows: int = 0
+    examples: int = 0
     rows_cut: int = 0
     trained_tokens: int = 0
     longest: int = 0
@@ -171,7 +173,7 @@ class _Tally:
     cut: list[Problem] = field(default_factory=list)
 
     def add(self, row: Fitted) -> None:
-        self.rows += 1
+        self.rows += not row.is_further
         if row.length:
             self.lengths[row.length] += 1
         if row.example is not None:
@@ -186,6 +188,7 @@ class _Tally:
                 listed.append(row.problem)
 
     def _add_example(self, row: Fitted, example: Example) -> None:
+        self.examples += 1
         self.longest = max(self.longest, len(example.tokens))
         self.trained_tokens += sum(example.is_trained)
         for number, speaker in enumerate(SPEAKERS):
@@ -195,7 +198,7 @@ class _Tally:
     def report(self, max_seq_length: int, long_rows: LongRows) -> FileReport:
         return FileReport(
             rows=self.rows,
-            examples=self.rows - self.left_out.total(),
+            examples=self.examples,
             tokens=self.tokens.total(),
             trained_tokens=self.trained_tokens,
             longest=self.longest,
