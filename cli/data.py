@@ -67,8 +67,6 @@ def run(options: argparse.Namespace) -> int:
         return failed(error)
     tokens = None
     if options.model and report.is_valid:
-        if report.format not in data.TRAINED:
-            return failed(f"{report.format} rows are not trained on; {', '.join(data.TRAINED)} are")
         if find_spec("worker") is None:
             return failed(NO_WORKER)
         tokens = _tokens(options.file, options.model, options.max_seq_length)
@@ -120,20 +118,20 @@ def _tokens(path: Path, model: str, asked_length: int | None) -> Tokens | None:
 
 def _counted(path: Path, base: "Base", renderer: "Renderer", max_tokens: int) -> Tokens:
     from app.core import data
-    from app.core.fitting import fit
+    from app.core.fitting import fit_all
 
     examples = tokens = trained = longest = 0
     left_out, left_out_count = list[data.Problem](), 0
     with path.open("rb") as file:
         for chat in data.read(data.split_lines(_chunks(file))):
-            fitted = fit(chat, renderer, max_tokens=max_tokens, long_rows="drop")
-            if fitted.example:
-                length = len(fitted.example.tokens)
-                examples, tokens, longest = examples + 1, tokens + length, max(longest, length)
-                trained += sum(fitted.example.is_trained)
-            elif fitted.problem:
-                left_out_count += 1
-                left_out = [*left_out, fitted.problem][: data.MAX_LISTED]
+            for fitted in fit_all([chat], renderer, max_tokens=max_tokens, long_rows="drop"):
+                if fitted.example:
+                    length = len(fitted.example.tokens)
+                    examples, tokens, longest = examples + 1, tokens + length, max(longest, length)
+                    trained += sum(fitted.example.is_trained)
+                elif fitted.problem:
+                    left_out_count += 1
+                    left_out = [*left_out, fitted.problem][: data.MAX_LISTED]
     return Tokens(base.id, max_tokens, examples, tokens, trained, longest, left_out_count, tuple(left_out))
 
 

@@ -42,6 +42,19 @@ def chat_file(rows: int = 12) -> bytes:
     return "\n".join(chat_line(f"What comes after {n}?", str(n + 1)) for n in range(rows)).encode()
 
 
+def preference_file(rows: int = 12) -> bytes:
+    """A small valid file for DPO: each answer is preferred to a lazier one."""
+    lines = [
+        {
+            "input": {"messages": [{"role": "user", "content": f"What comes after {n}?"}]},
+            "preferred_output": [{"role": "assistant", "content": str(n + 1)}],
+            "non_preferred_output": [{"role": "assistant", "content": "Dunno" + "." * (n % 4)}],
+        }
+        for n in range(rows)
+    ]
+    return "\n".join(map(json.dumps, lines)).encode()
+
+
 def uploaded_file(session: orm.Session, caller: Caller) -> File:
     """A file row as an upload leaves it."""
     stored = Stored(size_bytes=10, sha256="0" * 64)

@@ -23,7 +23,7 @@ def explain(requested: Requested, resolved: TrainSpec, base: Base, plan: Plan, *
     """By the API's names, those alone that were `auto`; and the tokens at once, which are always chosen here."""
     asked: dict[str, Any] = {**dict(requested.hyperparameters), **dict(requested.training)}
     chosen = {
-        "n_epochs": Chosen(value=resolved.n_epochs, reason=_epochs(examples)),
+        "n_epochs": Chosen(value=resolved.n_epochs, reason=_epochs(requested, examples)),
         "batch_size": Chosen(value=resolved.batch_size, reason=_batch(examples)),
         "learning_rate_multiplier": Chosen(value=1.0, reason="the learning rate is taken as it is"),
         "learning_rate": Chosen(value=resolved.optimizer.learning_rate, reason=_rate(requested, base)),
@@ -32,12 +32,16 @@ def explain(requested: Requested, resolved: TrainSpec, base: Base, plan: Plan, *
             value=resolved.checkpoint_every_steps, reason=_checkpoints(requested, resolved.total_steps(examples))
         ),
     }
+    if resolved.preference:
+        chosen["beta"] = Chosen(value=resolved.preference.beta, reason="as in the paper (arXiv:2305.18290)")
+        asked["beta"] = requested.beta
     tokens = Chosen(value=plan.micro_batch_tokens, reason=_tokens(plan))
     return {name: choice for name, choice in chosen.items() if asked[name] == AUTO} | {"micro_batch_tokens": tokens}
 
 
-def _epochs(examples: int) -> str:
-    seen, most = spec.EXAMPLES_SEEN, spec.MOST_EPOCHS
+def _epochs(requested: Requested, examples: int) -> str:
+    seen = spec.EXAMPLES_SEEN
+    most = spec.MOST_EPOCHS if requested.method == "supervised" else spec.MOST_EPOCHS_COMPARING
     return f"so that about {seen} examples are seen, in 1 to {most} epochs: {seen} / {examples} is {seen / examples:.1f}"
 
 
@@ -52,6 +56,8 @@ def _rate(requested: Requested, base: Base) -> str:
         reason = f"{large:g} as in the QLoRA paper, for bases over a billion parameters"
     else:
         reason = f"{small:g} for bases under a billion parameters, which move less per step than the QLoRA paper's ({large:g})"
+    if requested.method != "supervised":
+        reason = f"{spec.RATE_COMPARING:g} times that of supervised training where answers are compared, which is {reason}"
     multiplier = requested.hyperparameters.learning_rate_multiplier
     return reason if multiplier == AUTO else f"{reason}; times learning_rate_multiplier {multiplier:g}"
 

@@ -26,8 +26,21 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """One row of a training file. `tools` are those the row offers, as the API describes functions."""
+    """One row of a training file. `tools` are those the row offers, as the API describes functions.
+
+    With `rejected` the row compares: its last message is preferred to that one. With `text` it is no conversation: there are no
+    messages, and all of the text is learnt.
+    """
 
     messages: tuple[Message, ...]
     line: int
     tools: tuple[dict[str, Any], ...] = ()
+    rejected: Message | None = None
+    text: str | None = None
+
+    @property
+    def sides(self) -> tuple[tuple[Message, ...], ...]:
+        """The conversations that the row stands for: one, or two that differ in their last message, the preferred one first."""
+        if self.rejected is None:
+            return (self.messages,)
+        return self.messages, (*self.messages[:-1], self.rejected)

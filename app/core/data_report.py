@@ -43,8 +43,8 @@ class SetReport(_Frozen):
 
 
 class FileReport(SetReport):
-    """What one file becomes with one base. `left_out` counts rows by the code of the reason, of which `problems` lists the first;
-    `cut` lists the first rows that lost their beginning.
+    """What one file becomes with one base: an example a row, or several of a long text. `left_out` counts rows by the code of
+    the reason, of which `problems` lists the first; `cut` lists the first rows that lost their beginning.
     """
 
     rows: int

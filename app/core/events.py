@@ -28,7 +28,9 @@ class Started(_Event):
 
 
 class Stepped(_Event):
-    """One optimizer step. Loss is the mean over the step's labelled tokens, in nats. `tokens_left` come in later steps."""
+    """One optimizer step. Loss is the mean over the step's labelled tokens, in nats, or over its pairs, of which accuracy is told
+    of the preferred answers' tokens. `tokens_left` come in later steps. `rewards` are by the names in docs/methods.md.
+    """
 
     kind: Literal["stepped"] = "stepped"
     step: int
@@ -41,15 +43,17 @@ class Stepped(_Event):
     labelled_tokens: int
     tokens_left: int
     tokens_per_second: float
+    rewards: dict[str, float] = {}
 
 
 class Evaluated(_Event):
-    """Loss on the validation file, over all of its labelled tokens."""
+    """Loss on the validation file, over all of its labelled tokens, or all of its pairs."""
 
     kind: Literal["evaluated"] = "evaluated"
     step: int
     valid_loss: float
     valid_mean_token_accuracy: float
+    rewards: dict[str, float] = {}
 
 
 class Checkpointed(_Event):

@@ -1,4 +1,4 @@
-"""A conversation for training, within a limit of tokens: as it is, without its beginning, or not at all."""
+"""A row for training, within a limit of tokens: as it is, without its beginning, or not at all."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -14,28 +14,68 @@ from app.core.spec import LongRows
 class Fitted:
     """What is trained on of a row, if anything is, and what its owner must be told of it, if something is.
 
-    `chat` is what is left of the row, `length` its tokens before anything was cut; 0 when it cannot be rendered.
+    `chat` is what is left of the row, `length` its tokens before anything was cut, of two sides those of the longer one; 0 when
+    it cannot be rendered. Of a text in pieces the first has the length of all, and those after it are `is_further`.
     """
 
     chat: Chat
     example: Example | None
     problem: Problem | None = None
     length: int = 0
+    is_further: bool = False
 
 
 def fit(chat: Chat, renderer: Renderer, *, max_tokens: int, long_rows: LongRows) -> Fitted:
     """Render a row. One that is too long is left out, or, with `truncate`, loses its beginning and never its last answer:
 
-    whole turns first, from the oldest, system messages kept; then the beginning of the question before that answer.
+    whole turns first, from the oldest, system messages kept; then the beginning of the question before that answer. A row that
+    compares two answers is never cut: both would have to lose the same.
     """
     return fit_all([chat], renderer, max_tokens=max_tokens, long_rows=long_rows)[0]
 
 
 def fit_all(chats: Sequence[Chat], renderer: Renderer, *, max_tokens: int, long_rows: LongRows) -> list[Fitted]:
-    """`fit` of each; encoded side by side on all cores."""
-    made = renderer.examples([Conversation(chat.messages, chat.tools) for chat in chats])
-    pairs = zip(chats, made, strict=True)
-    return [_fitted(chat, example, renderer, max_tokens=max_tokens, long_rows=long_rows) for chat, example in pairs]
+    """`fit` of each; conversations are encoded side by side on all cores. A long text becomes several, and loses nothing."""
+    made = iter(renderer.examples([Conversation(side, chat.tools) for chat in chats if chat.text is None for side in chat.sides]))
+    fitted = list[Fitted]()
+    for chat in chats:
+        if chat.text is not None:
+            fitted += _pieces(chat, chat.text, renderer, max_tokens)
+        elif chat.rejected is not None:
+            fitted.append(_paired(chat, [next(made), next(made)], max_tokens=max_tokens))
+        else:
+            fitted.append(_fitted(chat, next(made), renderer, max_tokens=max_tokens, long_rows=long_rows))
+    return fitted
+
+
+def _pieces(chat: Chat, text: str, renderer: Renderer, max_tokens: int) -> list[Fitted]:
+    try:
+        pieces = renderer.document(text, max_tokens=max_tokens)
+    except RenderError as error:
+        return [_not_rendered(chat, error)]
+    length = sum(len(piece.tokens) for piece in pieces)
+    return [Fitted(chat, piece, length=0 if n else length, is_further=n > 0) for n, piece in enumerate(pieces)]
+
+
+def _paired(chat: Chat, rendered: Sequence[Example | RenderError], *, max_tokens: int) -> Fitted:
+    """Both sides as one example, or neither."""
+    sides = list[Example]()
+    for side in rendered:
+        if isinstance(side, RenderError):
+            return _not_rendered(chat, side)
+        sides.append(side)
+    length = max(len(side.tokens) for side in sides)
+    if length > max_tokens:
+        message = f"the longer side of the row has {length} tokens; at most {max_tokens} are trained on, and no side is cut"
+        return Fitted(chat, None, Problem(line=chat.line, code="row_too_long", message=message), length)
+    preferred, rejected = sides
+    pair = Example(
+        preferred.tokens + rejected.tokens,
+        preferred.is_trained + rejected.is_trained,
+        preferred.speakers + rejected.speakers,
+        second=len(preferred.tokens),
+    )
+    return Fitted(chat, pair, length=length)
 
 
 def _fitted(chat: Chat, whole: Example | RenderError, renderer: Renderer, *, max_tokens: int, long_rows: LongRows) -> Fitted:

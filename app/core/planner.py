@@ -29,7 +29,8 @@ class _Frozen(BaseModel):
 
 
 class Run(_Frozen):
-    """What of a run decides its memory. Rows are never cut: at least `longest_tokens` are in memory at once.
+    """What of a run decides its memory. Rows are never cut: at least `longest_tokens` are in memory at once. Where answers are
+    compared, these are of `documents` that lie in memory together, each of at most `training.max_seq_length`.
 
     `micro_batch_tokens` is for who has no choice any more: a job that has been prepared.
     """
@@ -39,6 +40,7 @@ class Run(_Frozen):
     double_quant: bool = True
     optimizer: OptimizerKind = "adamw_8bit"
     longest_tokens: int
+    documents: int = 1
     mean_tokens: float
     batch_size: int
     micro_batch_tokens: int | None = None
@@ -166,7 +168,9 @@ def _shorter(run: Run, room: Room) -> Iterator[Remedy]:
     """The longest rows that fit, in steps of 64 tokens; none where their length is not what hurts."""
     lengths = range(FEWEST, run.longest_tokens, 64)
     fitting = bisect(lengths, False, key=lambda length: not plan(_with_length(run, length), (room,)).fits)
-    yield from _first_fitting(room, "training.max_seq_length", ((n, _with_length(run, n)) for n in lengths[:fitting][-1:]))
+    yield from _first_fitting(
+        room, "training.max_seq_length", ((n // run.documents, _with_length(run, n)) for n in lengths[:fitting][-1:])
+    )
 
 
 def _first_fitting(room: Room, param: Param, tried: Iterable[tuple[object, Run]]) -> Iterator[Remedy]:

@@ -26,6 +26,8 @@ class Piece(BaseModel):
 class RowPreview(BaseModel):
     """One row: its tokens, and its text in pieces. A row that will be left out has none; `problem` says why.
 
+    A row that compares two answers is two conversations: `rejected_pieces` are those of the second, and its tokens come last.
+
     `length` is its tokens before anything was cut; the problem of a row that was is `row_truncated`.
     """
 
@@ -36,6 +38,7 @@ class RowPreview(BaseModel):
     trained_tokens: int
     tokens: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    rejected_pieces: tuple[Piece, ...] = ()
     problem: Problem | None
 
 
@@ -44,17 +47,26 @@ def preview(
 ) -> list[RowPreview]:
     """The first `rows` of the chats, rendered and tokenised exactly as for training. Needs neither weights nor torch."""
     fitted = fit_all(list(islice(chats, rows)), renderer, max_tokens=max_seq_length, long_rows=long_rows)
-    return [_shown(row, renderer) for row in fitted]
+    return [_shown(row, renderer) for row in fitted[:rows]]  # a long text is several
 
 
 def _shown(row: Fitted, renderer: Renderer) -> RowPreview:
     example, chat = row.example, row.chat
-    pieces = renderer.pieces(Conversation(chat.messages, chat.tools)) if example else []
+    sides: list[tuple[Piece, ...]] = [()]
+    if example and chat.text is not None:
+        sides = [(Piece(text=renderer.decode(example.tokens), trained=True),)]
+    elif example:
+        sides = [_pieces(Conversation(side, chat.tools), renderer) for side in chat.sides]
     return RowPreview(
         line=chat.line,
         length=row.length,
         trained_tokens=sum(example.is_trained) if example else 0,
         tokens=tuple(example.tokens) if example else (),
-        pieces=tuple(Piece(text=text, trained=is_trained) for text, is_trained in pieces),
+        pieces=sides[0],
+        rejected_pieces=sides[1] if sides[1:] else (),
         problem=row.problem,
     )
+
+
+def _pieces(conversation: Conversation, renderer: Renderer) -> tuple[Piece, ...]:
+    return tuple(Piece(text=text, trained=is_trained) for text, is_trained in renderer.pieces(conversation))

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from app.core.chat import Message, ToolCall
 from app.core.manifest import TokenVector
 
 TOKENIZER, CARD = "tokenizer.json", "base.json"
-SPEAKERS: Final = ("template", "system", "user", "assistant", "tool")  # whose a token is, by number
+SPEAKERS: Final = ("template", "system", "user", "assistant", "tool", "text")  # whose a token is, by number
 # Llama 3.1 and 3.2 tell the date. Ours is the first's own default, for ever: tokens must not change from day to day
 DATE = {"date_string": "26 Jul 2024"}
 
@@ -59,11 +60,15 @@ class RenderError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """A rendered conversation. `is_trained[i]` says whether `tokens[i]` is to be predicted, `speakers[i]` whose it is."""
+    """A rendered conversation. `is_trained[i]` says whether `tokens[i]` is to be predicted, `speakers[i]` whose it is.
+
+    Two that are compared are one example: from `second` on it is the one that the other is preferred to. 0: there is none.
+    """
 
     tokens: list[int]
     is_trained: list[bool]
     speakers: bytes
+    second: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,22 @@ class Renderer:
         texts = [made.text for made in rendered if isinstance(made, _Rendered)]
         encodings = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
         return [made if isinstance(made, RenderError) else self._example(made, next(encodings)) for made in rendered]
+
+    def document(self, text: str, *, max_tokens: int) -> list[Example]:
+        """A text that is no conversation, with its end, in as many pieces of like length as the limit asks for. All is predicted.
+
+        Its end is the first of the base's stop tokens: the end of a text in every family here. Raises RenderError.
+        """
+        if found := self._special.search(text):
+            raise RenderError(f"the text holds the special token {found[0]}; write it differently")
+        _require_whole(text)
+        before = list(self.tokenizer.encode("").ids)
+        body = [*self.tokenizer.encode(text, add_special_tokens=False).ids, min(self.stop_ids)]
+        count = -(-len(body) // (max_tokens - len(before)))
+        ends = [len(body) * n // count for n in range(count + 1)]  # of like length: the last one alone could be a single token
+        pieces = [[*before, *body[start:end]] for start, end in pairwise(ends)]
+        speaker = bytes([SPEAKERS.index("text")])
+        return [Example(piece, [False] + [True] * (len(piece) - 1), speaker * len(piece)) for piece in pieces]
 
     def pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """The text of `example`, cut where tokens to be predicted begin and end. Raises RenderError."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.core.catalog import Base
+from app.core.methods import MethodName, Preferring
 
 LongRows = Literal["drop", "truncate"]
 Part = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(strict=True, ge=1)]  # of all rows, or rows
@@ -14,6 +15,7 @@ OptimizerKind = Literal["adamw_8bit", "paged_adamw_8bit", "adamw_32bit"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Publish = Literal["last", "best"]
 Initialisation = Annotated[bool, Field(strict=True)] | Literal["gaussian", "orthogonal"]
+Beta = Annotated[float, Field(gt=0, le=10)]
 
 AUTO: Final = "auto"
 Auto = Literal["auto"]
@@ -21,6 +23,7 @@ Number = TypeVar("Number", int, float)
 
 # the rules of `auto`: see resolve, and app.core.auto for their reasons
 EXAMPLES_SEEN, MOST_EPOCHS = 800, 10
+MOST_EPOCHS_COMPARING, RATE_COMPARING, USUAL_BETA = 3, 0.1, 0.1  # where answers are compared
 STEPS_OF_EPOCH, LARGEST_BATCH = 32, 16
 RATE_OF_LARGE, RATE_OF_SMALL = 2e-4, 1e-3
 LONGEST_UNASKED = 4096
@@ -114,10 +117,18 @@ class Judging(_Frozen):
         return self.early_stopping is not None or self.publish == "best"
 
 
+class PreferenceSpec(_Frozen):
+    """Answers are compared, not copied. `beta`: how much it costs to leave the base."""
+
+    method: Preferring
+    beta: Beta
+
+
 class TrainSpec(Judging):
     """Everything that decides the weights, given base and data.
 
-    `batch_size` counts examples per optimizer step; `micro_batch_tokens` bounds the tokens of one forward.
+    `batch_size` counts examples per optimizer step, a pair as one; `micro_batch_tokens` bounds the tokens of one forward.
+    Without `preference` the run is supervised, and its spec says as much as it did before there was anything else.
     """
 
     base: str
@@ -131,6 +142,7 @@ class TrainSpec(Judging):
     quantization: QuantizationSpec = QuantizationSpec()
     optimizer: OptimizerSpec
     neftune_noise_alpha: float = _later(0.0, ge=0, le=100)
+    preference: PreferenceSpec | None = _later(None)
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole run: the last batch of an epoch may be smaller."""
@@ -172,7 +184,9 @@ class TrainingOptions(Judging):
 class Requested(_Frozen):
     """A job's settings as its owner asked for them."""
 
+    method: MethodName = "supervised"
     hyperparameters: Hyperparameters = Hyperparameters()
+    beta: Auto | Beta = AUTO  # of methods that compare answers
     adapter: LoraSpec = LoraSpec()
     quantization: QuantizationSpec = QuantizationSpec()
     training: TrainingOptions = TrainingOptions()
@@ -186,11 +200,13 @@ def max_seq_length(requested: Requested, base: Base) -> int:
 def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longest: int) -> TrainSpec:
     """Turn every `auto` into a number. `longest` is the longest example's length in tokens.
 
-    Epochs: about 800 examples seen, between 1 and 10 epochs. Batch: a 1/32 of the examples, between 1 and 16.
-    Rate: 2e-4 as in the QLoRA paper, and more for bases under a billion parameters, which move less per step.
+    Epochs: about 800 examples seen, between 1 and 10 epochs, or 3 where answers are compared. Batch: a 1/32 of the examples,
+    between 1 and 16. Rate: 2e-4 as in the QLoRA paper, and more for bases under a billion parameters, which move less per step;
+    a tenth of it where answers are compared. Beta: 0.1, as in the papers.
     """
     asked, options = requested.hyperparameters, requested.training
-    n_epochs = _given(asked.n_epochs, min(MOST_EPOCHS, max(1, round(EXAMPLES_SEEN / examples))))
+    most_epochs = MOST_EPOCHS if requested.method == "supervised" else MOST_EPOCHS_COMPARING
+    n_epochs = _given(asked.n_epochs, min(most_epochs, max(1, round(EXAMPLES_SEEN / examples))))
     batch_size = _given(asked.batch_size, min(LARGEST_BATCH, max(1, examples // STEPS_OF_EPOCH)))
     total_steps = n_epochs * math.ceil(examples / batch_size)
     checkpoints = JUDGED_CHECKPOINTS if options.judges else CHECKPOINTS
@@ -217,6 +233,7 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
         early_stopping=options.early_stopping,
         publish=options.publish,
         neftune_noise_alpha=options.neftune_noise_alpha,
+        preference=_preference(requested),
     )
 
 
@@ -225,8 +242,15 @@ def is_large(base: Base) -> bool:
     return base.architecture.linear_parameters > 1e9
 
 
+def _preference(requested: Requested) -> PreferenceSpec | None:
+    if requested.method == "supervised":
+        return None
+    return PreferenceSpec(method=requested.method, beta=_given(requested.beta, USUAL_BETA))
+
+
 def _learning_rate(requested: Requested, base: Base) -> float:
     usual = RATE_OF_LARGE if is_large(base) else RATE_OF_SMALL
+    usual *= 1.0 if requested.method == "supervised" else RATE_COMPARING
     multiplier = _given(requested.hyperparameters.learning_rate_multiplier, 1.0)
     return min(1.0, _given(requested.training.learning_rate, usual) * multiplier)
 

@@ -79,12 +79,13 @@ class Sample(BaseModel):
 
 @dataclass(frozen=True)
 class Wanted:
-    """Files by the name of the API's parameter, and how a job would tokenise them.
+    """Files by the name of the API's parameter, and how a job would tokenise them. `formats`: of the rows that its method reads.
 
     `examines`: they were not validated yet. `previews`: all else is known, and only the first rows are wanted.
     """
 
     files: Mapping[str, File]
+    formats: tuple[str, ...]
     base: str
     card_facts: bytes
     max_seq_length: int
@@ -163,6 +164,7 @@ def _order(wanted: Wanted, folder: Path, training: Sample) -> Order:
         validation=sets.get("validation_file"),
         split=None if part is None else SplitOrder(part=part, seed=wanted.seed, **halves),
         examines=wanted.examines,
+        formats=wanted.formats,
         preview_rows=ROWS,
     )
 

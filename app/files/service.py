@@ -9,8 +9,9 @@ from sqlalchemy import Select, func, or_, orm, select
 
 from app import outbox, pages
 from app.accounts.caller import Caller
-from app.core import data, ids
+from app.core import data, ids, methods
 from app.core.errors import Conflict, NotFound
+from app.core.methods import MethodName
 from app.core.storage import Stored
 from app.files import derived
 from app.models import File, FileStatus, Job
@@ -101,11 +102,11 @@ def get(
     )
 
 
-def get_for_training(session: orm.Session, caller: Caller, file_id: str, *, param: str) -> File:
+def get_for_training(session: orm.Session, caller: Caller, file_id: str, *, method: MethodName, param: str) -> File:
     """A file that a job may name: still being validated, or valid. The row is locked against deletion until the commit."""
     file = get(session, caller, file_id, param=param, lock="share")
     require_purpose(file, param=param)
-    require_trainable(file, param=param)
+    require_trainable(file, method, param=param)
     return file
 
 
@@ -117,17 +118,19 @@ def require_purpose(file: File, *, param: str) -> None:
         )
 
 
-def require_trainable(file: File, *, param: str) -> None:
-    """Raises Conflict for a file that is not valid, or whose rows nothing here can be trained on. One not yet read passes."""
+def require_trainable(file: File, method: MethodName, *, param: str) -> None:
+    """Raises Conflict for a file that is not valid, or whose rows the method does not train on. One not yet read passes."""
     if file.status == FileStatus.ERROR:
         raise Conflict(f"{file.id} is not valid: {file.status_details}", param=param, code="invalid_file")
-    require_trained_format((file.report or {}).get("format"), file.id, param=param)
+    require_trained_format((file.report or {}).get("format"), file.id, method, param=param)
 
 
-def require_trained_format(held: str | None, file_id: str, *, param: str) -> None:
-    """Raises Conflict for rows of a format that is read and not trained on."""
-    if held is not None and held not in data.TRAINED:
-        message = f"{file_id} holds {held} rows, which this release does not train on; it trains on {', '.join(data.TRAINED)}"
+def require_trained_format(held: str | None, file_id: str, method: MethodName, *, param: str) -> None:
+    """Raises Conflict for rows of a format that the method does not train on."""
+    if held is not None and held not in methods.FORMATS[method]:
+        others = " or ".join(map(repr, methods.reading(held)))
+        advice = f"; for these rows set method.type to {others}" if others else ""
+        message = f"{file_id} holds {held} rows; the method {method!r} trains on {', '.join(methods.FORMATS[method])}{advice}"
         raise Conflict(message, param=param, code="format_not_trained")
 
 

@@ -23,7 +23,8 @@ class NoRoom(BadRequest):
 
 
 class Data(BaseModel):
-    """What of a tokenised data set decides a run, or is told of it. Lengths are in tokens; `longest` is that of all rows.
+    """What of a tokenised data set decides a run, or is told of it. Lengths are in tokens; `longest` is that of all rows, both
+    answers of a pair together.
 
     `examples`, `dropped`, `truncated` and tokens are those of training, `validation` counts the examples that are not trained on.
     """
@@ -115,6 +116,7 @@ def admit(
         double_quant=resolved.quantization.double_quant,
         optimizer=resolved.optimizer.kind,
         longest_tokens=data.longest,
+        documents=2 if resolved.preference else 1,
         mean_tokens=data.tokens / data.examples,
         batch_size=resolved.batch_size,
     )

@@ -10,12 +10,13 @@ from sqlalchemy import orm
 
 from app import db
 from app.accounts.caller import Caller
-from app.core import cards, prices, spec
+from app.core import cards, methods, prices, spec
 from app.core.catalog import Base, Catalog
 from app.core.clock import unix
 from app.core.data import Report
 from app.core.data_report import Comparison, DataReport, FileReport
 from app.core.errors import AppError, Conflict
+from app.core.methods import MethodName
 from app.core.preview import RowPreview
 from app.core.prices import Price
 from app.core.settings import MIB, Settings
@@ -27,7 +28,7 @@ from app.files.glance import Glance, Sample, Wanted
 from app.jobs import admission, queue, throughput
 from app.jobs.admission import Admission, Data
 from app.jobs.queue import Place
-from app.jobs.schemas import JobCreate, PlaceOut, shown_hyperparameters, shown_training, told_plan
+from app.jobs.schemas import JobCreate, PlaceOut, shown_hyperparameters, shown_method, shown_training, told_plan
 from app.models import File
 
 
@@ -66,6 +67,7 @@ class DryRunOut(BaseModel):
     data_report: DataReport | None
     preview: list[RowPreview]
     hyperparameters: dict[str, Any]
+    method: dict[str, Any]
     adapter: dict[str, Any]
     quantization: dict[str, Any]
     training: dict[str, Any]
@@ -124,6 +126,7 @@ class DryRunner:
         with self._session(caller) as session:
             place = queue.place_of_next(session, admitted.queue) if admitted else None
             duration = _duration(session, asked, admitted)
+        hyperparameters = shown_hyperparameters(asked.requested, admitted.spec if admitted else None)
         return DryRunOut(
             ok=not reasons,
             problems=reasons,
@@ -136,7 +139,8 @@ class DryRunner:
             sampled=seen.sampled,
             data_report=seen.report,
             preview=list(seen.preview),
-            hyperparameters=shown_hyperparameters(asked.requested, admitted.spec if admitted else None),
+            hyperparameters=hyperparameters,
+            method=shown_method(asked.requested, hyperparameters),
             adapter=dict(asked.requested.adapter),
             quantization=dict(asked.requested.quantization),
             training=shown_training(asked.requested, admitted.spec if admitted else None),
@@ -162,13 +166,15 @@ class DryRunner:
         return _Asked(base, requested, request.seed or 0, found, reports)
 
     def _look(self, caller: Caller, asked: _Asked) -> _Seen:
-        known_reasons = [reason for param, file in asked.files.items() for reason in _untrainable(file, param)]
+        method = asked.requested.method
+        known_reasons = [reason for param, file in asked.files.items() for reason in _untrainable(file, method, param)]
         if known_reasons:
             return _Seen(asked.reports, known_reasons)
         facts = cards.read_facts(self._storage, asked.base.id)
         known = self._known(caller, asked, facts)
         wanted = Wanted(
             files=asked.files,
+            formats=methods.FORMATS[method],
             base=asked.base.id,
             card_facts=facts,
             max_seq_length=asked.max_seq_length,
@@ -223,16 +229,16 @@ class DryRunner:
         )
 
 
-def _untrainable(file: File, param: str) -> Iterator[Reason]:
+def _untrainable(file: File, method: MethodName, param: str) -> Iterator[Reason]:
     try:
-        files.require_trainable(file, param=param)
+        files.require_trainable(file, method, param=param)
     except Conflict as refused:
         yield _reason(refused)
 
 
 def _seen(asked: _Asked, glanced: Glance) -> _Seen:
     answer, sampled = glanced.answer, glanced.sampled
-    reasons = [reason for param, report in answer.examined.items() for reason in _unfit(asked.files[param], report, param)]
+    reasons = [reason for param, report in answer.examined.items() for reason in _unfit(asked, report, param)]
     warnings = [*_of_samples(asked, sampled), *filter(None, [glanced.unfinished])]
     if answer.refused and sampled:  # rows further on may do
         warnings.append(f"of the rows that were looked at: {answer.refused.message}")
@@ -244,13 +250,14 @@ def _seen(asked: _Asked, glanced: Glance) -> _Seen:
     return _Seen(answer.examined | asked.reports, reasons, report, answer.preview, sampled, warnings)
 
 
-def _unfit(file: File, report: Report, param: str) -> Iterator[Reason]:
+def _unfit(asked: _Asked, report: Report, param: str) -> Iterator[Reason]:
     """Why a file that was examined just now cannot be trained on."""
+    file = asked.files[param]
     if not report.is_valid:
         yield Reason(code="invalid_file", message=f"{file.id} is not valid: {report.summary()}", param=param)
         return
     try:
-        files.require_trained_format(report.format, file.id, param=param)
+        files.require_trained_format(report.format, file.id, asked.requested.method, param=param)
     except Conflict as refused:
         yield _reason(refused)
 

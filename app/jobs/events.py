@@ -56,4 +56,4 @@ def record(session: orm.Session, job: Job, event: engine_events.Event) -> None:
 
 
 def _metrics(event: engine_events.Stepped | engine_events.Evaluated) -> dict[str, Any]:
-    return event.model_dump(mode="json", exclude={"kind"})
+    return event.model_dump(mode="json", exclude={"kind", "rewards"}) | event.rewards

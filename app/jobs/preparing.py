@@ -83,10 +83,11 @@ def claim(session: orm.Session) -> ToPrepare | None:
     job, training_file, validation_file = row
     seconds = files.time_to_read(training_file, validation_file)
     job.not_before = func.clock_timestamp() + 2 * seconds  # its process has half of them, and files come and go
+    requested = spec.Requested.model_validate(job.request)
     for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
         try:
             if file is not None:
-                files.require_trainable(file, param=param)
+                files.require_trainable(file, requested.method, param=param)
         except Conflict as refused:
             _reject(session, job, code=str(refused.code), message=str(refused), param=param)
             return claim(session)
@@ -96,7 +97,7 @@ def claim(session: orm.Session) -> ToPrepare | None:
         queue=job.queue,
         base=job.base,
         seed=job.seed,
-        requested=spec.Requested.model_validate(job.request),
+        requested=requested,
         training_file=SourceFile(training_file.storage_key, training_file.sha256),
         validation_file=SourceFile(validation_file.storage_key, validation_file.sha256) if validation_file else None,
         seconds=seconds.total_seconds(),

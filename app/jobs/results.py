@@ -8,6 +8,8 @@ from sqlalchemy import orm, select
 
 from app.models import JobEvent
 
+# where answers are compared: docs/methods.md
+REWARDS = tuple(f"{of}rewards/{what}" for of in ("", "valid_") for what in ("chosen", "rejected", "accuracy", "margin"))
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 _NAMES = {"train_mean_token_accuracy": "train_accuracy"}
 
@@ -20,7 +22,8 @@ def csv_of(session: orm.Session, job_id: str) -> bytes:
         if data is not None:
             steps.setdefault(data["step"], {}).update({_NAMES.get(name, name): value for name, value in data.items()})
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    columns = [*COLUMNS, *(name for name in REWARDS if any(name in row for row in steps.values()))]
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(steps[step] for step in sorted(steps))
     return text.getvalue().encode()

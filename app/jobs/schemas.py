@@ -1,4 +1,4 @@
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -6,6 +6,7 @@ from app.core import spec
 from app.core.clock import unix
 from app.core.data_report import brief
 from app.core.errors import BadRequest
+from app.core.methods import METHODS, MethodName
 from app.jobs.queue import Place, Queue
 from app.models import Job, JobCheckpoint, JobEvent, JobState
 
@@ -35,13 +36,27 @@ class Supervised(_Request):
     hyperparameters: spec.Hyperparameters | None = None
 
 
+class PreferenceHyperparameters(spec.Hyperparameters):
+    beta: spec.Auto | spec.Beta = spec.AUTO
+
+
+class Preference(_Request):
+    hyperparameters: PreferenceHyperparameters | None = None
+
+
 class Method(_Request):
     """A client may send several of the objects: the one `type` names counts."""
 
     type: str
     supervised: Supervised | None = None
-    dpo: dict[str, Any] | None = None
+    dpo: Preference | None = None
     reinforcement: dict[str, Any] | None = None
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Those that the client named."""
+        of_type: Supervised | Preference | None = getattr(self, self.type)
+        return of_type.hyperparameters.model_dump(exclude_unset=True) if of_type and of_type.hyperparameters else {}
 
 
 class JobCreate(_Request):
@@ -63,8 +78,8 @@ class JobCreate(_Request):
 
     @model_validator(mode="after")
     def _offered(self) -> "JobCreate":
-        if self.method and self.method.type != "supervised":
-            message = f"method {self.method.type[:32]!r} is not offered here; use 'supervised'"
+        if self.method and self.method.type not in METHODS:
+            message = f"method {self.method.type[:32]!r} is not offered here; use one of {', '.join(METHODS)}"
             raise BadRequest(message, param="method.type", code="unsupported_method")
         if self.integrations:
             raise BadRequest(
@@ -87,21 +102,27 @@ class JobCreate(_Request):
         old, of_method = self._hyperparameters()
         for name in old.keys() & of_method.keys():
             if old[name] != of_method[name]:
-                message = f"hyperparameters.{name} and method.supervised.hyperparameters.{name} differ; send one of them"
+                message = f"hyperparameters.{name} and method.{self.method_name}.hyperparameters.{name} differ; send one of them"
                 raise BadRequest(message, param=f"hyperparameters.{name}")
         return self
 
     def _hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Those that the client named, in the older place and in `method`."""
-        places = self.hyperparameters, self.method and self.method.supervised and self.method.supervised.hyperparameters
-        old, of_method = (place.model_dump(exclude_unset=True) if place else {} for place in places)
-        return old, of_method
+        old = self.hyperparameters.model_dump(exclude_unset=True) if self.hyperparameters else {}
+        return old, self.method.hyperparameters if self.method else {}
+
+    @property
+    def method_name(self) -> MethodName:
+        return cast(MethodName, self.method.type) if self.method else "supervised"
 
     def requested(self) -> spec.Requested:
         """The settings, wherever the client put them: in `method`, or in the older `hyperparameters`."""
         old, of_method = self._hyperparameters()
+        beta = of_method.pop("beta", spec.AUTO)
         return spec.Requested(
+            method=self.method_name,
             hyperparameters=spec.Hyperparameters.model_validate(old | of_method),
+            beta=beta,
             adapter=self.adapter,
             quantization=self.quantization,
             training=self.training,
@@ -182,7 +203,7 @@ class JobOut(BaseModel):
             training_file=job.training_file_id,
             validation_file=job.validation_file_id,
             hyperparameters=hyperparameters,
-            method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            method=shown_method(requested, hyperparameters),
             error=JobError.model_validate(job.error) if job.error else None,
             fine_tuned_model=job.fine_tuned_model,
             finished_at=unix(job.finished_at),
@@ -309,7 +330,13 @@ def shown_hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | 
         shown |= {"n_epochs": resolved.n_epochs, "batch_size": resolved.batch_size}
         if shown["learning_rate_multiplier"] == spec.AUTO:
             shown["learning_rate_multiplier"] = 1.0
+    if requested.method != "supervised":
+        shown["beta"] = resolved.preference.beta if resolved and resolved.preference else requested.beta
     return shown
+
+
+def shown_method(requested: spec.Requested, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": requested.method, requested.method: {"hyperparameters": hyperparameters}}
 
 
 def shown_training(requested: spec.Requested, resolved: spec.TrainSpec | None) -> dict[str, Any]:

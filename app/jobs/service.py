@@ -35,10 +35,11 @@ def create(
     """Queue a fine-tuning job. `is_retry`: the SDK repeats a request it got no answer to; the first one's job is the answer."""
     base = catalog.resolve(request.model)
     queue = admission.first_queue(base, request.requested(), among=tiers, gpu=gpu, catalog=catalog)
-    training_file = files.get_for_training(session, caller, request.training_file, param="training_file")
+    method = request.method_name
+    training_file = files.get_for_training(session, caller, request.training_file, method=method, param="training_file")
     validation_file = None
     if request.validation_file:
-        validation_file = files.get_for_training(session, caller, request.validation_file, param="validation_file")
+        validation_file = files.get_for_training(session, caller, request.validation_file, method=method, param="validation_file")
     job = Job(
         id=ids.new("ftjob-"),
         organization_id=caller.organization_id,

@@ -124,7 +124,7 @@ def test_the_sdks_own_retry_makes_no_second_job(http: httpx.Client, file_id: str
         ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs", None),
         ({"hyperparameters": {"batch_size": "many"}}, 400, "hyperparameters.batch_size", None),
         ({"hyperparameters": {"beta": 1}}, 400, "hyperparameters.beta", "unknown_parameter"),
-        ({"method": {"type": "dpo"}}, 400, "method.type", "unsupported_method"),
+        ({"method": {"type": "reinforcement"}}, 400, "method.type", "unsupported_method"),
         ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "unsupported_parameter"),
         ({"adapter": {"rank": 4096}}, 400, "adapter.rank", None),
         ({"adapter": {"target_modules": []}}, 400, "adapter.target_modules", None),

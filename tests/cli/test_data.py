@@ -73,7 +73,6 @@ def test_a_file_of_which_a_base_leaves_all_out_fails(tmp_path: Path) -> None:
     [
         (("nowhere.jsonl",), "nowhere.jsonl"),
         ((CORPUS / "chat-plain.jsonl", "--model", "gpt-9"), "not in the catalog"),
-        ((CORPUS / "text-plain.jsonl", "--model", make.TINY), "text rows are not trained on"),
         ((CORPUS / "chat-plain.jsonl", "--max-seq-length", "7"), "must be a number from 8"),
     ],
 )

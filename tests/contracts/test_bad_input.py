@@ -147,7 +147,20 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
         "training.validation_split",
         "send one of them",
     ),
-    "another method": ({"method": {"type": "dpo"}}, 400, "method.type", "supervised"),
+    "reinforcement": ({"method": {"type": "reinforcement"}}, 400, "method.type", "supervised, dpo"),
+    "a method that is none": ({"method": {"type": "hyperparameters"}}, 400, "method.type", "supervised, dpo"),
+    "a beta of 0": (
+        {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}},
+        400,
+        "method.dpo.hyperparameters.beta",
+        "greater than 0",
+    ),
+    "a beta of supervised training": (
+        {"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}}},
+        400,
+        "method.supervised.hyperparameters.beta",
+        "remove it",
+    ),
     "a method without type": ({"method": {"supervised": {}}}, 400, "method.type", "required"),
     "an integration": ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "remove"),
     "a long suffix": ({"suffix": "x" * 65}, 400, "suffix", "suffix must be at most 64 characters long"),
@@ -279,9 +292,9 @@ def test_a_bad_file_is_told_line_code_and_remedy(client: OpenAI, services: Servi
     assert refusal.value.param == "training_file"
 
 
-@pytest.mark.parametrize("name", ["preference-plain", "text-plain"])
+@pytest.mark.parametrize("name", ["preference-plain"])
 @pytest.mark.parametrize("is_read_first", [True, False])
-def test_rows_that_nothing_is_trained_on_yet_are_valid_and_refused_with_what_is(
+def test_rows_that_a_method_does_not_train_on_are_refused_with_those_that_it_does(
     client: OpenAI, services: Services, name: str, is_read_first: bool
 ) -> None:
     """When the job is created, or, if its file has not been read by then, as soon as it has."""

@@ -107,6 +107,24 @@ def test_other_formats_become_chats(line: dict[str, Any], messages: list[tuple[s
     assert only(line) == Chat(tuple(Message(role, content) for role, content in messages), 1)
 
 
+def test_a_preference_compares_two_last_messages_and_all_before_is_context() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    line = {
+        "input": {"messages": [USER, ASSISTANT, {"role": "user", "content": "c"}], "tools": [tool]},
+        "preferred_output": [ASSISTANT | {"weight": 0}],
+        "non_preferred_output": [{"role": "assistant", "content": "d"}],
+    }
+    asked = tuple(Message(role, content, 0) for role, content in (("user", "a"), ("assistant", "b"), ("user", "c")))
+    read = only(line)
+
+    assert read.sides == ((*asked, Message("assistant", "b")), (*asked, Message("assistant", "d")))
+    assert read.tools == (tool,)
+
+
+def test_a_text_is_no_conversation() -> None:
+    assert only({"text": " as it is\n", "source": "a column"}) == Chat((), 1, text=" as it is\n")
+
+
 def test_developer_is_system_and_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]
     read = only({"messages": [{"role": "developer", "content": parts}, USER, ASSISTANT | {"weight": 0}]})
@@ -129,7 +147,7 @@ def test_tools_calls_and_results_are_read() -> None:
     assert read.messages[2] == Message("tool", "5", tool_call_id="c1")
 
 
-@pytest.mark.parametrize("line", [b"{", b'{"text": "a"}', row(USER, {"role": "assistant", "content": ""})])
+@pytest.mark.parametrize("line", [b"{", b'{"key": "a"}', row(USER, {"role": "assistant", "content": ""})])
 def test_a_row_that_is_no_chat_stops_the_reading(line: bytes) -> None:
     with pytest.raises(data.RowError, match="line 2"):
         list(data.read([GOOD, line]))
@@ -299,7 +317,7 @@ def test_whatever_a_row_holds_it_is_judged(rows: list[Any]) -> None:
     report = data.examine(lines)
 
     assert sum(report.counts.values()) == report.problem_count + report.warning_count
-    if report.is_valid and report.format in data.TRAINED:
+    if report.is_valid:
         assert len(list(data.read(lines))) == len(rows)
     assert data.Report.model_validate_json(report.model_dump_json()) == report
 

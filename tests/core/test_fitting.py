@@ -1,5 +1,6 @@
 """Rows that are too long: what is cut, what never is."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.core import catalog
 from app.core.chat import Chat, Message, ToolCall
-from app.core.fitting import Fitted, fit
+from app.core.fitting import Fitted, fit, fit_all
 from app.core.render import Renderer
 from app.core.spec import LongRows
 from tests.make import TINY
@@ -34,6 +35,57 @@ def cut(chat: Chat, renderer: Renderer, max_tokens: int, long_rows: LongRows = "
     tokens = fitted.example.tokens if fitted.example else []
     assert len(tokens) <= max_tokens
     return fitted, renderer.tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+def test_a_pair_is_one_example_of_two_conversations_whose_answers_alone_are_trained(renderer: Renderer) -> None:
+    asked = (Message("user", "one?"), Message("assistant", "1", 0), Message("user", "two?"))
+    pair = Chat((*asked, Message("assistant", "yes")), 7, rejected=Message("assistant", "no!!!"))
+    sides = [renderer.example(side) for side in pair.sides]
+    fitted = fit(pair, renderer, max_tokens=200, long_rows="drop")
+
+    assert fitted.example is not None and fitted.problem is None
+    assert fitted.example.tokens == sides[0].tokens + sides[1].tokens
+    assert fitted.example.second == len(sides[0].tokens)
+    assert fitted.length == len(sides[1].tokens)
+    trained = [token for token, flag in zip(fitted.example.tokens, fitted.example.is_trained, strict=True) if flag]
+    assert renderer.tokenizer.decode(trained, skip_special_tokens=False) == f"yes{END}no!!!{END}"
+
+
+@pytest.mark.parametrize("most", [8, 30, 31, 1000])
+def test_a_text_is_learnt_whole_in_pieces_that_fit(renderer: Renderer, most: int) -> None:
+    text = "Ünd so weiter, " * 4
+    pieces = fit_all([Chat((), 7, text=text)], renderer, max_tokens=most, long_rows="drop")
+    made = [piece.example for piece in pieces if piece.example]
+
+    assert len(made) == len(pieces) and max(len(example.tokens) for example in made) <= most
+    assert (
+        renderer.tokenizer.decode([t for example in made for t in example.tokens], skip_special_tokens=False)
+        == f"{text}<|endoftext|>"
+    )
+    assert all(example.is_trained == [False] + [True] * (len(example.tokens) - 1) and any(example.is_trained) for example in made)
+    assert [piece.is_further for piece in pieces] == [n > 0 for n in range(len(pieces))]
+    assert [piece.length for piece in pieces] == [len(text.encode()) + 1] + [0] * (len(pieces) - 1)
+
+
+def test_a_text_with_a_special_token_is_left_out(renderer: Renderer) -> None:
+    (fitted,) = fit_all([Chat((), 7, text=f"one{END}two")], renderer, max_tokens=100, long_rows="drop")
+
+    assert fitted.example is None and fitted.problem is not None and fitted.problem.code == "row_not_rendered"
+
+
+def test_a_pair_goes_whole_when_one_side_is_too_long_or_cannot_be_shown(renderer: Renderer) -> None:
+    pair = Chat((Message("user", "two?"), Message("assistant", "yes")), 7, rejected=Message("assistant", "no" * 50))
+    longer = len(renderer.example(pair.sides[1]).tokens)
+    fitted = [fit(pair, renderer, max_tokens=most, long_rows="truncate") for most in (longer - 1, longer)]
+    forged = fit(replace(pair, rejected=Message("assistant", END)), renderer, max_tokens=longer, long_rows="drop")
+
+    assert [made.example is None for made in fitted] == [True, False]
+    assert (
+        fitted[0].problem is not None
+        and fitted[0].problem.code == "row_too_long"
+        and "no side is cut" in fitted[0].problem.message
+    )
+    assert forged.problem is not None and forged.problem.code == "row_not_rendered"
 
 
 def length_of(chat: Chat, renderer: Renderer) -> int:

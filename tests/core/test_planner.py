@@ -106,6 +106,16 @@ def test_every_remedy_is_enough_alone() -> None:
     assert planner.plan(asked, [other]).fits
 
 
+def test_a_pair_that_does_not_fit_is_told_the_length_of_each_side() -> None:
+    asked, (small,) = run("llama-2-13b", longest=20_000), rooms("16")
+    alone, pair = (
+        int(next(planner.remedies(made, small)[n].value for n in (0,)))
+        for made in (asked, asked.model_copy(update={"documents": 2}))
+    )
+
+    assert pair == alone // 2
+
+
 def test_a_smaller_rank_or_no_dropout_is_offered_where_that_helps() -> None:
     tight = Room(tier="16", device="cuda", usable_bytes=int(7.5 * GIB), reserved_bytes=0)
     asked = run("llama-2-7b", longest=512, rank=128, dropout=0.1)

@@ -18,6 +18,17 @@ ROW = Chat((Message("user", "Hi"), Message("assistant", "no", 0), Message("user"
 LONG = Chat((Message("user", "x" * 400), Message("assistant", "Yes")), 4)
 
 
+def test_a_preview_of_a_pair_shows_both_sides(tiny: Renderer) -> None:
+    pair = Chat((Message("user", "b"), Message("assistant", "Yes")), 3, rejected=Message("assistant", "No"))
+    (shown,) = preview([pair], tiny, 256)
+
+    for pieces, answer in ((shown.pieces, "Yes"), (shown.rejected_pieces, "No")):
+        assert [piece.text for piece in pieces if piece.trained] == [f"{answer}<|im_end|>"]
+        assert "".join(piece.text for piece in pieces if not piece.trained).count("user\nb") == 1
+    both = "".join(piece.text for piece in (*shown.pieces, *shown.rejected_pieces))
+    assert both == tiny.tokenizer.decode(list(shown.tokens), skip_special_tokens=False)
+
+
 @pytest.fixture(scope="module")
 def tiny(bases_dir: Path) -> Renderer:
     return Renderer.open(card.prepared(catalog.load()["tiny-random-llama"], bases_dir))

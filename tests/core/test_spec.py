@@ -79,6 +79,29 @@ def test_one_example_is_enough() -> None:
     assert spec.resolve(spec.Requested(), BASE, seed=1, examples=1, longest=90).total_steps(1) >= 1
 
 
+def test_a_method_that_compares_answers_moves_less() -> None:
+    supervised, dpo, asked = (
+        spec.resolve(requested, BASE, seed=1, examples=100, longest=90)
+        for requested in (spec.Requested(), spec.Requested(method="dpo"), spec.Requested(method="dpo", beta=0.5))
+    )
+
+    assert dpo.preference == spec.PreferenceSpec(method="dpo", beta=0.1) and asked.preference is not None
+    assert asked.preference.beta == 0.5
+    assert (supervised.n_epochs, dpo.n_epochs) == (8, 3)
+    assert dpo.optimizer.learning_rate == pytest.approx(supervised.optimizer.learning_rate / 10)
+
+
+def test_a_supervised_spec_says_what_the_last_release_said() -> None:
+    """Its words are part of what a checkpoint is known by: one more would make every run begin anew."""
+    said = spec.resolve(spec.Requested(), BASE, seed=1, examples=100, longest=90)
+
+    assert list(said.model_dump(mode="json")) == [
+        "base", "n_epochs", "batch_size", "seed", "max_seq_length", "micro_batch_tokens", "checkpoint_every_steps", "lora",
+        "quantization", "optimizer",
+    ]  # fmt: skip
+    assert spec.TrainSpec.model_validate_json(said.model_dump_json()) == said
+
+
 def test_a_row_never_outgrows_the_base() -> None:
     asked = spec.Requested(training=spec.TrainingOptions(max_seq_length=1_000_000))
 

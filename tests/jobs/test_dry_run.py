@@ -142,9 +142,23 @@ def test_what_is_wrong_with_a_file_is_told_line_by_line(house: House, is_validat
 
 
 def test_rows_that_are_not_trained_on_here_are_a_problem(house: House) -> None:
-    told = house.dry_run(house.file(b'{"text": "once"}\n{"text": "twice"}'))
+    told = house.dry_run(house.file(b'{"text": "once"}\n{"text": "twice"}'), method={"type": "dpo"})
 
     assert [(reason.code, reason.param) for reason in told.problems] == [("format_not_trained", "training_file")]
+
+
+def test_a_preference_run_is_told_as_the_job_will_be(house: House) -> None:
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 2}}}
+    told, job = house.dry_run(house.file(make.preference_file()), method=method), house.job(make.preference_file(), method=method)
+
+    assert told.ok and told.plan == job.plan and told.plan is not None and told.plan["examples"] == 12
+    assert told.hyperparameters["beta"] == 0.1 and told.method == {
+        "type": "dpo",
+        "dpo": {"hyperparameters": told.hyperparameters},
+    }
+    assert [piece.text for piece in told.preview[0].rejected_pieces if piece.trained] == ["Dunno<|im_end|>"]
+    assert job.spec["preference"] == {"method": "dpo", "beta": 0.1}
+    assert told.data_report is not None and told.data_report.training.longest > told.data_report.training.lengths.longest
 
 
 def test_a_file_without_a_usable_row_is_a_problem(house: House) -> None:

@@ -1,6 +1,7 @@
 """Specs, chats and runs, as functions."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,16 @@ def examples(renderer: Renderer, count: int = 12) -> TokenisedSet:
     return tokenise(chats(count), renderer, max_seq_length=CONTEXT)
 
 
+def pairs(count: int = 12) -> list[Chat]:
+    """The same answers, preferred to others of other lengths."""
+    others = (Message("assistant", "I would rather not" + "!" * (7 * n % 11)) for n in range(count))
+    return [replace(chat, rejected=other) for chat, other in zip(chats(count), others, strict=True)]
+
+
+def preferences(renderer: Renderer, count: int = 12) -> TokenisedSet:
+    return tokenise(pairs(count), renderer, max_seq_length=CONTEXT)
+
+
 @dataclass
 class Runner:
     """One run's folders; `go` may be called again, as a worker that takes the job over would."""
@@ -57,11 +68,12 @@ class Runner:
     has_validation: bool = False
     said: list[events.Event] = field(default_factory=list)
     listener: OnEvent = lambda event: None
+    examples: Callable[..., TokenisedSet] = examples
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        examples(self.base.renderer).write(self.folder / "training.safetensors")
-        examples(self.base.renderer, 5).write(self.folder / "validation.safetensors")
+        self.examples(self.base.renderer).write(self.folder / "training.safetensors")
+        self.examples(self.base.renderer, 5).write(self.folder / "validation.safetensors")
         self.paths = Paths(
             dataset=self.folder / "training.safetensors",
             validation=self.folder / "validation.safetensors" if self.has_validation else None,

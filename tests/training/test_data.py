@@ -15,7 +15,8 @@ def of_lengths(lengths: list[int]) -> TokenisedSet:
     offsets = np.cumsum([0, *lengths])
     is_trained = np.ones(offsets[-1], dtype=np.bool_)
     is_trained[offsets[:-1]] = False
-    return TokenisedSet(np.arange(offsets[-1], dtype=np.int32), is_trained, offsets, np.arange(len(lengths), dtype=np.int32))
+    lines, seconds = np.arange(len(lengths), dtype=np.int32), np.zeros(len(lengths), dtype=np.int32)
+    return TokenisedSet(np.arange(offsets[-1], dtype=np.int32), is_trained, offsets, lines, seconds)
 
 
 @settings(deadline=None)

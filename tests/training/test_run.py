@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from worker.model.base import LoadedBase
 from worker.training import __main__ as command
 from worker.training.data import MicroBatch
 from worker.training.failures import Diverged, NothingToTrain, failed
-from worker.training.loss import LabelledLoss
+from worker.training.loss import Measured
 from worker.training.trainee import Trainee, adapted
 
 
@@ -281,10 +282,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, is_poisoned: Callable[[int], bool]) 
     """Make the loss of some micro-batches, counted from 1, infinite."""
     calls, honest = [], Trainee.backward
 
-    def backward(trainee: Trainee, batch: MicroBatch, *, scale: float) -> LabelledLoss:
+    def backward(trainee: Trainee, batch: MicroBatch, *, scale: float) -> Measured:
         calls.append(1)
         found = honest(trainee, batch, scale=scale)
-        return LabelledLoss(found.loss_sum * math.inf, found.correct) if is_poisoned(len(calls)) else found
+        return replace(found, loss_sum=found.loss_sum * math.inf) if is_poisoned(len(calls)) else found
 
     monkeypatch.setattr(Trainee, "backward", backward)
 

@@ -15,13 +15,33 @@ from app.core.tokens.tokenise import TokenisedSet
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Whole documents side by side, without padding. Position `labelled_N[n]` predicts token `targets_N[n]`."""
+    """Whole documents side by side, without padding. Position `labelled_N[n]` predicts token `targets_N[n]`.
+
+    With `pairs` the documents are two of each pair, the preferred one first.
+    """
 
     tokens_T: NDArray[np.int64]
     positions_T: NDArray[np.int64]  # start at 0 in every document
     lengths: tuple[int, ...]
     labelled_N: NDArray[np.int64]
     targets_N: NDArray[np.int64]
+    pairs: int = 0
+
+    @property
+    def weight(self) -> int:
+        """How many there are of what a step's loss is the mean over: pairs, or labelled tokens."""
+        return self.pairs or len(self.labelled_N)
+
+    @property
+    def labelled_B(self) -> tuple[int, ...]:
+        """How many labelled positions each document has."""
+        documents_N = np.searchsorted(np.cumsum(self.lengths), self.labelled_N, side="right")
+        return tuple(np.bincount(documents_N, minlength=len(self.lengths)).tolist())
+
+    @property
+    def judged_tokens(self) -> int:
+        """Those that accuracy is told of: of a pair, the preferred side's."""
+        return sum(self.labelled_B[::2]) if self.pairs else len(self.labelled_N)
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,27 @@ class Step:
     @property
     def labelled_tokens(self) -> int:
         return sum(len(batch.labelled_N) for batch in self.micro_batches)
+
+    @property
+    def totals(self) -> "Totals":
+        return Totals.of(self.micro_batches)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the sums over some micro-batches are divided by: see `MicroBatch`."""
+
+    weight: int
+    judged_tokens: int
+    pairs: int
+
+    @classmethod
+    def of(cls, batches: Sequence[MicroBatch]) -> "Totals":
+        return cls(
+            weight=sum(batch.weight for batch in batches),
+            judged_tokens=sum(batch.judged_tokens for batch in batches),
+            pairs=sum(batch.pairs for batch in batches),
+        )
 
 
 class TrainData:
@@ -72,7 +113,7 @@ class TrainData:
 def micro_batches(
     examples: TokenisedSet, chosen: Sequence[int] | NDArray[np.int64], *, max_tokens: int
 ) -> tuple[MicroBatch, ...]:
-    """Pack whole documents, the longest first, each into the first micro-batch with room. One over the budget stands alone."""
+    """Pack whole examples, the longest first, each into the first micro-batch with room. One over the budget stands alone."""
     bins, room = list[list[int]](), list[int]()
     for example in sorted(chosen, key=lambda e: -int(examples.lengths_E[e])):  # stable: ties keep the order of the epoch
         length = int(examples.lengths_E[example])
@@ -83,12 +124,12 @@ def micro_batches(
             fits = len(bins) - 1
         bins[fits].append(int(example))
         room[fits] -= length
-    return tuple(_micro_batch(examples, documents) for documents in bins)
+    return tuple(_micro_batch(examples, packed) for packed in bins)
 
 
-def _micro_batch(examples: TokenisedSet, documents: Sequence[int]) -> MicroBatch:
-    spans = [slice(examples.offsets_E1[e], examples.offsets_E1[e + 1]) for e in documents]
-    lengths = tuple(int(examples.lengths_E[e]) for e in documents)
+def _micro_batch(examples: TokenisedSet, chosen: Sequence[int]) -> MicroBatch:
+    spans = [slice(examples.offsets_E1[e], examples.offsets_E1[e + 1]) for e in chosen]
+    lengths = tuple(length for e in chosen for length in examples.lengths_of(e))
     tokens_T = np.concatenate([examples.tokens_N[span] for span in spans]).astype(np.int64)
     is_trained_T = np.concatenate([examples.is_trained_N[span] for span in spans])
     trained_N = np.flatnonzero(is_trained_T)  # never the first token of a document, so the position before is its own
@@ -98,4 +139,5 @@ def _micro_batch(examples: TokenisedSet, documents: Sequence[int]) -> MicroBatch
         lengths=lengths,
         labelled_N=trained_N - 1,
         targets_N=tokens_T[trained_N],
+        pairs=len(chosen) if examples.pairs else 0,
     )

@@ -1,27 +1,32 @@
 """Loss and accuracy on data that is not trained on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from app.core.events import Evaluated
-from worker.training.data import MicroBatch
+from worker.training import preference
+from worker.training.data import MicroBatch, Totals
+from worker.training.loss import Measured
 from worker.training.trainee import Trainee
 
 
 @torch.no_grad()
-def evaluate(trainee: Trainee, batches: Iterable[MicroBatch], *, step: int, should_stop: Callable[[], bool]) -> Evaluated | None:
-    """Over all labelled tokens of `batches`; None when told to stop on the way. The trainee is back in train mode after it."""
-    loss_sum, correct, labelled = 0.0, 0, 0
+def evaluate(trainee: Trainee, batches: Sequence[MicroBatch], *, step: int, should_stop: Callable[[], bool]) -> Evaluated | None:
+    """Over all of `batches`; None when told to stop on the way. The trainee is back in train mode after it."""
+    measured, totals = Measured.nothing(trainee.device), Totals.of(batches)
     trainee.model.eval()
     try:
         for batch in batches:
             if should_stop():
                 return None
-            loss = trainee.loss(batch)
-            loss_sum += float(loss.loss_sum)
-            correct += int(loss.correct)
-            labelled += len(batch.labelled_N)
+            measured += trainee.loss(batch)
     finally:
         trainee.model.train()
-    return Evaluated(step=step, valid_loss=loss_sum / labelled, valid_mean_token_accuracy=correct / labelled)
+    rewards = preference.means(measured.rewards, totals)
+    return Evaluated(
+        step=step,
+        valid_loss=float(measured.loss_sum) / totals.weight,
+        valid_mean_token_accuracy=float(measured.correct) / totals.judged_tokens,
+        rewards={f"valid_{name}": mean for name, mean in rewards.items()},
+    )

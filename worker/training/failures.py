@@ -23,6 +23,10 @@ class NothingToTrain(TrainingFailed):
     code = "nothing_to_train"
 
 
+class WrongRows(TrainingFailed):
+    code = "format_not_trained"
+
+
 class BaseUnsupported(TrainingFailed):
     code = "base_unsupported"
 

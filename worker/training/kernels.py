@@ -64,23 +64,20 @@ def rotate(x_THW: Tensor, cos_T1U: Tensor, sin_T1U: Tensor) -> Tensor:
 
 @Fused
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the losses in nats, and how many targets came first (or shared the first place).
-
-    Rows whose target is negative do not count.
-    """
-    loss_sum, correct, _ = _cross_entropy(logits_NV, targets_N)
-    return loss_sum, correct
+    """The losses in nats, and which targets came first (or shared the first place); nothing where a target is negative."""
+    losses_N, is_first_N, _ = _cross_entropy(logits_NV, targets_N)
+    return losses_N, is_first_N
 
 
 @Fused
 def cross_entropy_backward(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """The same, and in the logits' place their gradient."""
-    loss_sum, correct, log_total_N1 = _cross_entropy(logits_NV, targets_N)
+    losses_N, is_first_N, log_total_N1 = _cross_entropy(logits_NV, targets_N)
     targets_N1 = targets_N[:, None]
     is_target_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) == targets_N1
     d_logits_NV = torch.where(targets_N1 >= 0, (logits_NV.float() - log_total_N1).exp() - is_target_NV.float(), 0)
     logits_NV.copy_(d_logits_NV)
-    return loss_sum, correct
+    return losses_N, is_first_N
 
 
 def _cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,4 +86,4 @@ def _cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor
     log_total_N1 = highest_N1 + (wide_NV - highest_N1).exp().sum(dim=1, keepdim=True).log()
     target_N1 = wide_NV.gather(1, targets_N.clamp(min=0)[:, None])
     losses_N1 = torch.where(counts_N1, log_total_N1 - target_N1, 0)
-    return losses_N1.sum(), (counts_N1 & (target_N1 >= highest_N1)).sum(), log_total_N1
+    return losses_N1[:, 0], (counts_N1 & (target_N1 >= highest_N1))[:, 0], log_total_N1

@@ -29,6 +29,7 @@ class Projection:
         self._bias_O = _joined_bias(frozen)
         self._adapters = _side_by_side(modules)
         self._rank = sum(adapter.a.shape[0] for adapter in self._adapters)
+        self._modules = modules
 
     def forward(self, x_TI: Tensor, *, onto_TO: Tensor | None = None, empty: Empty) -> tuple[Tensor, "Applied"]:
         """The outputs side by side, added to `onto_TO`, in memory from `empty`; and the way back."""
@@ -41,9 +42,14 @@ class Projection:
             torch.addmm(added, x_TI, dense_IO, out=y_TO)
         a_RI, b_OR = self._cast(x_TI)
         low_TR = x_TI @ a_RI.T
-        if self._rank:
+        if self._rank and not self._is_bare:
             y_TO.addmm_(low_TR, b_OR.T)
         return y_TO, Applied(self, a_RI, b_OR, low_TR)
+
+    @property
+    def _is_bare(self) -> bool:
+        """Whether PEFT has been told to leave the adapters out. Then there is no way back."""
+        return any(getattr(module, "disable_adapters", False) for module in self._modules)
 
     def dense_OI(self, kind: torch.dtype) -> Tensor:
         first, *others = (weights.dense_OI(kind) for weights in self._weights)

@@ -8,9 +8,11 @@ import torch
 
 from app.core.events import Event, Noted, Stepped
 from app.core.spec import TrainSpec
+from worker.training import preference
 from worker.training.checkpoint import TrainState
 from worker.training.data import TrainData
 from worker.training.failures import Diverged
+from worker.training.loss import Measured
 from worker.training.optim import Optimizer, learning_rate
 from worker.training.trainee import Trainee
 
@@ -41,16 +43,16 @@ def train(
     for step in data.steps_after(state.step):
         started_at = time.monotonic()
         torch.manual_seed(spec.seed + step.number)  # dropout: that of this step, whatever ran before it
-        loss_sum = correct = torch.zeros((), device=optimizer.device)  # stay on the device: no waiting between micro-batches
+        measured, totals = Measured.nothing(optimizer.device), step.totals
         for batch in step.micro_batches:
             if should_stop():
                 optimizer.zero_grad()
                 return state
-            loss = trainee.backward(batch, scale=1 / step.labelled_tokens)  # one mean over the step, however it was cut up
-            loss_sum, correct = loss_sum + loss.loss_sum, correct + loss.correct
+            measured += trainee.backward(batch, scale=1 / totals.weight)  # one mean over the step, however it was cut up
 
         tokens_left -= step.tokens
-        train_loss, accuracy = float(loss_sum) / step.labelled_tokens, float(correct) / step.labelled_tokens
+        train_loss, accuracy = float(measured.loss_sum) / totals.weight, float(measured.correct) / totals.judged_tokens
+        rewards = preference.means(measured.rewards, totals)
         norm = optimizer.clip()
         if not (math.isfinite(norm) and math.isfinite(train_loss)):
             optimizer.zero_grad()
@@ -63,7 +65,7 @@ def train(
         optimizer.step(rate)
         optimizer.zero_grad()
 
-        state = state.advanced(step, {"train_loss": train_loss, "train_mean_token_accuracy": accuracy})
+        state = state.advanced(step, {"train_loss": train_loss, "train_mean_token_accuracy": accuracy, **rewards})
         on_event(
             Stepped(
                 step=step.number,
@@ -76,6 +78,7 @@ def train(
                 labelled_tokens=step.labelled_tokens,
                 tokens_left=tokens_left,
                 tokens_per_second=step.tokens / (time.monotonic() - started_at),
+                rewards=rewards,
             )
         )
         if step.number % spec.checkpoint_every_steps == 0 and step.number < data.total_steps:

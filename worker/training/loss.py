@@ -16,25 +16,38 @@ _LOGITS_AT_ONCE = 2**25  # 64 MiB in 16 bits
 
 
 @dataclass(frozen=True)
-class LabelledLoss:
-    """`loss_sum` is in nats over the labelled tokens; `correct` of them are the model's first choice."""
+class Measured:
+    """Of one micro-batch. `loss_sum` is over its labelled tokens in nats, or over its pairs; `correct` tokens are the model's
+    first choice. `rewards`, where answers are compared: sums over preferred ones, over the others, and of the pairs won.
+    """
 
     loss_sum: Tensor
     correct: Tensor
+    rewards: Tensor | None = None
+
+    def __add__(self, other: "Measured") -> "Measured":
+        rewards = other.rewards if self.rewards is None or other.rewards is None else self.rewards + other.rewards
+        return Measured(self.loss_sum + other.loss_sum, self.correct + other.correct, rewards)
+
+    @classmethod
+    def nothing(cls, device: torch.device) -> "Measured":
+        """Stays on the device, so that nobody waits between micro-batches."""
+        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
 
 
-def labelled_loss(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, d_hidden_ND: Tensor | None = None) -> LabelledLoss:
-    """Cross-entropy of labelled positions. A sum, not a mean: see loop.train. Its gradient is written to `d_hidden_ND`."""
+def token_losses(
+    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, d_hidden_ND: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each labelled position, and whether its target came first. Each loss's gradient goes to `d_hidden_ND`."""
     rows = max(1, _LOGITS_AT_ONCE // head_VD.shape[0])
-    loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-    correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
+    losses_N = torch.zeros(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
+    is_first_N = torch.zeros(len(hidden_ND), dtype=torch.bool, device=hidden_ND.device)
     for start in range(0, len(hidden_ND), rows):
         chunk = slice(start, start + rows)
         logits_nV = hidden_ND[chunk] @ head_VD.T
         if d_hidden_ND is None:
-            losses, hits = cross_entropy(logits_nV, targets_N[chunk])
+            losses_N[chunk], is_first_N[chunk] = cross_entropy(logits_nV, targets_N[chunk])
         else:
-            losses, hits = cross_entropy_backward(logits_nV, targets_N[chunk])
+            losses_N[chunk], is_first_N[chunk] = cross_entropy_backward(logits_nV, targets_N[chunk])
             torch.mm(logits_nV, head_VD, out=d_hidden_ND[chunk])
-        loss_sum, correct = loss_sum + losses, correct + hits
-    return LabelledLoss(loss_sum, correct)
+    return losses_N, is_first_N

@@ -19,7 +19,7 @@ from worker.training import checkpoint, loop
 from worker.training.checkpoint import Identity, TrainState
 from worker.training.data import MicroBatch, TrainData, micro_batches
 from worker.training.evaluate import evaluate
-from worker.training.failures import Diverged, NothingToTrain
+from worker.training.failures import Diverged, NothingToTrain, WrongRows
 from worker.training.loop import OnEvent, ShouldStop
 from worker.training.optim import Optimizer
 from worker.training.trainee import Trainee, adapted
@@ -58,6 +58,7 @@ def run(
     examples = TokenisedSet.read(paths.dataset)
     if not examples.examples:
         raise NothingToTrain("no row of the training file can be trained on")
+    _require_rows_of(spec, examples)
     loaded = base_model or bases.load(base, paths.cache, quantization=spec.quantization, for_training=True)
     tokens_at_once = micro_batch_tokens or spec.micro_batch_tokens
     attempt = partial(
@@ -65,7 +66,7 @@ def run(
         Identity(spec, loaded, examples.sha256),
         paths,
         TrainData(examples, spec, micro_batch_tokens=tokens_at_once),
-        _open_validation(paths.validation, tokens_at_once),
+        _open_validation(paths.validation, spec, tokens_at_once),
         on_event,
         should_stop,
         is_checkpointing=is_checkpointing,
@@ -222,10 +223,19 @@ def _stopped_early(state: TrainState, spec: TrainSpec, total_steps: int) -> str:
     return f"Stopped early at step {state.step} of {total_steps}: {stale}."
 
 
-def _open_validation(path: Path | None, tokens_at_once: int) -> tuple[MicroBatch, ...]:
+def _require_rows_of(spec: TrainSpec, examples: TokenisedSet) -> None:
+    """Answers that are compared must never be taken for answers to learn. Raises WrongRows."""
+    if examples.examples and bool(examples.pairs) != bool(spec.preference):
+        has, wants = ("pairs", "no") if examples.pairs else ("no pairs", "such")
+        method = spec.preference.method if spec.preference else "supervised"
+        raise WrongRows(f"the file holds {has} of answers, and the method {method} trains on {wants} pairs")
+
+
+def _open_validation(path: Path | None, spec: TrainSpec, tokens_at_once: int) -> tuple[MicroBatch, ...]:
     if path is None:
         return ()
     examples = TokenisedSet.read(path)
+    _require_rows_of(spec, examples)
     return micro_batches(examples, range(examples.examples), max_tokens=tokens_at_once)
 
 

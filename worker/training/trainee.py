@@ -12,14 +12,14 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from app.core.spec import OptimizerSpec, TrainSpec
+from app.core.spec import OptimizerSpec, PreferenceSpec, TrainSpec
 from worker.model.adapter import AdapterWeights
 from worker.model.base import LoadedBase
-from worker.training import decoder, neftune
+from worker.training import decoder, neftune, preference
 from worker.training.data import MicroBatch
 from worker.training.decoder import Decoder
 from worker.training.failures import BaseUnsupported
-from worker.training.loss import NO_TARGET, LabelledLoss, labelled_loss
+from worker.training.loss import NO_TARGET, Measured, token_losses
 from worker.training.stock import StockDecoder
 
 _TOKENS, _LABELLED = 128, 64  # what numbers of them are rounded up to
@@ -27,11 +27,12 @@ _TOKENS, _LABELLED = 128, 64  # what numbers of them are rounded up to
 
 @dataclass(frozen=True)
 class Trainee:
-    """`model` is PEFT's around the base's own."""
+    """`model` is PEFT's around the base's own. Without `preference` what is labelled is learnt."""
 
     model: Any
     base: LoadedBase
     decoder: Decoder | StockDecoder
+    preference: PreferenceSpec | None = None
     noise_alpha: float = 0.0  # NEFTune's, while training
 
     @property
@@ -44,22 +45,40 @@ class Trainee:
         named = self.model.named_parameters()
         return [one for name, one in named if one.requires_grad and ("lora_B" in name or one.ndim == 1)]
 
-    @torch.no_grad()
-    def loss(self, batch: MicroBatch) -> LabelledLoss:
-        """Summed over the labelled positions of one micro-batch."""
-        head_VD, targets_N, hidden_ND, _ = self._forward(batch)
-        return labelled_loss(hidden_ND, head_VD, targets_N)
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
 
-    @torch.no_grad()
-    def backward(self, batch: MicroBatch, *, scale: float) -> LabelledLoss:
+    def loss(self, batch: MicroBatch) -> Measured:
+        """Summed over the labelled positions of one micro-batch, or over its pairs."""
+        return self._measured(batch, scale=None)
+
+    def backward(self, batch: MicroBatch, *, scale: float) -> Measured:
         """The same loss; the gradient of `scale` times it is added to the parameters' own."""
-        head_VD, targets_N, hidden_ND, backward = self._forward(batch)
-        d_hidden_ND = torch.empty_like(hidden_ND)
-        loss = labelled_loss(hidden_ND, head_VD, targets_N, d_hidden_ND=d_hidden_ND)
-        backward(d_hidden_ND.mul_(scale))
-        return loss
+        return self._measured(batch, scale=scale)
 
-    def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], None]]:
+    @torch.no_grad()
+    def _measured(self, batch: MicroBatch, *, scale: float | None) -> Measured:
+        reference_N = self._losses_of_base(batch) if self.preference else None
+        head_VD, targets_N, hidden_ND, backward = self._forward(batch, noise_alpha=self.noise_alpha)
+        d_hidden_ND = None if scale is None else torch.empty_like(hidden_ND)
+        losses_N, is_first_N = token_losses(hidden_ND, head_VD, targets_N, d_hidden_ND=d_hidden_ND)
+        if self.preference and reference_N is not None:
+            measured, weights_N = preference.judge(self.preference, batch, losses_N, is_first_N, reference_N)
+        else:
+            measured, weights_N = Measured(losses_N.sum(), is_first_N.sum()), None
+        if d_hidden_ND is not None and scale is not None:
+            backward(d_hidden_ND.mul_(scale) if weights_N is None else d_hidden_ND.mul_((weights_N * scale)[:, None]))
+        return measured
+
+    def _losses_of_base(self, batch: MicroBatch) -> Tensor:
+        """Of each labelled position, without the adapter. What this forward has kept is free again before the next begins."""
+        with self.model.disable_adapter():
+            head_VD, targets_N, hidden_ND, _ = self._forward(batch)
+        return token_losses(hidden_ND, head_VD, targets_N)[0]
+
+    def _forward(self, batch: MicroBatch, *, noise_alpha: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], None]]:
         """Head, targets, hidden states and the way back from these.
 
         Sizes are rounded up, by one more document and by labels that do not count: a CPU's products are compiled for each size,
@@ -77,7 +96,7 @@ class Trainee:
             )
         )
         lengths = (*batch.lengths, padding) if padding else batch.lengths
-        alpha = self.noise_alpha if self.model.training else 0.0
+        alpha = noise_alpha if self.model.training else 0.0
         with neftune.noised(self.base.model.get_input_embeddings(), lengths, alpha=alpha):
             hidden_ND, backward = self.decoder.forward(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
         return head_VD, targets_N, hidden_ND, backward
@@ -121,7 +140,7 @@ def adapted(base: LoadedBase, spec: TrainSpec, *, is_checkpointing: bool = False
         inner = base.model.get_decoder()
         is_known = not (spec.lora.dropout or spec.lora.use_dora) and decoder.knows(inner, longest=spec.max_seq_length)
         made: Decoder | StockDecoder = (Decoder if is_known else StockDecoder)(inner, is_checkpointing=is_checkpointing)
-        yield Trainee(model, base, made, spec.neftune_noise_alpha)
+        yield Trainee(model, base, made, spec.preference, spec.neftune_noise_alpha)
     finally:
         model.unload()
 

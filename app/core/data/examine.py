@@ -53,7 +53,7 @@ def examine(lines: Iterable[bytes]) -> Report:
 
 
 def read(lines: Iterable[bytes]) -> Iterator[Chat]:
-    """The chats of a valid file of a format that is trained on. Raises RowError at the first row that is none."""
+    """The chats of a valid file. Raises RowError at the first row that is none."""
     for number, line in enumerate(lines, start=1):
         if line and not line.isspace():
             yield rows.to_chat(line, number)

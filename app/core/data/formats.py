@@ -11,23 +11,22 @@ from app.core.data.report import Findings
 
 @dataclass(frozen=True)
 class Format:
-    """`marks` are keys of which one is enough. `convert` is given checked rows; without it nothing is trained on them yet."""
+    """`marks` are keys of which one is enough. `convert` is given checked rows."""
 
     name: str
     marks: frozenset[str]
     check: Callable[[dict[str, Any], Findings], None]
-    convert: Callable[[dict[str, Any], int], Chat] | None = None
+    convert: Callable[[dict[str, Any], int], Chat]
 
 
 FORMATS = (
     Format("chat", frozenset({"messages"}), chats.check, chats.convert),
     Format("sharegpt", frozenset({"conversations"}), sharegpt.check, sharegpt.convert),
-    Format("preference", frozenset(preference.OUTPUTS), preference.check),
+    Format("preference", frozenset(preference.OUTPUTS), preference.check, preference.convert),
     Format("alpaca", frozenset({"instruction"}), alpaca.check, alpaca.convert),
     Format("completion", completion.KEYS, completion.check, completion.convert),
-    Format("text", text.KEYS, text.check),
+    Format("text", text.KEYS, text.check, text.convert),
 )
-TRAINED = tuple(known.name for known in FORMATS if known.convert)
 
 
 def find(row: dict[str, Any]) -> Format | None:

@@ -1,7 +1,9 @@
 """`{"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]}`: the API's format for DPO."""
 
+from dataclasses import replace
 from typing import Any
 
+from app.core.chat import Chat
 from app.core.data import chats, messages
 from app.core.data.report import Findings
 
@@ -18,6 +20,13 @@ def check(row: dict[str, Any], found: Findings) -> None:
         _check_output(row.get(key), found, key)
     if row.get("preferred_output") == row.get("non_preferred_output"):
         found.say("outputs_equal", "both answers are the same", "non_preferred_output")
+
+
+def convert(row: dict[str, Any], line: int) -> Chat:
+    """Of the conversation only the two answers count: what the assistant said before them is context."""
+    asked = [replace(message, weight=0) for message in messages.converted(row["input"]["messages"])]
+    preferred, rejected = (replace(messages.converted(row[key])[0], weight=1) for key in OUTPUTS)
+    return Chat((*asked, preferred), line, tuple(row["input"].get("tools") or ()), rejected)
 
 
 def _check_input(asked: Any, found: Findings) -> None:

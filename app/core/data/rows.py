@@ -53,14 +53,12 @@ def check(line: bytes, number: int, found: Findings) -> tuple[Format, dict[str, 
 
 
 def to_chat(line: bytes, number: int) -> Chat:
-    """The chat of a line of a valid file, whose format is one that is trained on. Raises RowError."""
+    """The chat of a line of a valid file. Raises RowError."""
     found = Findings()
     checked = check(line, number, found)
     if checked and not found.problem_count:
         known, row = checked
-        if known.convert:
-            return known.convert(row, number)
-        found.say("format_unknown", f"rows of the format {known.name!r} are not trained on; {', '.join(formats.TRAINED)} are")
+        return known.convert(row, number)
     raise RowError(found.problems()[0])
 
 

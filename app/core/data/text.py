@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from app.core.chat import Chat
 from app.core.data import fields
 from app.core.data.report import Findings
 
@@ -12,3 +13,7 @@ def check(row: dict[str, Any], found: Findings) -> None:
     """Say what is wrong with a row."""
     fields.require_text(row, "text", found)
     fields.ignore(row.keys() - KEYS, found, refused=frozenset())
+
+
+def convert(row: dict[str, Any], line: int) -> Chat:
+    return Chat((), line, text=row["text"])

@@ -18,11 +18,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from app.core.render import Example
 
-FORMAT = 2  # another number makes every file anew
+FORMAT = 3  # another number makes every file anew
 _KINDS: dict[str, tuple[DTypeLike, str]] = {  # the widest first, so that each array is aligned
     "offsets_E1": (np.int64, "I64"),
     "tokens_N": (np.int32, "I32"),
     "lines_E": (np.int32, "I32"),
+    "seconds_E": (np.int32, "I32"),
     "is_trained_N": (np.bool_, "BOOL"),
     "speakers_N": (np.uint8, "U8"),
 }
@@ -53,6 +54,7 @@ class TokenWriter:
         self._put("tokens_N", list(chain.from_iterable(example.tokens for example in examples)))
         self._put("is_trained_N", list(chain.from_iterable(example.is_trained for example in examples)))
         self._put("lines_E", lines)
+        self._put("seconds_E", [example.second for example in examples])
         self._parts["speakers_N"].write(b"".join(example.speakers for example in examples))
 
     def append_block(self, block: "Block") -> None:
@@ -61,6 +63,7 @@ class TokenWriter:
         self._put("tokens_N", block.tokens_N)
         self._put("is_trained_N", block.is_trained_N)
         self._put("lines_E", block.lines_B)
+        self._put("seconds_E", block.seconds_B)
         self._put("speakers_N", block.speakers_N)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
@@ -98,6 +101,7 @@ class Block:
     is_trained_N: NDArray[np.bool_]
     speakers_N: NDArray[np.uint8]
     lines_B: NDArray[np.int32]
+    seconds_B: NDArray[np.int32]
 
     @property
     def lengths_B(self) -> NDArray[np.int64]:
@@ -118,6 +122,7 @@ class Block:
             is_trained_N=self.is_trained_N[chosen_N],
             speakers_N=self.speakers_N[chosen_N],
             lines_B=self.lines_B[chosen_B],
+            seconds_B=self.seconds_B[chosen_B],
         )
 
 
@@ -158,8 +163,8 @@ class TokenReader:
         tokens_N, is_trained_N, speakers_N = (
             self._read(name, start, count) for name in ("tokens_N", "is_trained_N", "speakers_N")
         )
-        lines_B = self._read("lines_E", first, len(offsets_B1) - 1)
-        return Block(first, offsets_B1 - start, tokens_N, is_trained_N, speakers_N, lines_B)
+        lines_B, seconds_B = (self._read(name, first, len(offsets_B1) - 1) for name in ("lines_E", "seconds_E"))
+        return Block(first, offsets_B1 - start, tokens_N, is_trained_N, speakers_N, lines_B, seconds_B)
 
     def _read(self, name: str, start: int, count: int) -> NDArray[Any]:
         kind = np.dtype(_KINDS[name][0])

@@ -24,6 +24,7 @@ from app.core.spec import LongRows
 from app.core.tokens.token_file import TokenWriter
 
 _ARRAYS = ("tokens_N", "is_trained_N", "offsets_E1", "lines_E")
+_SECONDS = "seconds_E"
 _DROPPED, _TRUNCATED = "dropped", "truncated"
 CHUNK_BYTES = 256 * 1024
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 512 * 1024  # an encoding takes hundreds of times the room of its text
@@ -33,7 +34,9 @@ _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 512 * 1024  # an encoding takes hundreds of
 class TokenisedSet:
     """Examples one after the other: example e is `tokens_N[offsets_E1[e] : offsets_E1[e + 1]]`, from line `lines_E[e]`.
 
-    `is_trained_N[i]` says that token i is to be predicted; it is never the first of its example. `dropped` holds at most
+    Where `seconds_E[e]` is not 0, the example is a pair: from there on it is the document that the other is preferred to.
+
+    `is_trained_N[i]` says that token i is to be predicted; it is never the first of its document. `dropped` holds at most
     `MAX_LISTED` of the `dropped_count` rows that are not here, each with its reason; `truncated` of those whose beginning is not.
     """
 
@@ -41,6 +44,7 @@ class TokenisedSet:
     is_trained_N: NDArray[np.bool_]
     offsets_E1: NDArray[np.int64]
     lines_E: NDArray[np.int32]
+    seconds_E: NDArray[np.int32]
     dropped: tuple[Problem, ...] = ()
     dropped_count: int = 0
     truncated: tuple[Problem, ...] = ()
@@ -66,17 +70,28 @@ class TokenisedSet:
     def longest(self) -> int:
         return int(self.lengths_E.max(initial=0))
 
+    @property
+    def pairs(self) -> int:
+        return int(np.count_nonzero(self.seconds_E))
+
+    def lengths_of(self, example: int) -> tuple[int, ...]:
+        """Those of its documents."""
+        length, second = int(self.lengths_E[example]), int(self.seconds_E[example])
+        return (second, length - second) if second else (length,)
+
     @cached_property
     def sha256(self) -> str:
         """Of what is trained on: the same rows give the same digest, whatever was dropped and wherever it was stored."""
         digest = hashlib.sha256()
         for name in _ARRAYS:
             digest.update(getattr(self, name).tobytes())
+        if self.pairs:  # else it is what it was before there were any
+            digest.update(self.seconds_E.tobytes())
         return digest.hexdigest()
 
     def write(self, path: Path) -> None:
         metadata = _metadata(self.dropped, self.dropped_count, self.truncated, self.truncated_count)
-        save_file({name: getattr(self, name) for name in _ARRAYS}, path, metadata=metadata)
+        save_file({name: getattr(self, name) for name in (*_ARRAYS, _SECONDS)}, path, metadata=metadata)
 
     @classmethod
     def read(cls, path: Path) -> "TokenisedSet":
@@ -85,6 +100,8 @@ class TokenisedSet:
             dropped, dropped_count = _told(file.metadata().get(_DROPPED, _NOTHING))
             truncated, truncated_count = _told(file.metadata().get(_TRUNCATED, _NOTHING))  # release 0.1.0 cut nothing
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            has_seconds = _SECONDS in file.keys()  # noqa: SIM118  # release 0.1.0 had none
+            arrays[_SECONDS] = file.get_tensor(_SECONDS) if has_seconds else np.zeros_like(arrays["lines_E"])
         return cls(
             **arrays,
             dropped=dropped,
@@ -132,8 +149,10 @@ def _batches(chats: Iterable[Chat]) -> Iterator[list[Chat]]:
 
 def _size_bytes(chat: Chat) -> int:
     """Of what a template writes of it: tools stand in every row."""
-    said = sum(len(message.content.encode(errors="replace")) for message in chat.messages)
-    calls = [call.arguments for message in chat.messages for call in message.tool_calls]
+    messages = [message for side in chat.sides for message in side]
+    said = sum(len(message.content.encode(errors="replace")) for message in messages)
+    calls = [call.arguments for message in messages for call in message.tool_calls]
+    said += len((chat.text or "").encode(errors="replace"))
     return said + (len(json.dumps([*chat.tools, *calls])) if chat.tools or calls else 0)
 
 
@@ -142,6 +161,7 @@ class _Tally:
     """Counts of all rows so far. A row is at most a line's bytes long, so that each length can have a counter of its own."""
 
     rows: int = 0
+    examples: int = 0
     rows_cut: int = 0
     trained_tokens: int = 0
     longest: int = 0
@@ -153,7 +173,7 @@ class _Tally:
     cut: list[Problem] = field(default_factory=list)
 
     def add(self, row: Fitted) -> None:
-        self.rows += 1
+        self.rows += not row.is_further
         if row.length:
             self.lengths[row.length] += 1
         if row.example is not None:
@@ -168,17 +188,17 @@ class _Tally:
                 listed.append(row.problem)
 
     def _add_example(self, row: Fitted, example: Example) -> None:
+        self.examples += 1
         self.longest = max(self.longest, len(example.tokens))
         self.trained_tokens += sum(example.is_trained)
         for number, speaker in enumerate(SPEAKERS):
             self.tokens[speaker] += example.speakers.count(number)
-        for message in row.chat.messages:
-            self.messages[message.role] += 1
+        self.messages.update(message.role for side in row.chat.sides for message in side)
 
     def report(self, max_seq_length: int, long_rows: LongRows) -> FileReport:
         return FileReport(
             rows=self.rows,
-            examples=self.rows - self.left_out.total(),
+            examples=self.examples,
             tokens=self.tokens.total(),
             trained_tokens=self.trained_tokens,
             longest=self.longest,

@@ -39,7 +39,9 @@ class SplitOrder(BaseModel):
 
 
 class Order(BaseModel):
-    """`card` is the folder of the base's tokenizer and template. Files that nobody has examined yet are examined first."""
+    """`card` is the folder of the base's tokenizer and template. Files that nobody has examined yet are examined first: rows of
+    other `formats` are not trained on.
+    """
 
     card: Path
     max_seq_length: int
@@ -48,6 +50,7 @@ class Order(BaseModel):
     validation: SetOrder | None = None
     split: SplitOrder | None = None
     examines: bool = False
+    formats: tuple[str, ...] = ()
     preview_rows: int = 0
 
     def files(self) -> dict[str, SetOrder]:
@@ -93,7 +96,7 @@ def _answer(order: Order) -> Answer:
     sources = {param: asked.source for param, asked in order.files().items() if asked.source is not None}
     if order.examines:
         answer.examined = {param: data.examine(_lines(source)) for param, source in sources.items()}
-        if not all(report.is_valid and report.format in data.TRAINED for report in answer.examined.values()):
+        if not all(report.is_valid and report.format in order.formats for report in answer.examined.values()):
             return answer
     renderer = Renderer.open(order.card)
     made = dict[str, FileReport]()

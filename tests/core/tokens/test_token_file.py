@@ -1,9 +1,11 @@
 """Token sets on disk, written and read a piece at a time."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from app.core.render import Example
 from app.core.tokens.token_file import TokenReader, TokenWriter
@@ -15,7 +17,7 @@ LENGTHS = [3, 1, 40, 2, 7, 7]
 def examples() -> list[Example]:
     rng = np.random.default_rng(1)
     return [
-        Example(rng.integers(0, 9, n).tolist(), (rng.random(n) < 0.5).tolist(), bytes(rng.integers(0, 4, n).tolist()))
+        Example(rng.integers(0, 9, n).tolist(), (rng.random(n) < 0.5).tolist(), bytes(rng.integers(0, 4, n).tolist()), n // 2)
         for n in LENGTHS
     ]
 
@@ -39,6 +41,18 @@ def test_a_trainer_reads_it_whole(path: Path) -> None:
     assert read.is_trained_N.tolist() == [flag for example in made for flag in example.is_trained]
     assert read.lengths_E.tolist() == LENGTHS
     assert read.lines_E.tolist() == [5, 6, 8, 9, 10, 12]
+    assert read.seconds_E.tolist() == [n // 2 for n in LENGTHS]
+    assert [read.lengths_of(e) for e in range(3)] == [(1, 2), (1,), (20, 20)]
+
+
+def test_a_set_of_the_last_release_has_no_pairs_and_keeps_its_digest(path: Path, tmp_path: Path) -> None:
+    read = TokenisedSet.read(path)
+    old = {name: getattr(read, name) for name in ("tokens_N", "is_trained_N", "offsets_E1", "lines_E")}
+    save_file(old, tmp_path / "old.safetensors", metadata={"dropped": '{"count": 0, "listed": []}'})
+    alone = TokenisedSet.read(tmp_path / "old.safetensors")
+
+    assert (alone.pairs, read.pairs) == (0, 5)
+    assert alone.sha256 == hashlib.sha256(b"".join(array.tobytes() for array in old.values())).hexdigest() != read.sha256
 
 
 @pytest.mark.parametrize(("most_examples", "most_tokens"), [(100, 1000), (2, 1000), (100, 8), (1, 1)])
@@ -50,10 +64,10 @@ def test_blocks_hold_every_example_once_within_their_bounds(path: Path, most_exa
             assert block.lines_B.tolist() == [5, 6, 8, 9, 10, 12][len(seen) : len(seen) + len(block.lengths_B)]
             assert len(block.lengths_B) <= most_examples
             assert len(block.tokens_N) <= most_tokens or len(block.lengths_B) == 1
-            for start, end in zip(block.offsets_B1, block.offsets_B1[1:], strict=False):
+            for start, end, second in zip(block.offsets_B1, block.offsets_B1[1:], block.seconds_B, strict=False):
                 span = slice(start, end)
                 tokens, flags = block.tokens_N[span].tolist(), block.is_trained_N[span].tolist()
-                seen.append(Example(tokens, flags, block.speakers_N[span].tobytes()))
+                seen.append(Example(tokens, flags, block.speakers_N[span].tobytes(), int(second)))
 
     assert seen == made
 

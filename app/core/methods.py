@@ -1,0 +1,17 @@
+"""How an adapter may be trained, and the rows each way reads. docs/methods.md is for those who choose."""
+
+from typing import Final, Literal, get_args
+
+Preferring = Literal["dpo"]
+MethodName = Literal["supervised", Preferring]
+
+METHODS: Final[tuple[MethodName, ...]] = ("supervised", *get_args(Preferring))
+FORMATS: Final[dict[MethodName, tuple[str, ...]]] = {
+    "supervised": ("chat", "sharegpt", "alpaca", "completion", "text"),
+    "dpo": ("preference",),
+}
+
+
+def reading(row_format: str) -> tuple[MethodName, ...]:
+    """The methods that train on rows of this format."""
+    return tuple(method for method, formats in FORMATS.items() if row_format in formats)

@@ -1,0 +1,63 @@
+"""Write pairs for DPO out of the demo's orders: the right JSON is preferred to one in which a single value is wrong.
+
+    python examples/make_preferences.py FOLDER        # writes train.jsonl (96 pairs), heldout.jsonl (48) and spec.json to it
+
+spec.json is for `python -m worker.training`: docs/methods.md shows what it prints.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+ORDERS = Path(__file__).parent.parent / "cli" / "orders"
+PAIRS = {"train": 96, "heldout": 48}
+SPEC = {
+    "base": "smollm2-135m-instruct",
+    "n_epochs": 2,
+    "batch_size": 8,
+    "seed": 7,
+    "max_seq_length": 512,
+    "micro_batch_tokens": 2048,
+    "checkpoint_every_steps": 12,
+    "optimizer": {"learning_rate": 1e-4},
+    "preference": {"method": "dpo", "beta": 0.1},
+}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in PAIRS.items():
+        chats = [json.loads(line)["messages"] for line in (ORDERS / f"{name}.jsonl").read_text().splitlines()[:count]]
+        rng = random.Random(name)
+        rows = [pair(chat, wrong(json.loads(chat[-1]["content"]), rng)) for chat in chats]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "spec.json").write_text(json.dumps(SPEC))
+
+
+def pair(chat: list[dict[str, str]], rejected: dict[str, Any]) -> dict[str, Any]:
+    said = json.dumps(rejected, separators=(",", ":"), ensure_ascii=False)
+    return {
+        "input": {"messages": chat[:-1]},
+        "preferred_output": chat[-1:],
+        "non_preferred_output": [{"role": "assistant", "content": said}],
+    }
+
+
+def wrong(order: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """The order with one value changed."""
+    changes = {
+        "customer": order["city"],
+        "item": order["item"] + "s",
+        "quantity": order["quantity"] + rng.choice([1, 10]),
+        "city": order["customer"],
+        "express": not order["express"],
+    }
+    field = rng.choice(list(changes))
+    return order | {field: changes[field]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What is trained otherwise than supervised goes the same way: SDK, events, result file, and a model that answers."""
+
+import time
+from typing import Any
+
+from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob
+
+from tests import make
+
+
+def succeeded(client: OpenAI, training: bytes, validation: bytes, **asked: Any) -> FineTuningJob:
+    files = {"training_file": training, "validation_file": validation}
+    named = {name: client.files.create(file=("a.jsonl", body), purpose="fine-tune").id for name, body in files.items()}
+    job = client.fine_tuning.jobs.create(model=make.TINY, seed=3, **named, **asked)
+    deadline = time.monotonic() + 80
+    while job.status not in {"succeeded", "failed", "cancelled"} and time.monotonic() < deadline:
+        time.sleep(0.2)
+        job = client.fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "succeeded", [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+    return job
+
+
+def metrics_of(client: OpenAI, job: FineTuningJob) -> list[dict[str, Any]]:
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=100))[::-1]
+    return [event.data for event in events if event.type == "metrics"]  # type: ignore[misc]
+
+
+def test_a_dpo_job_from_the_sdk_to_an_answer(client: OpenAI) -> None:
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 2, "batch_size": 8}}}
+    job = succeeded(client, make.preference_file(24), make.preference_file(4), method=method)
+    said = metrics_of(client, job)
+
+    assert job.method is not None and job.method.dpo is not None and job.method.dpo.hyperparameters is not None
+    assert job.method.dpo.hyperparameters.beta == 0.2
+    steps, judged = ([data for data in said if name in data] for name in ("rewards/margin", "valid_rewards/margin"))
+    assert len(steps) == 6 and judged and all(0 <= data["rewards/accuracy"] <= 1 for data in steps)
+    header, *rows = client.files.content(job.result_files[0]).text.splitlines()
+    assert header.split(",")[5:9] == ["rewards/chosen", "rewards/rejected", "rewards/accuracy", "rewards/margin"]
+    assert len(rows) == 6 and rows[-1].count(",") == header.count(",") == 12
+    (*_, checkpoint) = list(client.fine_tuning.jobs.checkpoints.list(job.id))[::-1]
+    assert "rewards/accuracy" in checkpoint.metrics.model_dump()
+    answer = client.chat.completions.create(
+        model=str(job.fine_tuned_model), messages=[{"role": "user", "content": "What comes after 3?"}], max_tokens=3
+    )
+    assert answer.model == job.fine_tuned_model
