@@ -79,7 +79,7 @@ def test_an_outage_ends_the_examiner_and_is_told(settings: Settings, monkeypatch
 
 def test_it_is_given_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_STORAGE__SECRET_KEY", "s3cret")
-    with validate._examiner(seconds=10) as process:
+    with validate._examiner("fine-tune", seconds=10) as process:
         environment = Path(f"/proc/{process.pid}/environ").read_bytes()
         is_apart = os.getsid(process.pid) == process.pid
         process.communicate()
