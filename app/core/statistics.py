@@ -54,8 +54,8 @@ def paired(scores: Sequence[float], others: Sequence[float], *, seed: int, resam
 def mcnemar_p(gained: int, lost: int) -> float:
     """Two-sided exact p of McNemar's test: a sign test on the pairs where the two differ."""
     differing = gained + lost
-    tail: float = sum(math.comb(differing, k) for k in range(max(gained, lost), differing + 1))
-    return min(1.0, 2 * tail / 2**differing)
+    tail = sum(math.comb(differing, k) for k in range(max(gained, lost), differing + 1))
+    return min(1.0, 2 * tail / (1 << differing))
 
 
 def _interval(scores: Scores, seed: int, resamples: int) -> tuple[Interval, Scores]:
