@@ -118,7 +118,7 @@ def _waiting(sessions: Sessions, name: str, organizations: int, jobs: int) -> li
     with sessions.begin() as session:
         made = [create_organization(session, name="Bench", slug=ids.new("b")) for _ in range(organizations)]
         callers = [Caller(ids.new("key_"), organization.id, project.id, organization.slug) for organization, project in made]
-        session.add(Throughput(id=ids.new("tp_"), queue=name, base=BASE, tokens_per_second=100.0))
+        session.add(Throughput(id=ids.new("tp_"), queue=name, base=BASE, tokens=1000, worker_seconds=10.0))
         session.execute(insert(Job), [_job(rng.choice(callers), name, rng.randrange(1000, 100_000)) for _ in range(jobs)])
     return callers
 

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from app.core.render import CARD
 from app.core.tokens import keys
 from app.core.tokens.tokeniser import Answer, Order, SetOrder, SplitOrder
 from app.files import derived
-from app.files.derived import Known
+from app.files.derived import Begun, Known
 from app.jobs.preparing import Dataset, Datasets, SourceFile, ToPrepare
 from worker import patience
 from worker.services import Services
@@ -189,18 +189,18 @@ class _Making:
         """Send a set to storage, read it back, and enter it. One that is known goes where it lay: other jobs read it there."""
         organization_id, facts = self._job.organization_id, report.model_dump(mode="json")
         if before is not None:
-            entry_id, storage_key = before.id, str(before.storage_key)
+            begun = Begun(before.id, organization_id, made.key, made.file.sha256, str(before.storage_key))
         else:
-            entry_id, storage_key = patience.say(
+            begun = patience.say(
                 self._to.sessions,
                 lambda session: derived.begin(session, organization_id, key=made.key, file_sha256=made.file.sha256),
             )
-        sha256 = self._to.storage.put_file(storage_key, path).sha256
-        if self._to.storage.sha256_of(storage_key) != sha256:
+        sha256 = self._to.storage.put_file(begun.storage_key, path).sha256
+        if self._to.storage.sha256_of(begun.storage_key) != sha256:
             raise Damaged("storage did not keep the tokens as they were sent")
-        entry = patience.say(self._to.sessions, lambda session: derived.finish(session, entry_id, sha256=sha256, facts=facts))
+        entry = patience.say(self._to.sessions, lambda session: derived.finish(session, begun, sha256=sha256, facts=facts))
         if entry is None:
-            raise Damaged("the tokens were removed from storage while they were made")
+            raise Damaged("the file was deleted while its tokens were made")
         return entry
 
     def _remember(self, likeness: Comparison) -> Known:
@@ -218,7 +218,8 @@ def _folder(work_dir: Path) -> Iterator[Path]:
     """For one job's files. Those of a worker that was killed are removed by the next."""
     work_dir.mkdir(parents=True, exist_ok=True)
     for old in work_dir.glob(f"{_PREFIX}*"):
-        if time.time() - old.stat().st_mtime > _LEFT_BEHIND_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another worker has just ended with it
+            if time.time() - old.stat().st_mtime > _LEFT_BEHIND_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
     with TemporaryDirectory(dir=work_dir, prefix=_PREFIX) as folder:
         yield Path(folder)

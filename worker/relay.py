@@ -33,12 +33,12 @@ from worker.services import Services, open_services
 
 log = structlog.get_logger()
 
-SWEEP_SECONDS = 5.0
+SWEEP_SECONDS, CLEAN_SECONDS = 5.0, 60.0
 SAY_AGAIN_SECONDS = 30.0
 BATCH = 100
 IN_HAND, AGAIN = timedelta(seconds=60), timedelta(seconds=5)
 MAX_PREFETCHES = 20  # nobody waits for one: an adapter is fetched at the latest when it is asked for
-REAPER_LOCK = 7_301_948
+REAPER_LOCK, CLEANER_LOCK = 7_301_948, 7_301_949
 
 
 class Relay:
@@ -49,7 +49,7 @@ class Relay:
         self._celery = make_celery(to.settings)
         self._last_sweep_at, self._reap_after = time.monotonic(), 0.0
         self._said_waiting_at = -math.inf
-        self._wakers = {name: asyncio.Event() for name in ("outbox", "webhooks", "sweep")}
+        self._wakers = {name: asyncio.Event() for name in ("outbox", "webhooks", "sweep", "clean")}
 
     async def run(self) -> None:
         """Until cancelled. A loop that fails says so and goes on: what it works on is in the database."""
@@ -67,6 +67,7 @@ class Relay:
                 tasks.create_task(self._repeat("outbox", empty_outbox))
                 tasks.create_task(self._repeat("webhooks", deliver))
                 tasks.create_task(self._repeat("sweep", self._sweep))
+                tasks.create_task(self._repeat("clean", self._clean))
 
     async def _repeat(self, name: str, work: Callable[[], Awaitable[float]]) -> None:
         """Do `work`, then wait for a notification, or for as long as it says."""
@@ -207,6 +208,17 @@ class Relay:
             self._reap_after = now + self._to.settings.leases.lease_seconds
         return now >= self._reap_after
 
+    async def _clean(self) -> float:
+        await asyncio.to_thread(self._remove_old)
+        return CLEAN_SECONDS
+
+    def _remove_old(self) -> None:
+        """What no job needs any more, each kind in a transaction of its own."""
+        for remove in (files.expire, derived.sweep):
+            with self._to.sessions.begin() as session:
+                if session.scalar(text("SELECT pg_try_advisory_xact_lock(:id)"), {"id": CLEANER_LOCK}):
+                    remove(session)
+
     async def _sweep(self) -> float:
         """Jobs of silent workers go back to the queue; queues that nobody looked at are rung again."""
         await self._ring(await asyncio.to_thread(self._reap_and_find))
@@ -217,8 +229,6 @@ class Relay:
             is_reaper = session.scalar(text("SELECT pg_try_advisory_xact_lock(:id)"), {"id": REAPER_LOCK})
             if self._may_reap() and is_reaper:  # asked once the database has answered: it may have hung until just now
                 leases.reap(session, settings=self._to.settings.leases)
-            files.expire(session)
-            derived.sweep(session)
         self._last_sweep_at = time.monotonic()
         with self._to.sessions.begin() as session:
             return jobs.due_queues(session)

@@ -89,13 +89,14 @@ class Comparison(_Frozen):
     """`training`: rows like an earlier one of that file; `leaked`: rows of the validation file like one that is trained on.
 
     `compared` rows were long enough to be compared nearly; `boilerplate` is the part of what is said that stands in so many
-    rows that it tells nothing.
+    rows that it tells nothing. Not `is_whole`: so many pairs were near each other that not all were compared.
     """
 
     training: Likeness
     leaked: Likeness | None = None
     compared: int
     boilerplate: float
+    is_whole: bool = True
 
 
 class SplitReport(_Frozen):

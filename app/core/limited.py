@@ -16,7 +16,7 @@ from app.core.settings import PREFIX
 OUT_OF_MEMORY = 3  # the exit status
 _PR_SET_PDEATHSIG = 1
 _MOST_THREADS = 8
-_SECRET = re.compile(f"^{PREFIX}|KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
+_SECRET = re.compile(f"^{PREFIX}|KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|_URL$|_URI$|_DSN$|PROXY")
 
 
 class TookTooMuch(Exception):
@@ -27,8 +27,15 @@ class Died(RuntimeError):
     """It ended in another way; its last words are in the message, which is for the log."""
 
 
+class TimedOut(Died):
+    """It was ended because nobody waits longer: the file may be too much, or the machine too busy."""
+
+
 def run(module: str, order: str, *, memory_bytes: int, cpu_seconds: int, wall_seconds: float) -> str:
-    """Run `python -m module`, which calls `accept`, with `order` on its stdin. Returns its stdout. Raises TookTooMuch, Died."""
+    """Run `python -m module`, which calls `accept`, with `order` on its stdin. Returns its stdout.
+
+    Raises TookTooMuch, TimedOut, Died.
+    """
     command = [sys.executable, "-m", module, str(memory_bytes), str(cpu_seconds)]
     process = subprocess.Popen(  # no signal that is meant for this process reaches it
         command,
@@ -45,7 +52,7 @@ def run(module: str, order: str, *, memory_bytes: int, cpu_seconds: int, wall_se
         process.kill()
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
-            raise Died(f"{module} took more than {wall_seconds:.0f} seconds") from None
+            raise TimedOut(f"{module} took more than {wall_seconds:.0f} seconds") from None
         raise
     status = process.returncode
     if status == 0:

@@ -38,8 +38,8 @@ class PriceBook(_Frozen):
 
 def load(file: Path | None = None) -> PriceBook:
     """The operator's book, or ours, by which everything is free. Raises ValueError with the file's name for one that is none."""
-    text = file.read_text() if file else (files("app.core") / "prices.toml").read_text()
     try:
+        text = file.read_text() if file else (files("app.core") / "prices.toml").read_text()
         return PriceBook.model_validate(tomllib.loads(text, parse_float=Decimal))
-    except ValueError as error:  # pydantic's and tomllib's are
+    except (OSError, ValueError) as error:  # pydantic's and tomllib's are ValueErrors
         raise ValueError(f"{file or 'prices.toml'} is no price book: {error}") from None

@@ -73,7 +73,7 @@ class Storage:
         return self._chunks(key, body)
 
     def get_beginning(self, key: str, size_bytes: int) -> bytes:
-        """The first bytes of an object, all of it if it has no more."""
+        """The first bytes of an object that has at least so many: some servers refuse a range beyond the end."""
         with _Translated(key):
             body = self._client.get_object(Bucket=self._bucket, Key=key, Range=f"bytes=0-{size_bytes - 1}")["Body"]
         return b"".join(self._chunks(key, body))

@@ -28,6 +28,17 @@ class Known:
     facts: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Begun:
+    """An entry whose object is being sent."""
+
+    id: str
+    organization_id: str
+    key: str
+    file_sha256: str
+    storage_key: str
+
+
 def find(session: orm.Session, organization_id: str, keys: Collection[str]) -> dict[str, Known]:
     """Those of the keys that are known. They stay for another month."""
     entries = session.scalars(
@@ -47,29 +58,36 @@ def look_up(session: orm.Session, organization_id: str, keys: Collection[str]) -
     return {entry.key: _known(entry) for entry in session.scalars(select(Derived).where(*asked))}
 
 
-def begin(session: orm.Session, organization_id: str, *, key: str, file_sha256: str) -> tuple[str, str]:
-    """Make room for an object before its bytes are sent: if their maker dies, `sweep` finds them. Returns (id, storage key)."""
+def begin(session: orm.Session, organization_id: str, *, key: str, file_sha256: str) -> Begun:
+    """Make room for an object before its bytes are sent: if their maker dies, `sweep` finds them."""
     entry_id = ids.new("drv-")
     storage_key = f"orgs/{organization_id}/datasets/{entry_id}.safetensors"
     session.add(Derived(id=entry_id, organization_id=organization_id, key=key, file_sha256=file_sha256, storage_key=storage_key))
-    return entry_id, storage_key
+    return Begun(entry_id, organization_id, key, file_sha256, storage_key)
 
 
-def finish(session: orm.Session, entry_id: str, *, sha256: str, facts: dict[str, Any]) -> Known | None:
-    """The object is in storage. Returns the entry that holds from now on: of two makers, the first one's; None if it is gone."""
-    entry = session.scalar(select(Derived).where(Derived.id == entry_id).with_for_update())
-    if entry is None:
-        return None
-    if (first := _whole(session, entry.organization_id, entry.key)) and first.id != entry_id:
-        _remove(session, Derived.id == entry_id)
+def finish(session: orm.Session, made: Begun, *, sha256: str, facts: dict[str, Any]) -> Known | None:
+    """The object is in storage. Returns the entry that holds from now on: of two makers, the first one's.
+
+    None if the file was deleted meanwhile, and with it the entry; the object goes too.
+    """
+    is_held = _is_held(session, made.organization_id, made.file_sha256)  # locked in the order in which `forget` locks
+    first = _whole(session, made.organization_id, made.key)
+    if first is not None and first.id != made.id:
+        _remove(session, Derived.id == made.id)
         return _known(first)
+    entry = session.scalar(select(Derived).where(Derived.id == made.id).with_for_update())
+    if entry is None or not is_held:
+        session.execute(delete(Derived).where(Derived.id == made.id))
+        outbox.put(session, outbox.Topic.PURGE, {"prefix": made.storage_key})
+        return None
     entry.sha256, entry.facts = sha256, facts
     return _known(entry)
 
 
 def remember(session: orm.Session, organization_id: str, *, key: str, file_sha256: str, facts: dict[str, Any]) -> None:
-    """Keep what needs no object."""
-    if _whole(session, organization_id, key) is None:
+    """Keep what needs no object, unless the file is gone."""
+    if _is_held(session, organization_id, file_sha256) and _whole(session, organization_id, key) is None:
         session.add(Derived(id=ids.new("drv-"), organization_id=organization_id, key=key, file_sha256=file_sha256, facts=facts))
 
 
@@ -88,9 +106,16 @@ def sweep(session: orm.Session) -> None:
         Job.datasets["validation"]["key"].astext == Derived.storage_key,
     )
     readers = select(Job.id).where(Job.organization_id == Derived.organization_id, Job.state.in_(UNFINISHED), is_read)
-    is_abandoned = and_(Derived.facts.is_(None), Derived.created_at < now - ABANDONED)
-    over = select(Derived.id).where(or_(Derived.last_used_at < now - UNUSED, is_abandoned), ~readers.exists())
-    _remove(session, Derived.id.in_(over.limit(100).with_for_update(skip_locked=True)))
+    unused, abandoned = Derived.last_used_at < now - UNUSED, and_(Derived.facts.is_(None), Derived.created_at < now - ABANDONED)
+    for is_over in (unused, abandoned):  # each has an index
+        over = select(Derived.id).where(is_over, ~readers.exists())
+        _remove(session, Derived.id.in_(over.limit(100).with_for_update(skip_locked=True)))
+
+
+def _is_held(session: orm.Session, organization_id: str, file_sha256: str) -> bool:
+    """Whether a file of the organization has these bytes; it then keeps them until the commit."""
+    holder = select(File.id).where(File.organization_id == organization_id, File.sha256 == file_sha256)
+    return session.scalar(holder.limit(1).with_for_update(read=True)) is not None
 
 
 def _whole(session: orm.Session, organization_id: str, key: str) -> Derived | None:

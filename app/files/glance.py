@@ -3,18 +3,19 @@
 Of a file that is longer than a sample only the beginning is looked at.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import BoundedSemaphore
+from threading import Condition
 from typing import Final
 
 from pydantic import BaseModel
 
 from app.core import cards, limited, spec
-from app.core.errors import Unavailable
+from app.core.errors import Conflict, NotFound, Unavailable
 from app.core.preview import ROWS
 from app.core.settings import MIB
 from app.core.storage import Storage
@@ -22,10 +23,45 @@ from app.core.tokens.tokeniser import Answer, Order, Refusal, SetOrder, SplitOrd
 from app.models import File
 
 SAMPLE_BYTES: Final = 4 * MIB  # three thousand rows of a usual length
+FEW_BYTES: Final = 64 * 1024  # for a preview alone
 MEMORY_BYTES, CPU_SECONDS, WALL_SECONDS = 1024 * MIB, 60, 30.0
-AT_ONCE, PATIENCE_SECONDS = 2, 5.0  # in a process of the API: each takes a core or two, and memory
+AT_ONCE, MOST_WAITING, PATIENCE_SECONDS = 2, 4, 5.0  # in a process of the API, whose threads are few
 
-_places = BoundedSemaphore(AT_ONCE)
+
+class Busy(Unavailable):
+    code = "dry_run_busy"
+
+    def __init__(self) -> None:
+        super().__init__("too many dry runs at once; try again shortly")
+
+
+class Places:
+    """A few look at once, one of an organization, and a few more may wait: each takes a core or two, and memory."""
+
+    def __init__(self) -> None:
+        self._changed, self._at_work, self._waiting = Condition(), set[str](), 0
+
+    @contextmanager
+    def take(self, organization_id: str) -> Iterator[None]:
+        """Raises Busy."""
+        with self._changed:
+            if self._waiting == MOST_WAITING:
+                raise Busy
+            self._waiting += 1
+            is_free = self._changed.wait_for(lambda: self._is_free(organization_id), PATIENCE_SECONDS)
+            self._waiting -= 1
+            if not is_free:
+                raise Busy
+            self._at_work.add(organization_id)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._at_work.discard(organization_id)
+                self._changed.notify_all()
+
+    def _is_free(self, organization_id: str) -> bool:
+        return len(self._at_work) < AT_ONCE and organization_id not in self._at_work
 
 
 class Sample(BaseModel):
@@ -43,7 +79,10 @@ class Sample(BaseModel):
 
 @dataclass(frozen=True)
 class Wanted:
-    """Files by the name of the API's parameter, and how a job would tokenise them. `examines`: they were not validated yet."""
+    """Files by the name of the API's parameter, and how a job would tokenise them.
+
+    `examines`: they were not validated yet. `previews`: all else is known, and only the first rows are wanted.
+    """
 
     files: Mapping[str, File]
     base: str
@@ -52,52 +91,60 @@ class Wanted:
     options: spec.TrainingOptions
     seed: int
     examines: bool
+    previews: bool
+
+
+class Damaged(Conflict):
+    """Storage does not hold the file that was uploaded."""
+
+    code = "file_damaged"
 
 
 @dataclass(frozen=True)
 class Glance:
-    """`sampled` has those files that were not looked at whole."""
+    """`sampled` has those files that were not looked at whole. `unfinished` says why there is no answer to speak of."""
 
     answer: Answer
     sampled: dict[str, Sample]
+    unfinished: str | None = None
 
 
 def look(storage: Storage, wanted: Wanted) -> Glance:
-    """Raises Unavailable: storage is away, a tokenizer was not published yet, or too many look at once."""
-    with _place(), TemporaryDirectory() as name:
-        folder = Path(name)
-        tokenizer = cards.read_tokenizer(storage, wanted.base, wanted.card_facts)
-        cards.write(wanted.card_facts, tokenizer, folder)
-        samples = {param: _fetch(storage, file, _source(folder, param)) for param, file in wanted.files.items()}
-        answer = _ask(_order(wanted, folder, samples["training_file"]))
+    """Raises Damaged; Unavailable: storage is away, its disk is full, or no tokenizer was published yet."""
+    try:
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            tokenizer = cards.read_tokenizer(storage, wanted.base, wanted.card_facts)
+            cards.write(wanted.card_facts, tokenizer, folder)
+            most = FEW_BYTES if wanted.previews else SAMPLE_BYTES
+            samples = {param: _fetch(storage, file, _source(folder, param), most, param) for param, file in wanted.files.items()}
+            answer, unfinished = _ask(_order(wanted, folder, samples["training_file"]))
+    except OSError as error:
+        message = "the API has no room for a dry run's files; tell the operator, and try again later"
+        raise Unavailable(message, code="insufficient_storage") from error
     rows = {"training_file": answer.training, "validation_file": answer.validation}
     sampled = {
         param: sample.model_copy(update={"rows": report.rows if (report := rows[param]) else 0})
         for param, sample in samples.items()
         if sample.bytes < sample.of_bytes
     }
-    return Glance(answer, sampled)
-
-
-@contextmanager
-def _place() -> Iterator[None]:
-    if not _places.acquire(timeout=PATIENCE_SECONDS):
-        raise Unavailable("too many dry runs at once; try again shortly", code="dry_run_busy")
-    try:
-        yield
-    finally:
-        _places.release()
+    return Glance(answer, sampled, unfinished)
 
 
 def _source(folder: Path, param: str) -> Path:
     return folder / f"{param}.jsonl"
 
 
-def _fetch(storage: Storage, file: File, path: Path) -> Sample:
+def _fetch(storage: Storage, file: File, path: Path, most_bytes: int, param: str) -> Sample:
     """All of a file, or as many whole lines of its beginning as make a sample."""
-    text = storage.get_beginning(file.storage_key, SAMPLE_BYTES) if file.size_bytes else b""
+    try:
+        text = storage.get_beginning(file.storage_key, min(most_bytes, file.size_bytes)) if file.size_bytes else b""
+    except NotFound:
+        raise Damaged(f"{file.id} is gone from storage; upload it again", param=param) from None
     if len(text) < file.size_bytes:
-        text = text[: text.rfind(b"\n") + 1]
+        text = text[: text.rfind(b"\n") + 1] or text  # of a line without an end enough is there to say so
+    elif hashlib.sha256(text).hexdigest() != file.sha256:
+        raise Damaged(f"{file.id} differs in storage from what was uploaded; upload it again", param=param)
     path.write_bytes(text)
     return Sample(rows=0, bytes=len(text), of_bytes=file.size_bytes)
 
@@ -120,7 +167,8 @@ def _order(wanted: Wanted, folder: Path, training: Sample) -> Order:
     )
 
 
-def _ask(order: Order) -> Answer:
+def _ask(order: Order) -> tuple[Answer, str | None]:
+    """The answer, and why it holds nothing. Raises Unavailable."""
     try:
         said = limited.run(
             "app.core.tokens.tokeniser",
@@ -131,7 +179,9 @@ def _ask(order: Order) -> Answer:
         )
     except limited.TookTooMuch as error:
         message = f"looking at the file took {error}: split rows that are very long"
-        return Answer(refused=Refusal(param="training_file", message=message))
+        return Answer(refused=Refusal(param="training_file", message=message)), None
+    except limited.TimedOut:
+        return Answer(), f"the files could not be looked at within {WALL_SECONDS:.0f} seconds; a job has more time"
     except limited.Died as died:
         raise Unavailable("the dry run was not finished; try again shortly", code="dry_run_unfinished") from died
-    return Answer.model_validate_json(said)
+    return Answer.model_validate_json(said), None

@@ -1,6 +1,6 @@
 """What would come of a job, told before there is one: all is looked at and decided as for a job, and nothing is kept."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -40,7 +40,7 @@ class Reason(BaseModel):
 
 
 class Duration(BaseModel):
-    """A worker's time for the whole job, at the median speed of what was trained on this base in this tier before."""
+    """A worker's time for the whole job, at the speed of what was trained on this base in this tier before."""
 
     seconds: float
     tokens_per_second: float
@@ -100,6 +100,7 @@ class _Seen:
     report: DataReport | None = None
     preview: tuple[RowPreview, ...] = ()
     sampled: dict[str, Sample] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 class DryRunner:
@@ -107,7 +108,7 @@ class DryRunner:
 
     def __init__(self, sessions: orm.sessionmaker[orm.Session], storage: Storage, catalog: Catalog, settings: Settings) -> None:
         self._sessions, self._storage, self._catalog, self._settings = sessions, storage, catalog, settings
-        self._prices = prices.load(settings.price_file)
+        self._prices, self._places = prices.load(settings.price_file), glance.Places()
 
     def run(self, caller: Caller, request: JobCreate) -> DryRunOut:
         """Raises what creating the job would raise, but for what is wrong with its files: that is in the answer. Unavailable."""
@@ -125,7 +126,7 @@ class DryRunner:
         return DryRunOut(
             ok=not reasons,
             problems=reasons,
-            warnings=[*_of_samples(seen), *(seen.report.warnings() if seen.report else ())],
+            warnings=[*seen.warnings, *(seen.report.warnings() if seen.report else ())],
             model=request.model,
             base_model=asked.base.id,
             training_file=request.training_file,
@@ -173,8 +174,14 @@ class DryRunner:
             options=asked.requested.training,
             seed=asked.seed,
             examines=len(asked.reports) < len(asked.files),
+            previews=known is not None,
         )
-        return _seen(asked, glance.look(self._storage, wanted), known)
+        try:
+            with self._places.take(caller.organization_id):
+                glanced = glance.look(self._storage, wanted)
+        except glance.Damaged as damaged:
+            return _Seen(asked.reports, [_reason(damaged)])
+        return _seen(asked, glanced) if known is None else _Seen(asked.reports, [], known, glanced.answer.preview)
 
     def _known(self, caller: Caller, asked: _Asked, card_facts: bytes) -> DataReport | None:
         """What a job with the same files has found out of all their rows. A split depends on the seed, and is not looked for."""
@@ -222,15 +229,18 @@ def _untrainable(file: File, param: str) -> Iterator[Reason]:
         yield _reason(refused)
 
 
-def _seen(asked: _Asked, glanced: Glance, known: DataReport | None) -> _Seen:
-    answer, sampled = glanced.answer, {} if known else glanced.sampled
+def _seen(asked: _Asked, glanced: Glance) -> _Seen:
+    answer, sampled = glanced.answer, glanced.sampled
     reasons = [reason for param, report in answer.examined.items() for reason in _unfit(asked.files[param], report, param)]
-    if answer.refused:
+    warnings = [*_of_samples(asked, sampled), *filter(None, [glanced.unfinished])]
+    if answer.refused and sampled:  # rows further on may do
+        warnings.append(f"of the rows that were looked at: {answer.refused.message}")
+    elif answer.refused:
         reasons.append(Reason(code="invalid_file", message=answer.refused.message, param=answer.refused.param))
-    report = known
-    if answer.training is not None and answer.likeness is not None and known is None:
+    report = None
+    if answer.training is not None and answer.likeness is not None:
         report = DataReport(training=answer.training, validation=answer.validation, split=answer.split, likeness=answer.likeness)
-    return _Seen(answer.examined | asked.reports, reasons, None if reasons else report, answer.preview, sampled)
+    return _Seen(answer.examined | asked.reports, reasons, report, answer.preview, sampled, warnings)
 
 
 def _unfit(file: File, report: Report, param: str) -> Iterator[Reason]:
@@ -248,11 +258,13 @@ def _reason(refused: AppError) -> Reason:
     return Reason(code=refused.code or "invalid_value", message=str(refused), param=refused.param)
 
 
-def _of_samples(seen: _Seen) -> Iterator[str]:
-    for param, sample in seen.sampled.items():
+def _of_samples(asked: _Asked, sampled: Mapping[str, Sample]) -> Iterator[str]:
+    for param, sample in sampled.items():
+        read, whole = sample.bytes / MIB, sample.of_bytes / MIB
+        unread = "" if param in asked.reports else "; what is wrong with later rows is seen when the file has been validated"
         yield (
-            f"{param}: the first {sample.rows} rows were looked at, {sample.bytes / MIB:.0f} of {sample.of_bytes / MIB:.0f} MiB; "
-            "counts, time and price are estimated from them, and a longer row further on takes more memory"
+            f"{param}: the first {sample.rows} rows were looked at, {read:.1f} of {whole:.1f} MiB; counts, time and price are "
+            f"estimated from them, and a longer row further on takes more memory{unread}"
         )
 
 

@@ -82,7 +82,7 @@ def claim(session: orm.Session) -> ToPrepare | None:
         return None
     job, training_file, validation_file = row
     seconds = files.time_to_read(training_file, validation_file)
-    job.not_before = func.clock_timestamp() + seconds
+    job.not_before = func.clock_timestamp() + 2 * seconds  # its process has half of them, and files come and go
     for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
         try:
             if file is not None:

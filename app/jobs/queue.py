@@ -1,6 +1,6 @@
 """The train queues as a customer sees them: how many wait and run, its own places, and when their turn is likely to come."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -47,23 +47,30 @@ def place_of_next(session: orm.Session, queue: str) -> Place:
     return next(place for job_id, place in _places(session, {queue}) if job_id is None)
 
 
-def list_queues(session: orm.Session, caller: Caller, *, among: Collection[str]) -> list[Queue]:
-    """Of the tiers `among` which this installation chooses, and whatever other still has jobs; the smallest tier first."""
+def list_queues(session: orm.Session, caller: Caller, *, among: Collection[str], most: int) -> list[Queue]:
+    """Of the tiers `among` which this installation chooses, and whatever other still has jobs; the smallest tier first.
+
+    With `most` of the caller's jobs in each.
+    """
     loads = {queue: (waiting, running) for queue, waiting, running in session.execute(_LOADS)}
     names = sorted({*loads, *(f"train.{tier}" for tier in among)}, key=_size)
     told = _places(session, names)
     following = {place.queue: place for job_id, place in told if job_id is None}
     placed = {job_id: place for job_id, place in told if job_id is not None}
-    unfinished = select(Job).where(
-        Job.organization_id == caller.organization_id,
-        Job.project_id == caller.project_id,
-        Job.state.in_((JobState.QUEUED, JobState.RUNNING)),
-    )
-    mine = sorted(((job, placed.get(job.id)) for job in session.scalars(unfinished)), key=_in_turn)
-    return [
-        Queue(name, *loads.get(name, (0, 0)), next=following[name], jobs=[each for each in mine if each[0].queue == name])
-        for name in names
-    ]
+    mine = {name: _first(session, caller, name, placed, most) for name in names}
+    return [Queue(name, *loads.get(name, (0, 0)), next=following[name], jobs=mine[name]) for name in names]
+
+
+def _first(
+    session: orm.Session, caller: Caller, queue: str, placed: Mapping[str, Place], most: int
+) -> list[tuple[Job, Place | None]]:
+    """The caller's jobs that run, then those that wait. A job's reports may be long, and are not read for it."""
+    unfinished = Job.state.in_((JobState.QUEUED, JobState.RUNNING))
+    mine = Job.organization_id == caller.organization_id, Job.project_id == caller.project_id, Job.queue == queue, unfinished
+    in_turn = sorted(session.scalars(select(Job.id).where(*mine)), key=lambda job_id: _in_turn(job_id, placed))
+    shown = orm.load_only(Job.id, Job.state, Job.estimated_finish_at)
+    jobs = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(in_turn[:most])).options(shown))}
+    return [(jobs[job_id], placed.get(job_id)) for job_id in in_turn[:most]]
 
 
 _LOADS = select(
@@ -84,9 +91,8 @@ def _places(session: orm.Session, queues: Collection[str]) -> list[tuple[str | N
     return [(row.job_id, Place(row.queue, row.place, row.starts_at, row.ends_at)) for row in rows]
 
 
-def _in_turn(job_and_place: tuple[Job, Place | None]) -> tuple[int, str]:
-    job, place = job_and_place
-    return place.position if place else 0, job.id
+def _in_turn(job_id: str, placed: Mapping[str, Place]) -> tuple[int, str]:
+    return placed[job_id].position if job_id in placed else 0, job_id
 
 
 def _size(queue: str) -> int:

@@ -8,7 +8,7 @@ from app.deps import BaseModels, Caller, Session, Sessions, Settings
 from app.jobs import queue
 from app.jobs import service as jobs
 from app.jobs.dry_run import DryRunner, DryRunOut
-from app.jobs.schemas import CheckpointOut, EventOut, JobCreate, JobOut, QueueOut
+from app.jobs.schemas import MAX_LISTED, CheckpointOut, EventOut, JobCreate, JobOut, QueueOut
 from app.models import Job
 
 router = APIRouter(prefix="/v1/fine_tuning", tags=["Fine-tuning"])
@@ -99,7 +99,7 @@ def list_job_checkpoints(
 @queues.get("/queue")
 def list_queues(session: Session, caller: Caller, settings: Settings) -> pages.Page[QueueOut]:
     """How many jobs wait for workers and run, tier by tier, and where yours stand."""
-    found = queue.list_queues(session, caller, among=settings.training.tiers)
+    found = queue.list_queues(session, caller, among=settings.training.tiers, most=MAX_LISTED + 1)
     return pages.page((found, False), QueueOut.of)
 
 

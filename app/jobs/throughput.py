@@ -12,8 +12,8 @@ def record(session: orm.Session, job: Job) -> None:
     """Of a job that has succeeded: its tokens over the time that workers have had it, start, evaluation and upload included."""
     if not job.trained_tokens or not job.worker_seconds:
         return
-    speed = job.trained_tokens / job.worker_seconds
-    session.add(Throughput(id=ids.new("tp_"), queue=job.queue, base=job.base, tokens_per_second=speed))
+    took = {"tokens": job.trained_tokens, "worker_seconds": job.worker_seconds}
+    session.add(Throughput(id=ids.new("tp_"), queue=job.queue, base=job.base, **took))
     session.flush()
     mine = select(Throughput.id).where(Throughput.queue == job.queue, Throughput.base == job.base)
     too_old = mine.order_by(Throughput.id.desc()).offset(REMEMBERED)
@@ -21,9 +21,12 @@ def record(session: orm.Session, job: Job) -> None:
 
 
 def tokens_per_second(session: orm.Session, *, queue: str, base: str) -> float | None:
-    """The median of the last few finished jobs; None where there is none."""
-    median = func.percentile_cont(0.5).within_group(Throughput.tokens_per_second)
-    found = session.scalar(select(median).where(Throughput.queue == queue, Throughput.base == base))
+    """All tokens of the last few finished jobs over all their time, so that small ones, which mostly start, weigh little.
+
+    None where there is none.
+    """
+    speed = func.sum(Throughput.tokens) / func.sum(Throughput.worker_seconds)
+    found = session.scalar(select(speed).where(Throughput.queue == queue, Throughput.base == base))
     return None if found is None else float(found)
 
 

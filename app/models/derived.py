@@ -18,6 +18,7 @@ class Derived(Created, Table):
         Index("uq_derived_key", "organization_id", "key", unique=True, postgresql_where="facts IS NOT NULL"),
         Index("ix_derived_file", "organization_id", "file_sha256"),
         Index("ix_derived_last_used_at", "last_used_at"),
+        Index("ix_derived_abandoned", "created_at", postgresql_where="facts IS NULL"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)

@@ -1,6 +1,6 @@
 from datetime import datetime
 
-from sqlalchemy import ForeignKey, Index, text
+from sqlalchemy import BigInteger, ForeignKey, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models.base import Created, Id, Table
@@ -30,7 +30,7 @@ class QueueShare(Table):
 
 
 class Throughput(Created, Table):
-    """How fast a finished job went through its queue, from claim to end: the last few of each base."""
+    """What a finished job was, and how long workers had it: the last few of each base in each queue."""
 
     __tablename__ = "throughputs"
     __table_args__ = (Index("ix_throughputs_queue_base", "queue", "base", "id"),)
@@ -38,4 +38,5 @@ class Throughput(Created, Table):
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     queue: Mapped[str]
     base: Mapped[str]
-    tokens_per_second: Mapped[float]
+    tokens: Mapped[int] = mapped_column(BigInteger)
+    worker_seconds: Mapped[float]

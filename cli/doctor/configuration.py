@@ -100,9 +100,8 @@ def prices(settings: "Settings") -> Finding:
 
     try:
         book = prices.load(settings.price_file)
-    except (OSError, ValueError) as error:
-        remedy = "correct the file, or unset TUNESMITH_PRICE_FILE"
-        return failed("prices", f"TUNESMITH_PRICE_FILE names {settings.price_file}: {error}", remedy)
+    except ValueError as error:
+        return failed("prices", str(error), "correct the file, or unset TUNESMITH_PRICE_FILE")
     asked = {book.per_million_tokens, *book.bases.values()}
     return ok("prices", f"in {book.currency}" if any(asked) else "training is free")
 

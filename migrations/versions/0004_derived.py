@@ -28,6 +28,7 @@ def upgrade() -> None:
     op.create_index("uq_derived_key", "derived", ["organization_id", "key"], unique=True, postgresql_where="facts IS NOT NULL")
     op.create_index("ix_derived_file", "derived", ["organization_id", "file_sha256"], unique=False)
     op.create_index("ix_derived_last_used_at", "derived", ["last_used_at"], unique=False)
+    op.create_index("ix_derived_abandoned", "derived", ["created_at"], unique=False, postgresql_where="facts IS NULL")
     op.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON derived TO tunesmith_system")
     op.execute("GRANT SELECT, DELETE ON derived TO tunesmith_api")  # what a deleted file leaves behind goes with it
     op.execute("ALTER TABLE derived ENABLE ROW LEVEL SECURITY")

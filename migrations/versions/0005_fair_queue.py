@@ -47,7 +47,8 @@ def upgrade() -> None:
         sa.Column("id", sa.Text(collation="C"), nullable=False),
         sa.Column("queue", sa.Text(), nullable=False),
         sa.Column("base", sa.Text(), nullable=False),
-        sa.Column("tokens_per_second", sa.Float(), nullable=False),
+        sa.Column("tokens", sa.BigInteger(), nullable=False),
+        sa.Column("worker_seconds", sa.Float(), nullable=False),
         sa.Column("created_at", sa.TIMESTAMP(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_throughputs")),
     )
@@ -59,12 +60,10 @@ def upgrade() -> None:
 def _access() -> None:
     for table in ("queue_clocks", "queue_shares", "throughputs"):
         op.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO tunesmith_system")
-    op.execute("GRANT SELECT ON queue_shares, throughputs TO tunesmith_api")
+    op.execute("GRANT SELECT ON throughputs TO tunesmith_api")
     op.execute("ALTER TABLE queue_shares ENABLE ROW LEVEL SECURITY")
     op.execute("ALTER TABLE queue_shares FORCE ROW LEVEL SECURITY")
     op.execute("CREATE POLICY system ON queue_shares TO tunesmith_system USING (true) WITH CHECK (true)")
-    mine = "organization_id = nullif(current_setting('app.org', true), '')"
-    op.execute(f"CREATE POLICY tenant ON queue_shares TO tunesmith_api USING ({mine}) WITH CHECK ({mine})")
     for table in ("jobs", "queue_shares"):  # of organizations the owner sees the rows already: see 0002
         op.execute(f"CREATE POLICY queue_places ON {table} FOR SELECT TO tunesmith_owner USING (true)")
 
@@ -82,14 +81,15 @@ def _places() -> None:
             WITH mine AS (
                 SELECT nullif(current_setting('app.org', true), '') AS organization_id
             ), speeds AS (
-                SELECT t.queue, t.base, percentile_cont(0.5) WITHIN GROUP (ORDER BY t.tokens_per_second) AS tokens_per_second
+                SELECT t.queue, t.base, sum(t.tokens) / sum(t.worker_seconds) AS tokens_per_second
                 FROM throughputs t WHERE t.queue = ANY (queues) GROUP BY t.queue, t.base
             ), waiting AS (
-                SELECT j.queue, j.id, j.organization_id, j.queued_at, j.total_tokens / s.tokens_per_second AS seconds
+                SELECT j.queue, j.id, j.organization_id, j.queued_at, j.total_tokens / s.tokens_per_second AS seconds,
+                    j.not_before > statement_timestamp() AS is_held  -- a broken attempt is waited out
                 FROM jobs j LEFT JOIN speeds s ON s.queue = j.queue AND s.base = j.base
                 WHERE j.queue = ANY (queues) AND j.state = 'queued' AND j.desired = 'run'
                 UNION ALL
-                SELECT q.queue, NULL, mine.organization_id, statement_timestamp(), NULL FROM unnest(queues) AS q (queue), mine
+                SELECT q.queue, NULL, mine.organization_id, statement_timestamp(), NULL, false FROM unnest(queues) AS q (queue), mine
             ), running AS (
                 SELECT j.queue, coalesce(
                     j.estimated_finish_at, j.claimed_at + make_interval(secs => j.total_tokens / s.tokens_per_second)
@@ -102,7 +102,7 @@ def _places() -> None:
                     (SELECT CASE WHEN count(*) = count(r.ends_at)  -- greatest() would take an unknown end for now
                         THEN coalesce(sum(greatest(0, extract(epoch FROM r.ends_at - statement_timestamp()))), 0) END
                      FROM running r WHERE r.queue = q.queue) AS seconds_left,
-                    (SELECT min(w.queued_at) FROM waiting w WHERE w.queue = q.queue) AS first_queued_at,
+                    (SELECT min(w.queued_at) FROM waiting w WHERE w.queue = q.queue AND NOT w.is_held) AS first_queued_at,
                     (SELECT coalesce(max(s.used_until), 0) FROM queue_shares s WHERE s.queue = q.queue) AS last_used_until
                 FROM unnest(queues) AS q (queue) LEFT JOIN queue_clocks c ON c.queue = q.queue
             ), starts AS MATERIALIZED (  -- once a queue, and not once a job
@@ -111,9 +111,9 @@ def _places() -> None:
                         THEN greatest(c.virtual_seconds, c.last_used_until) ELSE c.virtual_seconds END AS virtual_now
                 FROM clocks c
             ), tagged AS (
-                SELECT w.queue, w.id, w.organization_id, w.queued_at, w.seconds, s.workers, s.seconds_left,
+                SELECT w.queue, w.id, w.organization_id, w.queued_at, w.seconds, w.is_held, s.workers, s.seconds_left,
                     greatest(s.virtual_now, coalesce(u.used_until, 0)) + coalesce(sum(coalesce(w.seconds, 600) / o.weight) OVER (
-                        PARTITION BY w.queue, w.organization_id ORDER BY w.queued_at, w.id
+                        PARTITION BY w.queue, w.organization_id ORDER BY w.is_held, w.queued_at, w.id
                         ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
                     ), 0) AS turn_at
                 FROM waiting w JOIN starts s ON s.queue = w.queue JOIN organizations o ON o.id = w.organization_id
@@ -122,7 +122,7 @@ def _places() -> None:
                 SELECT t.*, row_number() OVER turns AS place,
                     CASE WHEN count(*) OVER ahead = count(t.seconds) OVER ahead THEN coalesce(sum(t.seconds) OVER ahead, 0) END AS seconds_ahead
                 FROM tagged t
-                WINDOW turns AS (PARTITION BY t.queue ORDER BY t.turn_at, t.queued_at, t.id),
+                WINDOW turns AS (PARTITION BY t.queue ORDER BY t.is_held, t.turn_at, t.queued_at, t.id),
                     ahead AS (turns ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
             ), told AS (
                 SELECT p.*, statement_timestamp() + make_interval(secs => (p.seconds_left + p.seconds_ahead) / p.workers) AS starts_at

@@ -24,7 +24,7 @@ def name(system_sessions: Sessions) -> str:
     """A queue that no other test waits in, and where a job of 1,000 tokens takes ten seconds."""
     made = f"train.{ids.new('q')}"
     with system_sessions.begin() as session:
-        session.add(Throughput(id=ids.new("tp_"), queue=made, base=make.TINY, tokens_per_second=100.0))
+        session.add(Throughput(id=ids.new("tp_"), queue=made, base=make.TINY, tokens=1000, worker_seconds=10.0))
     return made
 
 

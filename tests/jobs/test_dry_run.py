@@ -1,5 +1,7 @@
 """What a dry run tells is what comes of the job, and nothing comes of the dry run."""
 
+import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,7 +170,7 @@ def test_time_is_told_where_it_was_measured(house: House) -> None:
             session.delete(speed)
     unmeasured = house.dry_run(file_id)
     with house.to.sessions.begin() as session:
-        session.add(Throughput(id=ids.new("tp_"), queue="train.cpu", base=make.TINY, tokens_per_second=50.0))
+        session.add(Throughput(id=ids.new("tp_"), queue="train.cpu", base=make.TINY, tokens=500, worker_seconds=10.0))
     told = house.dry_run(file_id)
 
     assert unmeasured.time is None and unmeasured.estimated_finish is None
@@ -269,19 +271,85 @@ def test_a_file_that_takes_too_much_costs_its_process_only(house: House, monkeyp
     assert "more than 1 MiB of memory" in told.problems[0].message
 
 
-def test_only_a_few_look_at_once(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_an_organization_and_a_few_of_all_look_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glance, "PATIENCE_SECONDS", 0.01)
-    file_id = house.file(FILE)
-    for _ in range(glance.AT_ONCE):
-        glance._places.acquire()
-    try:
-        with pytest.raises(Unavailable, match="too many dry runs at once"):
-            house.dry_run(file_id)
-    finally:
-        for _ in range(glance.AT_ONCE):
-            glance._places.release()
+    places = glance.Places()
 
-    assert house.dry_run(file_id).ok
+    def is_taken(organization: str) -> bool:
+        try:
+            with places.take(organization):
+                return False
+        except Unavailable as busy:
+            assert (busy.status, busy.code) == (503, "dry_run_busy")
+            return True
+
+    with places.take("a"):
+        assert is_taken("a") and not is_taken("b")
+        with places.take("b"):
+            assert is_taken("c")
+        assert not is_taken("c")
+    assert not is_taken("a")
+
+
+def test_who_waits_gets_the_place_that_is_left_and_no_more_than_a_few_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glance, "PATIENCE_SECONDS", 60)
+    places, done = glance.Places(), list[str]()
+
+    def look(organization: str) -> None:
+        with places.take(organization):
+            done.append(organization)
+
+    with places.take("a"), places.take("b"):
+        waiting = [threading.Thread(target=look, args=(f"w{number}",)) for number in range(glance.MOST_WAITING)]
+        for thread in waiting:
+            thread.start()
+        while places._waiting < glance.MOST_WAITING:
+            time.sleep(0.001)
+        with pytest.raises(glance.Busy):
+            look("late")
+    for thread in waiting:
+        thread.join()
+
+    assert sorted(done) == ["w0", "w1", "w2", "w3"]
+
+
+def test_rows_that_cannot_be_used_are_no_problem_while_others_may_follow(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "\n".join(make.chat_line("?", "x" * 600) for _ in range(6)).encode()
+    file_id = house.file(long + b"\n" + FILE)
+    monkeypatch.setattr(glance, "SAMPLE_BYTES", len(long) + 1)
+    told = house.dry_run(file_id)
+
+    assert told.ok and told.plan is None
+    assert any("of the rows that were looked at: no row can be trained on" in warning for warning in told.warnings)
+    assert len(told.preview) == 5 and all(row.problem for row in told.preview)
+
+
+def test_a_long_line_without_an_end_is_told_as_what_it_is(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glance, "SAMPLE_BYTES", 1_200_000)
+    told = house.dry_run(house.file(b"[" + b"1," * 700_000 + b"1]"))
+
+    assert told.files["training_file"].counts == {"line_too_long": 1}
+
+
+@pytest.mark.parametrize("content", [None, b"x" * len(FILE)])
+def test_a_file_that_storage_lost_or_changed_is_a_problem(house: House, content: bytes | None) -> None:
+    file_id = house.file(FILE)
+    key = files.key_for(house.caller, file_id)
+    if content is None:
+        house.to.storage.delete(key)
+    else:
+        house.to.storage.put(key, content)
+    told = house.dry_run(file_id)
+
+    assert [(reason.code, reason.param) for reason in told.problems] == [("file_damaged", "training_file")]
+    assert file_id in told.problems[0].message and "orgs/" not in told.problems[0].message
+
+
+def test_one_that_takes_too_long_says_so_and_stops_no_job(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glance, "WALL_SECONDS", 0.01)
+    told = house.dry_run(house.file(FILE))
+
+    assert told.ok and told.plan is None and "a job has more time" in told.warnings[0]
 
 
 def test_every_base_that_is_held_is_published_when_a_worker_starts(house: House, tmp_path: Path) -> None:
@@ -290,7 +358,7 @@ def test_every_base_that_is_held_is_published_when_a_worker_starts(house: House,
     lost = first.model_copy(update={"id": ids.new("lost-"), "source": source})
     large = first.model_copy(update={"id": ids.new("large-"), "tier": "80"})
     to = replace(house.to, catalog=Catalog((lost, large, first), {}))
-    publish.publish_all(to)
 
+    assert publish.publish_all(to) == [lost]
     assert [to.storage.exists(f"bases/{base.id}/base.json") for base in (first, lost, large)] == [True, False, False]
     assert card.find(large, to.settings.cache_dir) is None

@@ -1,7 +1,7 @@
 """A file is tokenised once for a base and its settings; what is known of it is used again, and only where it is the same."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ from app.core.tokens.tokenise import TokenisedSet
 from app.files import derived
 from app.files import service as files
 from app.jobs import service as jobs
+from app.jobs.schemas import JobOut
 from app.models import Derived, Job, JobEvent, JobState, OutboxMessage
 from tests import make
 from tests.conftest import make_organization
@@ -262,7 +263,7 @@ def test_what_an_unfinished_job_trains_on_is_never_swept(shop: Shop) -> None:
 
 def test_what_a_maker_that_died_has_sent_is_swept(shop: Shop) -> None:
     with shop.to.sessions.begin() as session:
-        _, key = derived.begin(session, shop.caller.organization_id, key="k", file_sha256="0" * 64)
+        key = derived.begin(session, shop.caller.organization_id, key="k", file_sha256="0" * 64).storage_key
     shop.to.storage.put(key, b"half of it")
 
     assert shop.sweep() == {key}  # it may still be at work
@@ -290,6 +291,37 @@ def test_a_deleted_file_takes_what_came_of_it_along(
         with system_sessions() as session:
             mine = Derived.organization_id == shop.caller.organization_id
             assert bool(session.scalar(select(func.count()).select_from(Derived).where(mine))) == bool(left)
+
+
+@pytest.mark.parametrize("moment", ["tokenising", "sending"])
+def test_a_file_deleted_while_its_tokens_are_made_leaves_nothing(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    job_id = shop.job()
+
+    def delete() -> None:
+        with shop.to.sessions.begin() as session:
+            job = jobs.cancel(session, shop.caller, job_id)
+            files.delete(session, shop.caller, job.training_file_id)
+        shop.purged()  # the relay may be that quick
+
+    where, name = (datasets.limited, "run") if moment == "tokenising" else (type(shop.to.storage), "put_file")
+    monkeypatch.setattr(where, name, after(delete, getattr(where, name)))
+    assert shop.prepare(job_id).state == JobState.CANCELLED
+    monkeypatch.undo()
+
+    assert shop.purged() == set()
+    with shop.to.sessions() as session:
+        mine = Derived.organization_id == shop.caller.organization_id
+        assert session.scalar(select(func.count()).select_from(Derived).where(mine)) == 0
+
+
+def after(first: Callable[[], None], work: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*args: Any, **named: Any) -> Any:
+        first()
+        return work(*args, **named)
+
+    return both
 
 
 def test_a_file_that_takes_too_much_costs_its_job_and_not_the_worker(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,3 +359,14 @@ def test_a_file_without_a_usable_row_ends_its_job_with_the_reason(shop: Shop) ->
     assert job.state == JobState.FAILED and job.error is not None
     assert job.error["code"] == "invalid_file" and job.error["param"] == "training_file"
     assert "no row can be trained on; line 1: the row has" in job.error["message"]
+
+
+def test_a_page_of_jobs_leaves_out_the_rows_that_their_reports_list(shop: Shop) -> None:
+    job = shop.prepared(FILE + b"\n" + FILE.splitlines()[0])
+    whole, listed = (JobOut.of(job, is_listed=is_listed).data_report for is_listed in (False, True))
+
+    assert whole is not None and listed is not None
+    exact = whole["likeness"]["training"]["exact"]
+    assert exact["count"] == 1 and exact["listed"][0]["line"] == 41
+    assert listed["likeness"]["training"]["exact"] == {"count": 1, "listed": []}
+    assert listed["training"]["examples"] == 41

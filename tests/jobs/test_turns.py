@@ -47,7 +47,9 @@ class Line:
     running: list[tuple[float, str, Lease]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.session.add(Throughput(id=ids.new("tp_"), queue=self.name, base=make.TINY, tokens_per_second=SPEED))
+        self.session.add(
+            Throughput(id=ids.new("tp_"), queue=self.name, base=make.TINY, tokens=round(100 * SPEED), worker_seconds=100.0)
+        )
 
     def organization(self, weight: float = 1.0) -> Caller:
         caller = make_organization(self.sessions)
@@ -377,12 +379,22 @@ def test_the_last_few_finished_jobs_tell_how_fast_it_goes(line: Line) -> None:
         throughput.record(line.session, job)
     line.session.flush()
 
-    kept = line.session.scalars(select(Throughput.tokens_per_second).where(Throughput.queue == line.name)).all()
-    assert sorted(kept) == [float(speed) for speed in range(11, 31)]
+    kept = line.session.scalars(select(Throughput.tokens).where(Throughput.queue == line.name)).all()
+    assert sorted(kept) == [1000 * speed for speed in range(11, 31)]
     assert throughput.tokens_per_second(line.session, queue=line.name, base=make.TINY) == 20.5
     assert throughput.tokens_per_second(line.session, queue=line.name, base="another") is None
     asked = line.add(mine, 41)  # 4,100 tokens
     assert throughput.expected_seconds(line.session, asked) == 200
+
+
+def test_small_jobs_which_mostly_start_say_little_of_a_large_one(line: Line) -> None:
+    mine = line.organization()
+    for tokens, seconds in ((1_000_000, 1000.0), *((10, 20.0) for _ in range(5))):
+        throughput.record(line.session, line.add(mine, 1, trained_tokens=tokens, worker_seconds=seconds))
+    line.session.flush()
+
+    speed = throughput.tokens_per_second(line.session, queue=line.name, base=make.TINY)
+    assert speed == pytest.approx((1_000_050 + 100 * SPEED) / 1200)  # the line has a measurement of its own
 
 
 def test_a_finished_job_is_remembered_by_its_speed(session: orm.Session, organization: Caller) -> None:

@@ -6,10 +6,9 @@ import structlog
 from celery.signals import worker_ready
 
 from app import db
-from app.core.settings import Settings
 from app.files.service import CPU_QUEUE
 from worker.celery import celery
-from worker.services import open_services, services
+from worker.services import services
 from worker.tasks import evaluate, prepare, publish, validate
 
 log = structlog.get_logger()
@@ -27,6 +26,6 @@ def look(_queue: str) -> None:
 
 @worker_ready.connect
 def _publish_bases(sender: Any, **_: object) -> None:
-    """With connections of its own: no child inherits them. A train worker hears this signal too."""
+    """A train worker hears this signal too."""
     if any(queue.name == CPU_QUEUE for queue in sender.task_consumer.queues):
-        publish.begin(open_services(Settings()))
+        publish.begin(services())

@@ -1,7 +1,6 @@
 """Read an uploaded file once, check that storage kept it, and have an examiner process report on every line."""
 
 import hashlib
-import os
 import signal
 import subprocess
 import sys
@@ -10,9 +9,8 @@ from contextlib import suppress
 
 import structlog
 
-from app.core import data
+from app.core import data, limited
 from app.core.errors import NotFound, Unavailable
-from app.core.settings import PREFIX
 from app.core.storage import Storage
 from app.files import service as files
 from app.files.service import ToValidate
@@ -70,10 +68,9 @@ def examine(storage: Storage, file: ToValidate) -> data.Report:
 
 
 def _examiner(purpose: str, *, seconds: int) -> "subprocess.Popen[bytes]":
-    """It gets no secret, and no signal that is meant for this process. numpy's threads would reserve memory by the core."""
+    """It gets no secret, and no signal that is meant for this process."""
     command = [sys.executable, "-m", "worker.examiner", str(seconds), str(examiner.MEMORY_BYTES), purpose]
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
-    environment["OPENBLAS_NUM_THREADS"] = "1"
+    environment = limited.environment()
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
 
 

@@ -29,6 +29,7 @@ BANDS, HASHES = 16, 5
 LEAST_SHINGLES = 8  # fewer say too little to be alike
 COMMON_PART, COMMON_LEAST = 0.1, 10
 TRIES = 4  # pairs of a row that are compared exactly, at most
+MOST_PAIRS = 100_000  # of all rows: half a minute; who has found so many has found enough
 
 _ROWS_AT_ONCE, _TOKENS_AT_ONCE, _KEYS_AT_ONCE = 65_536, 262_144, 1 << 20
 _COUNTERS = 1 << 20
@@ -51,6 +52,7 @@ def compare(training: TokenReader, validation: TokenReader | None = None, *, fol
             leaked=rows.likeness(training.examples, rows.count) if validation else None,
             compared=rows.compared,
             boilerplate=rows.common_shingles / max(1, rows.shingles),
+            is_whole=rows.pairs < MOST_PAIRS,
         )
 
 
@@ -61,7 +63,7 @@ class _Rows:
         self._files, self._folder = files, folder
         self._starts = np.cumsum([0, *(file.examples for file in files)])
         self.count = int(self._starts[-1])
-        self.shingles = self.common_shingles = self.compared = 0
+        self.shingles = self.common_shingles = self.compared = self.pairs = 0
         state = np.dtype([("kind", np.uint8), ("tries", np.uint8), ("of", np.int64), ("similarity", np.float32)], align=True)
         self._state: Any = np.memmap(folder / "state", state, mode="w+", shape=(max(1, self.count),))
         self._is_common = self._find_common()
@@ -88,6 +90,9 @@ class _Rows:
             for rows, firsts in self._alike(str(band)):
                 is_open = (self._state["kind"][rows] == _NOTHING) & (self._state["tries"][rows] < TRIES)
                 for row, first in zip(rows[is_open].tolist(), firsts[is_open].tolist(), strict=True):
+                    if self.pairs == MOST_PAIRS:
+                        return
+                    self.pairs += 1
                     similarity = self._similarity(row, first)
                     self._state["tries"][row] += 1
                     if similarity >= NEAR:

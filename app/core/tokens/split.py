@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.data_report import SetReport, SplitReport
+from app.core.tokens import tokenise
 from app.core.tokens.token_file import TokenReader, TokenWriter
 
 _ROWS_AT_ONCE, _TOKENS_AT_ONCE = 4096, 262_144
@@ -49,5 +50,5 @@ def _write(examples: TokenReader, chosen_E: NDArray[np.bool_], into: Path) -> Se
             tokens += len(part.tokens_N)
             trained += int(part.is_trained_N.sum())
             longest = max(longest, int(part.lengths_B.max(initial=0)))
-        writer.finish({})
+        writer.finish(tokenise.NOTHING_LOST)  # the halves lost nothing: what was left out is told of the whole
     return SetReport(examples=int(chosen_E.sum()), tokens=tokens, trained_tokens=trained, longest=longest)

@@ -26,7 +26,7 @@ from app.core.tokens.token_file import TokenWriter
 _ARRAYS = ("tokens_N", "is_trained_N", "offsets_E1", "lines_E")
 _DROPPED, _TRUNCATED = "dropped", "truncated"
 CHUNK_BYTES = 256 * 1024
-_ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 256, 512 * 1024  # an encoding takes hundreds of times the room of its text
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 512 * 1024  # an encoding takes hundreds of times the room of its text
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,23 @@ def tokenise_to(path: Path, chats: Iterable[Chat], renderer: Renderer, *, max_se
 
 
 def _batches(chats: Iterable[Chat]) -> Iterator[list[Chat]]:
-    batch, characters = list[Chat](), 0
+    batch, size_bytes = list[Chat](), 0
     for chat in chats:
-        length = sum(len(message.content) for message in chat.messages)
-        if batch and (len(batch) == _ROWS_AT_ONCE or characters + length > _CHARACTERS_AT_ONCE):
+        of_chat = _size_bytes(chat)
+        if batch and (len(batch) == _ROWS_AT_ONCE or size_bytes + of_chat > _BYTES_AT_ONCE):
             yield batch
-            batch, characters = [], 0
+            batch, size_bytes = [], 0
         batch.append(chat)
-        characters += length
+        size_bytes += of_chat
     if batch:
         yield batch
+
+
+def _size_bytes(chat: Chat) -> int:
+    """Of what a template writes of it: tools stand in every row."""
+    said = sum(len(message.content.encode(errors="replace")) for message in chat.messages)
+    calls = [call.arguments for message in chat.messages for call in message.tool_calls]
+    return said + (len(json.dumps([*chat.tools, *calls])) if chat.tools or calls else 0)
 
 
 @dataclass
@@ -229,3 +236,4 @@ def _told(facts: str) -> tuple[tuple[Problem, ...], int]:
 
 
 _NOTHING = _facts((), 0)
+NOTHING_LOST = _metadata((), 0, (), 0)

@@ -96,18 +96,20 @@ def _answer(order: Order) -> Answer:
         if not all(report.is_valid and report.format in data.TRAINED for report in answer.examined.values()):
             return answer
     renderer = Renderer.open(order.card)
+    made = dict[str, FileReport]()
     for param, source in sources.items():
         try:
-            report = _tokenise(source, order.files()[param].tokens, renderer, order)
+            if param == "training_file" and order.preview_rows:
+                answer.preview = _preview(source, renderer, order)
+            report = made[param] = _tokenise(source, order.files()[param].tokens, renderer, order)
         except RowError as error:  # validated once, by a release that knew less
-            return Answer(refused=Refusal(param=param, message=str(error)))
+            answer.refused = Refusal(param=param, message=str(error))
+            return answer
         if report.examples == 0:
             reasons = [f"; line {problem.line}: {problem.message}" for problem in report.problems[:1]]
             answer.refused = Refusal(param=param, message="".join(["no row can be trained on", *reasons]))
             return answer
-        setattr(answer, param.removesuffix("_file"), report)
-    if order.preview_rows:
-        answer.preview = _preview(sources["training_file"], renderer, order)
+    answer.training, answer.validation = made.get("training_file"), made.get("validation_file")
     paths = [asked.tokens for asked in order.files().values()]
     if order.split is not None:
         try:

@@ -11,15 +11,14 @@ from app.core.tokens.split import NothingLeft, split
 from app.core.tokens.token_file import TokenReader
 from app.core.tokens.tokenise import TokenisedSet, tokenise, tokenise_to
 from tests.training import make
-from worker.model.base import LoadedBase
 
 ROWS = 20
 Halves = Callable[..., tuple[TokenisedSet, TokenisedSet]]
 
 
 @pytest.fixture
-def renderer(tiny: LoadedBase) -> Renderer:
-    return tiny.renderer
+def renderer(tiny: Renderer) -> Renderer:
+    return tiny
 
 
 @pytest.fixture
