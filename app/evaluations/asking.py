@@ -37,19 +37,20 @@ class Asker:
         await self._client.aclose()
 
     async def ask(self, caller: Caller, model: str, messages: Sequence[Mapping[str, str]], **sampling: Any) -> Whole:
-        """The answer of a judge or, where the operator has none of that name, of a model of the caller's, who is metered.
-
-        Raises BadRequest, NotFound or JudgeRefused for what will not be answered, Unavailable for what may be later.
-        """
-        asked = {name: value for name, value in sampling.items() if value is not None}
-        if judge := self.judges.get(model):
-            return await self._ask_judge(judge, {"model": judge.model, "messages": list(messages), **asked})
+        """The answer of a model of the caller's, who is metered. Raises BadRequest or NotFound for what will not be answered,
+        Unavailable or EngineFailed for what may be later."""
         try:
-            request = ChatRequest.model_validate({"model": model, "messages": list(messages), **asked})
+            request = ChatRequest.model_validate({"model": model, "messages": list(messages), **_given(sampling)})
         except ValidationError as error:
             first = error.errors()[0]
             raise BadRequest(f"the messages cannot be asked: {first['msg']}", param="messages") from None
         return await inference.ask(self._gateway, caller, request)
+
+    async def judge(self, caller: Caller, model: str, messages: Sequence[Mapping[str, str]], **sampling: Any) -> Whole:
+        """The same of the operator's judge of this name or, without one, of the caller's model. Raises JudgeRefused too."""
+        if judge := self.judges.get(model):
+            return await self._ask_judge(judge, {"model": judge.model, "messages": list(messages), **_given(sampling)})
+        return await self.ask(caller, model, messages, **sampling)
 
     async def _ask_judge(self, judge: Judge, body: dict[str, Any]) -> Whole:
         key = judge.api_key.get_secret_value()
@@ -65,6 +66,10 @@ class Asker:
         if status != httpx.codes.OK:
             raise JudgeRefused(f"the judge refuses with status {status}; tell the operator")
         return _read(response)
+
+
+def _given(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in sampling.items() if value is not None}
 
 
 def _read(response: httpx.Response) -> Whole:

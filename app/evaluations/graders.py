@@ -1,10 +1,7 @@
 """One answer graded while somebody waits: the graders' own endpoints."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from threading import BoundedSemaphore
 from typing import Any, Final
 
 from starlette.concurrency import run_in_threadpool
@@ -19,57 +16,49 @@ from app.evaluations import grading
 from app.evaluations.asking import Asker
 from app.evaluations.grading import Graded
 from app.evaluations.schemas import GraderRun, GraderRunOut, RunMetadata
+from app.files.glance import Busy, Places
 from app.inference.gateway import EngineFailed
 
 CPU_SECONDS: Final = 10
-AT_ONCE, PATIENCE_SECONDS = 2, 5.0  # in a process of the API: each takes a core for half a second, or for ten
 
-_places = BoundedSemaphore(AT_ONCE)
+_places = Places()  # each grading takes a core for half a second, or for ten
 
 
-def require_usable(graders: list[AnyGrader]) -> None:
+def require_usable(caller: Caller, graders: list[AnyGrader]) -> None:
     """Compile what only a process with limits should. Raises BadRequest for a schema that cannot be used, or Unavailable."""
     if any(isinstance(grader, JsonSchema) for _, grader in singles(graders)):
-        _by_rule(graders, [])
+        _by_rule(caller, graders, [])
 
 
 async def run(body: GraderRun, caller: Caller, asker: Asker) -> GraderRunOut:
     """Grade one answer. A judge that fails is told by a flag, as everything is that is no fault of the request."""
     started = time.perf_counter()
     answered = Answered(item=body.item or {}, output_text=body.model_sample)
-    (by_key,) = (await run_in_threadpool(_by_rule, [body.grader], [answered])).grades
-    graded = await grading.with_judges([body.grader], answered, by_key, partial(_ask, asker, caller))
+    (by_key,) = (await run_in_threadpool(_by_rule, caller, [body.grader], [answered])).grades
+    graded = await grading.with_judges([body.grader], answered, by_key, partial(_judge, asker, caller))
     return _shown(body.grader, graded, time.perf_counter() - started)
 
 
-async def _ask(asker: Asker, caller: Caller, model: str, messages: Any, **sampling: Any) -> Any:
+async def _judge(asker: Asker, caller: Caller, model: str, messages: Any, **sampling: Any) -> Any:
     try:
-        return await asker.ask(caller, model, messages, **sampling)
+        return await asker.judge(caller, model, messages, **sampling)
     except NotFound as error:
         raise NotFound(str(error), param="grader.model", code=error.code) from None
     except (Unavailable, EngineFailed) as error:
         raise AppError(str(error), code=error.code) from None  # nobody waits for it here
 
 
-def _by_rule(graders: list[AnyGrader], answers: list[Answered]) -> Told:
-    with _place():
-        try:
+def _by_rule(caller: Caller, graders: list[AnyGrader], answers: list[Answered]) -> Told:
+    try:
+        with _places.take(caller.organization_id):
             told = grading.by_rule(graders, answers, cpu_seconds=CPU_SECONDS)
-        except limited.Died as died:
-            raise Unavailable("the answer was not graded; try again shortly", code="grading_unfinished") from died
+    except Busy:
+        raise Unavailable("too many graders run at once; try again shortly", code="graders_busy") from None
+    except limited.Died as died:
+        raise Unavailable("the answer was not graded; try again shortly", code="grading_unfinished") from died
     if told.refused:
         raise BadRequest(told.refused, param="grader", code="invalid_grader")
     return told
-
-
-@contextmanager
-def _place() -> Iterator[None]:
-    if not _places.acquire(timeout=PATIENCE_SECONDS):
-        raise Unavailable("too many graders run at once; try again shortly", code="graders_busy")
-    try:
-        yield
-    finally:
-        _places.release()
 
 
 def _shown(grader: AnyGrader, graded: Graded, seconds: float) -> GraderRunOut:

@@ -16,6 +16,7 @@ from app.inference.gateway import EngineFailed
 from app.inference.service import Whole
 
 JUDGE_TOKENS = 256
+LEAST_CPU_SECONDS = 5  # for one answer
 
 Judging = Callable[..., Awaitable[Whole]]  # (model, messages, **sampling)
 
@@ -42,7 +43,8 @@ def by_rule(graders: list[AnyGrader], answers: Sequence[Answered], *, cpu_second
         if not answers:
             return Told(refused=f"the graders took {error}; make their schemas smaller")
     half = len(answers) // 2
-    first, second = (by_rule(graders, part, cpu_seconds=cpu_seconds) for part in (answers[:half], answers[half:]))
+    seconds = max(LEAST_CPU_SECONDS, cpu_seconds // 2)
+    first, second = (by_rule(graders, part, cpu_seconds=seconds) for part in (answers[:half], answers[half:]))
     return Told(grades=first.grades + second.grades)
 
 

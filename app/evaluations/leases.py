@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import func, or_, orm, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from app.accounts.caller import Caller
 from app.core import ids
-from app.core.errors import AppError
+from app.core.errors import AppError, BadRequest
 from app.core.settings import EvaluationSettings, LeaseSettings
 from app.evaluations import service as evaluations
 from app.evaluations.schemas import EvaluationCreate
@@ -68,8 +69,8 @@ def claim(session: orm.Session, *, owner: str, settings: LeaseSettings, limits: 
     if row is None:
         return None
     evaluation, file = row
-    request = EvaluationCreate.model_validate(evaluation.request)
     try:
+        request = _request_of(evaluation)
         _count_death(evaluation, settings)
         files.require_valid(file, param="file")
         evaluations.require_possible(file, request, limits)
@@ -198,6 +199,14 @@ def finish(session: orm.Session, lease: Lease, *, results: dict[str, Any]) -> No
     evaluation = holding(session, lease)
     evaluation.results = results
     _end(evaluation, EvaluationState.SUCCEEDED)
+
+
+def _request_of(evaluation: Evaluation) -> EvaluationCreate:
+    """Raises AppError for what another release has written, so that it ends its own evaluation and holds up no other."""
+    try:
+        return EvaluationCreate.model_validate(evaluation.request)
+    except ValidationError:
+        raise BadRequest("another release has made this evaluation; make it again", code="evaluation_outdated") from None
 
 
 def _count_death(evaluation: Evaluation, settings: LeaseSettings) -> None:

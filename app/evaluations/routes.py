@@ -36,9 +36,9 @@ async def run_grader(body: GraderRun, caller: Caller, asker: Asks) -> GraderRunO
 
 
 @router.post("/fine_tuning/alpha/graders/validate")
-def validate_grader(body: GraderValidate) -> GraderValidated:
+def validate_grader(body: GraderValidate, caller: Caller) -> GraderValidated:
     """Whether a grader can be used: it comes back as it was understood."""
-    graders.require_usable([body.grader])
+    graders.require_usable(caller, [body.grader])
     return GraderValidated(grader=body.grader.model_dump(mode="json"))
 
 
@@ -47,7 +47,7 @@ def create_evaluation(
     body: EvaluationCreate, sessions: Sessions, caller: Caller, catalog: BaseModels, settings: Settings, asker: Asks
 ) -> EvaluationOut:
     """Queue an evaluation: a file's rows, put to models, and graded."""
-    graders.require_usable(body.graders)  # in a process: no transaction may be open meanwhile
+    graders.require_usable(caller, body.graders)  # in a process: no transaction may be open meanwhile
     with db.organization_session(sessions, caller.organization_id) as session:
         made = evaluations.create(
             session, caller, catalog, request=body, judges=asker.judges.keys(), settings=settings.evaluations

@@ -12,7 +12,7 @@ import pytest
 
 from app.accounts.caller import Caller
 from app.core import judges
-from app.core.errors import AppError, Unavailable
+from app.core.errors import AppError, NotFound, Unavailable
 from app.core.judges import Judge
 from app.evaluations.asking import Asker, JudgeRefused
 from app.inference.gateway import Gateway
@@ -64,15 +64,16 @@ def endpoint() -> Iterator[Endpoint]:
     thread.join()
 
 
-def ask(services: Services, judge: Judge, caller: Caller, **sampling: Any) -> Whole:
+def ask(services: Services, judge: Judge, caller: Caller, *, as_judge: bool = True, **sampling: Any) -> Whole:
     async def story() -> Whole:
         settings = services.settings
         gateway = Gateway(
             services.sessions, services.catalog, Renderers(services.storage), settings.inference, settings.engine_token
         )
         asker = Asker(gateway, {"the-judge": judge})
+        put = asker.judge if as_judge else asker.ask
         try:
-            return await asker.ask(caller, "the-judge", ASKED, **sampling)
+            return await put(caller, "the-judge", ASKED, **sampling)
         finally:
             await asker.close()
             await gateway.close()
@@ -117,6 +118,15 @@ def test_no_redirect_is_followed(services: Services, endpoint: Endpoint, organiz
         ask(services, Judge(base_url=endpoint.url, model="m"), organization)
 
     assert len(endpoint.received) == 1
+
+
+def test_a_model_that_is_evaluated_is_never_a_judge_of_that_name(
+    services: Services, endpoint: Endpoint, organization: Caller
+) -> None:
+    with pytest.raises(NotFound):
+        ask(services, Judge(base_url=endpoint.url, model="m"), organization, as_judge=False)
+
+    assert endpoint.received == []
 
 
 def test_a_judge_that_is_away_may_answer_later(services: Services, endpoint: Endpoint, organization: Caller) -> None:

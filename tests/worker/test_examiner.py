@@ -70,7 +70,7 @@ def test_processor_time_has_a_limit(examined: Examined) -> None:
 def test_an_outage_ends_the_examiner_and_is_told(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     away = settings.storage.model_copy(update={"endpoint_url": f"http://127.0.0.1:{make.free_port()}"})
     started, start = list["subprocess.Popen[bytes]"](), validate._examiner
-    monkeypatch.setattr(validate, "_examiner", lambda seconds: started.append(start(seconds=seconds)) or started[0])
+    monkeypatch.setattr(validate, "_examiner", lambda *asked, **more: started.append(start(*asked, **more)) or started[0])
     with pytest.raises(Unavailable):
         validate.examine(open_storage(away), ToValidate("file-1", "key", "0" * 64, 60))
 

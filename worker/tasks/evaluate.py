@@ -34,14 +34,10 @@ from worker.services import Services
 log = structlog.get_logger()
 
 SLICE_SECONDS = 10.0  # after so long nothing new is begun
-GRADED_AT_ONCE, CPU_SECONDS = 64, 60
+GRADED_AT_ONCE, CPU_SECONDS = 64, 40
 VERDICT_TOKENS = 64
 
 T = TypeVar("T")
-
-
-class Broken(RuntimeError):
-    """This slice cannot go on, and another may. The message is for the evaluation's owner."""
 
 
 def evaluate_next(to: Services) -> bool:
@@ -72,7 +68,7 @@ def _work(to: Services, claimed: Claimed) -> None:
     except (Unavailable, *db.OUTAGE) as error:
         log.warning("evaluation_postponed", evaluation_id=lease.evaluation_id, error=type(error).__name__)
         say(leases.wait, reason=str(error) if isinstance(error, Unavailable) else "the database does not answer")
-    except (Broken, EngineFailed, limited.Died) as error:
+    except (EngineFailed, limited.Died) as error:
         log.warning("evaluation_slice_broke", evaluation_id=lease.evaluation_id, reason=str(error))
         reason = "an answer could not be graded" if isinstance(error, limited.Died) else str(error)
         say(leases.failed, reason=reason, settings=settings)
@@ -112,7 +108,7 @@ class _Slice:
             self._to.sessions, self._to.catalog, _renderers(self._to.storage), settings.inference, settings.engine_token
         )
         asker = Asker(gateway, judges.load(settings.evaluations.judges_file))
-        self._ask = partial(asker.ask, self._claimed.caller)
+        self._ask, self._judge = partial(asker.ask, self._claimed.caller), partial(asker.judge, self._claimed.caller)
         working, beating = asyncio.create_task(self._advance()), asyncio.create_task(self._beat())
         try:
             done, _ = await asyncio.wait((working, beating), return_when=asyncio.FIRST_COMPLETED)
@@ -178,7 +174,7 @@ class _Slice:
 
     async def _grade_one(self, of: tuple[EvaluationSample, Answered, dict[str, grade.Grade]]) -> None:
         sample, answered, by_key = of
-        graded = await grading.with_judges(self._graders, answered, by_key, self._ask)
+        graded = await grading.with_judges(self._graders, answered, by_key, self._judge)
         await self._say(leases.record_grades, position=sample.position, grades=_named(self._graders, graded))
 
     async def _judge_pairs(self) -> bool:
@@ -206,7 +202,7 @@ class _Slice:
         prompt = self._prompt(self._row_of(first))
         asked = judging.compare_messages(prompt, first.answer or "", second.answer or "", self._request.pairwise.criteria)
         try:
-            reply: Whole = await self._ask(self._request.pairwise.judge, asked, max_tokens=VERDICT_TOKENS, temperature=0.0)
+            reply = await self._judge(self._request.pairwise.judge, asked, max_tokens=VERDICT_TOKENS, temperature=0.0)
             return judging.verdict_in(reply.text)
         except (judging.Unreadable, BadRequest):  # the second: two answers may be longer than the judge can read
             return None
