@@ -12,7 +12,7 @@ ANY_LIST = JsonSchema(type="json_schema", name="s", json_schema={"type": "array"
 
 def test_an_answer_that_takes_too_much_costs_its_own_score_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "MEMORY_BYTES", 192 * 2**20)
-    huge = "[" + "0," * 20_000_000 + "0]"
+    huge = "x" * 80_000_000
     answers = [Answered(item={}, output_text=text) for text in ("[1]", huge, "{}")]
     told = grading.by_rule([ANY_LIST], answers, cpu_seconds=20)
 
