@@ -49,15 +49,19 @@ def run(order: Order, *, cpu_seconds: int) -> Told:
 
 
 def main() -> int:
-    order = Order.model_validate_json(limited.accept())
+    try:
+        sys.stdout.write(_answer(Order.model_validate_json(limited.accept())).model_dump_json())
+    except MemoryError:
+        return limited.OUT_OF_MEMORY
+    return 0
+
+
+def _answer(order: Order) -> Told:
     try:
         grade.check(order.graders)
     except SchemaRefused as refused:
-        told = Told(refused=str(refused))
-    else:
-        told = Told(grades=[_graded(order, answered) for answered in order.answers])
-    sys.stdout.write(told.model_dump_json())
-    return 0
+        return Told(refused=str(refused))
+    return Told(grades=[_graded(order, answered) for answered in order.answers])
 
 
 def _graded(order: Order, answered: Answered) -> dict[str, Grade]:
