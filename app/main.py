@@ -11,8 +11,10 @@ from app import db, handlers, health, manual
 from app.accounts.keys import KeyRing
 from app.accounts.middleware import Authenticate
 from app.adapters import routes as adapters
-from app.core import catalog, logging, storage
+from app.core import catalog, judges, logging, storage
 from app.core.settings import Settings
+from app.evaluations import routes as evaluations
+from app.evaluations.asking import Asker
 from app.files import routes as files
 from app.http import BodyLimit, RequestContext
 from app.inference import routes as inference
@@ -42,10 +44,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     state.catalog = catalog.load(settings.catalog_file)
     state.dry_runner = DryRunner(state.sessions, state.storage, state.catalog, settings)
     state.gateway = Gateway(state.sessions, state.catalog, Renderers(state.storage), settings.inference, settings.engine_token)
+    state.asker = Asker(state.gateway, judges.load(settings.evaluations.judges_file))
     for router in (
         files.router,
         jobs.router,
         jobs.queues,
+        evaluations.router,
         adapters.router,
         inference.router,
         webhooks.router,
@@ -68,5 +72,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     watching = asyncio.create_task(health.watch(app))
     yield
     watching.cancel()
+    await app.state.asker.close()
     await app.state.gateway.close()
     app.state.sessions.kw["bind"].dispose()

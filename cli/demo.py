@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.core import statistics
 from cli.failure import failed
 
 if TYPE_CHECKING:
@@ -259,22 +259,14 @@ def _ask(client: "OpenAI", model: str, questions: list[Question], console: "Cons
         return list(pool.map(is_right, questions))
 
 
-def mcnemar_p(of_base: list[bool], of_tuned: list[bool]) -> float:
-    """Two-sided exact p of McNemar's test on paired answers: a sign test on the questions where the two differ."""
-    gained = sum(tuned and not base for base, tuned in zip(of_base, of_tuned, strict=True))
-    lost = sum(base and not tuned for base, tuned in zip(of_base, of_tuned, strict=True))
-    differing = gained + lost
-    tail: float = sum(math.comb(differing, k) for k in range(max(gained, lost), differing + 1)) / 2**differing
-    return min(1.0, 2 * tail)
-
-
 def _report(
     console: "Console", job: "FineTuningJob", stages: Stages, of_base: list[bool], of_tuned: list[bool], size_bytes: int
 ) -> bool:
     from rich.table import Table
 
     base_rate, tuned_rate = (100 * sum(answers) / len(answers) for answers in (of_base, of_tuned))
-    p = mcnemar_p(of_base, of_tuned)
+    pairs = list(zip(of_base, of_tuned, strict=True))
+    p = statistics.mcnemar_p(gained=pairs.count((False, True)), lost=pairs.count((True, False)))
     rates = Table("model", "exact answers", title=f"{len(of_base)} held-out questions, greedy")
     rates.add_row(BASE, f"{base_rate:.0f} %")
     rates.add_row(str(job.fine_tuned_model), f"{tuned_rate:.0f} %")

@@ -10,16 +10,20 @@ from app.accounts.caller import Caller
 from app.core import catalog, data, ids, spec
 from app.core.events import MeasuredMemory
 from app.core.manifest import BaseEntry, Manifest
-from app.core.settings import GpuSettings, LeaseSettings
+from app.core.settings import EvaluationSettings, GpuSettings, LeaseSettings
 from app.core.storage import Storage, Stored
+from app.evaluations import leases as evaluation_leases
+from app.evaluations import service as evaluations
+from app.evaluations.schemas import EvaluationCreate
 from app.files import service as files
+from app.inference.service import Whole
 from app.jobs import admission, leases, preparing
 from app.jobs import service as jobs
 from app.jobs.admission import Admission, Data
 from app.jobs.leases import Lease
 from app.jobs.preparing import Dataset, Datasets
 from app.jobs.schemas import JobCreate
-from app.models import File, Job
+from app.models import Evaluation, EvaluationSample, EvaluationState, File, Job
 
 TINY = "tiny-random-llama"
 LEASES = LeaseSettings()
@@ -90,6 +94,23 @@ def queued_job(session: orm.Session, caller: Caller) -> Job:
     made.queue = f"train.{made.id}"
     session.flush()
     return made
+
+
+def evaluation(session: orm.Session, caller: Caller, model: str) -> tuple[Evaluation, str]:
+    """A running evaluation of a model, and the id of its one answer."""
+    file = uploaded_file(session, caller)
+    file.purpose = files.TO_EVALUATE
+    files.finish_validation(session, file.id, data.Report(format=data.CHAT, rows=1, problem_count=0))
+    grader = {"type": "regex", "name": "g", "pattern": "a"}
+    request = EvaluationCreate.model_validate({"file": file.id, "models": [model], "graders": [grader]})
+    made = evaluations.create(session, caller, catalog.load(), request=request, judges=(), settings=EvaluationSettings())
+    made.lease_owner, made.lease_expires_at, made.attempt = "worker", func.clock_timestamp() + timedelta(hours=1), 1
+    made.state = EvaluationState.RUNNING
+    session.flush()
+    answer = Whole("42", "stop", 1, 1)
+    lease = evaluation_leases.Lease(made.id, 1, "worker")
+    evaluation_leases.record_answer(session, lease, position=0, line=1, model=model, answer=answer)
+    return made, session.scalars(select(EvaluationSample.id).where(EvaluationSample.evaluation_id == made.id)).one()
 
 
 def admitted(*, tokens: int = 600) -> Admission:

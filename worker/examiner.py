@@ -1,4 +1,4 @@
-"""The examiner process: `python -m worker.examiner SECONDS BYTES` reads a training file from stdin, writes its report to stdout.
+"""The examiner process: `python -m worker.examiner SECONDS BYTES [PURPOSE]` reads a file from stdin, writes its report to stdout.
 
 A stranger's file is read here and nowhere else before it is known to be valid: a process without any secret, which the
 kernel ends when it takes more memory or processor time than reading takes.
@@ -14,14 +14,16 @@ from app.core import data
 MEMORY_BYTES = 384 * 2**20  # of address space, as it is usually told to it; less is resident: bench/data.py measures it
 CHUNK_BYTES = 256 * 1024
 OUT_OF_MEMORY = 3  # the exit status
+TO_EVALUATE = "evals"  # the purpose of a file that models are asked from
 
 
 def main() -> int:
-    seconds, memory_bytes = map(int, sys.argv[1:])
+    seconds, memory_bytes = map(int, sys.argv[1:3])
+    examine = data.examine_evaluation if sys.argv[3:] == [TO_EVALUATE] else data.examine
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))  # at the first SIGXCPU, at the second SIGKILL
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     try:
-        report = data.examine(data.split_lines(_chunks(sys.stdin.buffer)))
+        report = examine(data.split_lines(_chunks(sys.stdin.buffer)))
     except MemoryError:
         return OUT_OF_MEMORY
     sys.stdin.close()  # whoever still writes is not waited for: see worker.tasks.validate

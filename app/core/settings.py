@@ -141,6 +141,20 @@ class InferenceSettings(BaseModel):
         return _require_http(url)
 
 
+class EvaluationSettings(BaseModel):
+    """How much one evaluation may ask, and which judges there are."""
+
+    max_samples: int = Field(default=20_000, ge=1, description="rows times models of one evaluation; more are refused")
+    max_file_bytes: int = Field(default=64 * MIB, ge=1, description="largest file that is evaluated with")
+    at_once: int = Field(default=8, ge=1, description="questions of an evaluation that a worker has under way at once")
+    judges_file: Path | None = Field(default=None, description="TOML with judges: docs/evaluations.md shows one")
+
+    @field_validator("judges_file")
+    @classmethod
+    def _at_home(cls, path: Path | None) -> Path | None:
+        return path and path.expanduser()
+
+
 class GpuSettings(BaseModel):
     """What of a card a plan may count on: app.core.tiers has the arithmetic, docs/gpu.md the numbers."""
 
@@ -181,6 +195,7 @@ class Settings(BaseSettings):
     inference: InferenceSettings = InferenceSettings()
     training: TrainingSettings = TrainingSettings()
     gpu: GpuSettings = GpuSettings()
+    evaluations: EvaluationSettings = EvaluationSettings()
 
     key_pepper: SecretStr = Field(default=SecretStr(""), description="keys are hashed with it; losing it revokes every key")
     engine_token: SecretStr = Field(default=SecretStr(""), description="shared secret between the gateway and the engines")

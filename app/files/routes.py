@@ -37,7 +37,7 @@ _UPLOAD_DOCS = {
 
 @router.post("/files", openapi_extra=_UPLOAD_DOCS)
 async def upload_file(request: Request, caller: Caller, storage: Storage) -> FileOut:
-    """Upload a training file. It is validated at once; `status` says how that ends."""
+    """Upload a file to train on, or to evaluate with. It is validated at once; `status` says how that ends."""
     file_id = ids.new("file-")
     key = files.key_for(caller, file_id)
     received = await multipart.receive(request.stream(), request.headers.get("content-type", ""), storage, key)

@@ -7,7 +7,7 @@ from app.core.data_report import brief
 from app.core.errors import BadRequest
 from app.models import File
 
-PURPOSES = ("fine-tune",)
+PURPOSES = ("fine-tune", "evals")
 _MIN_EXPIRY, _MAX_EXPIRY = 3600, 2_592_000
 
 
@@ -57,7 +57,9 @@ class UploadFields(BaseModel):
         """Raises BadRequest."""
         purpose = fields.get("purpose")
         if purpose is None:
-            raise BadRequest("the field `purpose` is required: 'fine-tune'", param="purpose", code="missing_required_parameter")
+            raise BadRequest(
+                "the field `purpose` is required: 'fine-tune' or 'evals'", param="purpose", code="missing_required_parameter"
+            )
         if purpose not in PURPOSES:
             raise BadRequest(f"purpose must be one of {', '.join(PURPOSES)}, not {purpose[:64]!r}", param="purpose")
         return cls(purpose=purpose, expires_after_seconds=_expiry(fields))

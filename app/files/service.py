@@ -14,10 +14,12 @@ from app.core.errors import Conflict, NotFound
 from app.core.methods import MethodName
 from app.core.storage import Stored
 from app.files import derived
-from app.models import File, FileStatus, Job
+from app.models import Evaluation, File, FileStatus, Job
+from app.models.evaluations import UNDECIDED
 from app.models.jobs import UNFINISHED
 
 CPU_QUEUE = "cpu"
+TO_TRAIN, TO_EVALUATE = "fine-tune", "evals"  # purposes
 POSTPONED = timedelta(seconds=5)
 LEAST_TO_READ = timedelta(seconds=30)
 SLOWEST_BYTES_PER_SECOND = 256 * 1024  # tokenising on a busy core, the slowest thing done with a file
@@ -31,6 +33,7 @@ class ToValidate:
     storage_key: str
     sha256: str
     cpu_seconds: int
+    purpose: str = TO_TRAIN
 
 
 def key_for(caller: Caller, file_id: str) -> str:
@@ -105,23 +108,35 @@ def get(
 def get_for_training(session: orm.Session, caller: Caller, file_id: str, *, method: MethodName, param: str) -> File:
     """A file that a job may name: still being validated, or valid. The row is locked against deletion until the commit."""
     file = get(session, caller, file_id, param=param, lock="share")
-    require_purpose(file, param=param)
+    require_purpose(file, TO_TRAIN, param=param)
     require_trainable(file, method, param=param)
     return file
 
 
-def require_purpose(file: File, *, param: str) -> None:
-    """Raises Conflict for a file that was not uploaded to be trained on."""
-    if file.purpose != "fine-tune":
-        raise Conflict(
-            f"{file.id} has purpose {file.purpose!r}; upload it with purpose 'fine-tune'", param=param, code="wrong_purpose"
-        )
+def get_for_evaluation(session: orm.Session, caller: Caller, file_id: str, *, param: str) -> File:
+    """The same for a file that models are to be asked from."""
+    file = get(session, caller, file_id, param=param, lock="share")
+    require_purpose(file, TO_EVALUATE, param=param)
+    require_valid(file, param=param)
+    return file
+
+
+def require_purpose(file: File, purpose: str, *, param: str) -> None:
+    """Raises Conflict for a file that was uploaded for something else."""
+    if file.purpose != purpose:
+        message = f"{file.id} has purpose {file.purpose!r}; upload it with purpose {purpose!r}"
+        raise Conflict(message, param=param, code="wrong_purpose")
+
+
+def require_valid(file: File, *, param: str) -> None:
+    """Raises Conflict for a file that is not. One not yet read passes."""
+    if file.status == FileStatus.ERROR:
+        raise Conflict(f"{file.id} is not valid: {file.status_details}", param=param, code="invalid_file")
 
 
 def require_trainable(file: File, method: MethodName, *, param: str) -> None:
     """Raises Conflict for a file that is not valid, or whose rows the method does not train on. One not yet read passes."""
-    if file.status == FileStatus.ERROR:
-        raise Conflict(f"{file.id} is not valid: {file.status_details}", param=param, code="invalid_file")
+    require_valid(file, param=param)
     require_trained_format((file.report or {}).get("format"), file.id, method, param=param)
 
 
@@ -144,17 +159,21 @@ def list_page(
 
 
 def delete(session: orm.Session, caller: Caller, file_id: str) -> str:
-    """Forget a file and free its storage. Raises Conflict while a job needs it."""
+    """Forget a file and free its storage. Raises Conflict while a job or an evaluation needs it."""
     file = get(session, caller, file_id, lock="update")
-    if user := session.scalar(_users_of(file_id).where(Job.organization_id == caller.organization_id)):
-        raise Conflict(f"{file_id} is in use by job {user}; wait for it or cancel it", code="file_in_use")
+    jobs_on = _jobs_on(file_id).where(Job.organization_id == caller.organization_id)
+    evaluations_on = _evaluations_on(file_id).where(Evaluation.organization_id == caller.organization_id)
+    for kind, users in (("job", jobs_on), ("evaluation", evaluations_on)):
+        if user := session.scalar(users.limit(1)):
+            raise Conflict(f"{file_id} is in use by {kind} {user}; wait for it or cancel it", code="file_in_use")
     _forget(session, file)
     return file.id
 
 
 def expire(session: orm.Session) -> None:
-    """Forget files whose time is over and that no job needs."""
-    over = select(File).where(File.expires_at <= func.clock_timestamp(), ~_users_of(File.id).exists())
+    """Forget files whose time is over and that no job and no evaluation needs."""
+    is_needed = or_(_jobs_on(File.id).exists(), _evaluations_on(File.id).exists())
+    over = select(File).where(File.expires_at <= func.clock_timestamp(), ~is_needed)
     for file in session.scalars(over.limit(100).with_for_update(skip_locked=True)):
         _forget(session, file)
 
@@ -171,7 +190,7 @@ def claim_to_validate(session: orm.Session) -> ToValidate | None:
     if file is None:
         return None
     file.not_before = func.clock_timestamp() + time_to_read(file)
-    return ToValidate(file.id, file.storage_key, file.sha256, round(time_to_read(file).total_seconds()))
+    return ToValidate(file.id, file.storage_key, file.sha256, round(time_to_read(file).total_seconds()), file.purpose)
 
 
 def time_to_read(*files: File | None) -> timedelta:
@@ -196,10 +215,14 @@ def postpone(session: orm.Session, file_id: str) -> None:
         file.not_before = func.clock_timestamp() + POSTPONED
 
 
-def _users_of(file_id: Any) -> Select[str]:
+def _jobs_on(file_id: Any) -> Select[str]:
     """Ids of unfinished jobs that name the file."""
     names_it = or_(Job.training_file_id == file_id, Job.validation_file_id == file_id)
     return select(Job.id).where(names_it, Job.state.in_(UNFINISHED))
+
+
+def _evaluations_on(file_id: Any) -> Select[str]:
+    return select(Evaluation.id).where(Evaluation.file_id == file_id, Evaluation.state.in_(UNDECIDED))
 
 
 def _forget(session: orm.Session, file: File) -> None:

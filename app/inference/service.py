@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
@@ -21,6 +22,16 @@ from app.inference.gateway import Gateway, Target
 from app.inference.schemas import ChatRequest, CompletionRequest, Usage
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All of an answer."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
 
 
 class Answer:
@@ -78,12 +89,23 @@ async def prepare(
 async def answer_whole(
     gateway: Gateway, caller: Caller, target: Target, generate: GenerateRequest, answer: Answer
 ) -> dict[str, Any]:
+    whole = await _collect(gateway, caller, target, generate)
+    return answer.whole(whole.text, whole.finish_reason, Usage.of(whole.prompt_tokens, whole.completion_tokens))
+
+
+async def ask(gateway: Gateway, caller: Caller, request: ChatRequest) -> Whole:
+    """The same for our own processes, which ask on a customer's behalf."""
+    target, generate = await prepare(gateway, caller, request, ids.new("req_"))
+    return await _collect(gateway, caller, target, generate)
+
+
+async def _collect(gateway: Gateway, caller: Caller, target: Target, generate: GenerateRequest) -> Whole:
     texts, finish_reason, completion_tokens = list[str](), "stop", 0
     async with gateway.open(caller, target, generate) as chunks:
         async for chunk in chunks:
             texts.append(chunk.text)
             finish_reason, completion_tokens = chunk.finish_reason or finish_reason, chunk.completion_tokens
-    return answer.whole("".join(texts), finish_reason, Usage.of(len(generate.prompt), completion_tokens))
+    return Whole("".join(texts), finish_reason, len(generate.prompt), completion_tokens)
 
 
 async def answer_streamed(

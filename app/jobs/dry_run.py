@@ -161,7 +161,7 @@ class DryRunner:
         named = {"training_file": request.training_file, "validation_file": request.validation_file}
         found = {param: files.get(session, caller, file_id, param=param) for param, file_id in named.items() if file_id}
         for param, file in found.items():
-            files.require_purpose(file, param=param)
+            files.require_purpose(file, files.TO_TRAIN, param=param)
         reports = {param: Report.model_validate(file.report) for param, file in found.items() if file.report}
         return _Asked(base, requested, request.seed or 0, found, reports)
 

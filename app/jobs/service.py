@@ -13,6 +13,7 @@ from app.core import ids
 from app.core.catalog import Catalog
 from app.core.errors import NotFound
 from app.core.settings import GpuSettings
+from app.evaluations import leases as evaluations
 from app.files import service as files
 from app.jobs import admission, states
 from app.jobs.schemas import JobCreate
@@ -164,7 +165,7 @@ def due_queues(session: orm.Session) -> set[str]:
     queues = set(session.scalars(waiting))
     files_waiting = select(File.id).where(File.status == FileStatus.UPLOADED, File.not_before <= overdue).limit(1)
     jobs_waiting = select(Job.id).where(Job.state == JobState.VALIDATING_FILES, Job.not_before <= overdue).limit(1)
-    if session.scalar(files_waiting) or session.scalar(jobs_waiting):
+    if session.scalar(files_waiting) or session.scalar(jobs_waiting) or evaluations.is_due(session, overdue=overdue):
         queues.add(files.CPU_QUEUE)
     return queues
 

@@ -5,6 +5,7 @@ from app.models.adapters import Adapter
 from app.models.base import Table
 from app.models.derived import Derived
 from app.models.engines import Engine
+from app.models.evaluations import Evaluation, EvaluationSample, EvaluationState
 from app.models.files import File, FileStatus
 from app.models.jobs import Desired, Job, JobCheckpoint, JobEvent, JobState
 from app.models.outbox import OutboxMessage
@@ -18,6 +19,9 @@ __all__ = [
     "Derived",
     "Desired",
     "Engine",
+    "Evaluation",
+    "EvaluationSample",
+    "EvaluationState",
     "File",
     "FileStatus",
     "Job",

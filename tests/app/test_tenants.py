@@ -27,6 +27,7 @@ NAMING = [(method, path) for method, path in routes() if "{" in path]
 # what names a thing in its body: the field, and what else the body must hold
 IN_BODIES = [
     ("/v1/fine_tuning/jobs", "training_file", {"model": make.TINY}),
+    ("/v1/evaluations", "file", {"models": [make.TINY]}),
     ("/v1/chat/completions", "model", {"messages": [{"role": "user", "content": "a"}]}),
     ("/v1/completions", "model", {"prompt": "a"}),
 ]
@@ -41,11 +42,12 @@ def theirs(client: OpenAI, system_sessions: orm.sessionmaker[orm.Session], organ
         lease = make.claim(session, job)
         make.checkpoint(session, lease)
         make.complete(session, lease)
+        evaluation, sample = make.evaluation(session, organization, str(job.fine_tuned_model))
     (event, *_) = client.fine_tuning.jobs.list_events(job.id).data
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id).data
     models = [str(job.fine_tuned_model), checkpoint.fine_tuned_model_checkpoint]
     ids = [job.training_file_id, str(job.result_file_id), job.id, event.id, checkpoint.id, endpoint.id, organization.project_id]
-    return ids + models
+    return [*ids, evaluation.id, sample, *models]
 
 
 def rows_of(session: orm.Session, caller: Caller) -> list[str]:
@@ -113,5 +115,6 @@ def test_there_is_something_to_steal(
             for table in OWNED
             if session.execute(select(table).where(table.c.organization_id == organization.organization_id)).first()
         }
-    assert held >= {"files", "jobs", "job_events", "job_checkpoints", "adapters", "webhook_endpoints"}
+    things = {"files", "jobs", "job_events", "job_checkpoints", "adapters", "webhook_endpoints"}
+    assert held >= things | {"evaluations", "evaluation_samples"}
     assert len(set(theirs)) == len(theirs)

@@ -361,7 +361,7 @@ def test_a_bad_prompt_is_told_what_is_wrong(http: httpx.Client, prompt: object, 
     refused(http.post("/v1/completions", content=body, headers={"content-type": "application/json"}), 400, "prompt", words)
 
 
-@pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/v1/chat/completions", "/v1/webhook_endpoints"])
+@pytest.mark.parametrize("path", ["/v1/fine_tuning/jobs", "/v1/chat/completions", "/v1/webhook_endpoints", "/v1/evaluations"])
 @pytest.mark.parametrize("name", BODIES)
 def test_a_body_that_cannot_be_read_is_told_why(http: httpx.Client, path: str, name: str) -> None:
     body, kind, words = BODIES[name]

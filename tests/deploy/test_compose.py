@@ -21,7 +21,7 @@ NEEDED = {
     "migrate": {"database__owner_url", "database__system_url", "key_pepper", "storage__secret_key"},
     "api": {"database__api_url", "key_pepper", "engine_token", "storage__secret_key"},
     "relay": {"database__system_url", "broker_url", "engine_token", "storage__secret_key"},
-    "cpu": {"database__system_url", "broker_url", "hf_token", "storage__secret_key"},
+    "cpu": {"database__system_url", "broker_url", "engine_token", "hf_token", "storage__secret_key"},
     "train": {"database__system_url", "broker_url", "hf_token", "storage__secret_key"},
     "engine": {"engine_token", "hf_token", "storage__secret_key"},
 }

@@ -37,7 +37,7 @@ def test_no_process_inherits_our_secrets(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("api", {"DATABASE__API_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN"}),
         ("relay", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL", "ENGINE_TOKEN"}),
-        ("cpu", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL"}),
+        ("cpu", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL", "ENGINE_TOKEN"}),
         ("train", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL"}),
         ("engine", {"STORAGE", "ENGINE_TOKEN"}),
     ],

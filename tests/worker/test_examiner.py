@@ -70,7 +70,7 @@ def test_processor_time_has_a_limit(examined: Examined) -> None:
 def test_an_outage_ends_the_examiner_and_is_told(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     away = settings.storage.model_copy(update={"endpoint_url": f"http://127.0.0.1:{make.free_port()}"})
     started, start = list["subprocess.Popen[bytes]"](), validate._examiner
-    monkeypatch.setattr(validate, "_examiner", lambda seconds: started.append(start(seconds=seconds)) or started[0])
+    monkeypatch.setattr(validate, "_examiner", lambda *asked, **more: started.append(start(*asked, **more)) or started[0])
     with pytest.raises(Unavailable):
         validate.examine(open_storage(away), ToValidate("file-1", "key", "0" * 64, 60))
 
@@ -79,7 +79,7 @@ def test_an_outage_ends_the_examiner_and_is_told(settings: Settings, monkeypatch
 
 def test_it_is_given_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_STORAGE__SECRET_KEY", "s3cret")
-    with validate._examiner(seconds=10) as process:
+    with validate._examiner("fine-tune", seconds=10) as process:
         environment = Path(f"/proc/{process.pid}/environ").read_bytes()
         is_apart = os.getsid(process.pid) == process.pid
         process.communicate()

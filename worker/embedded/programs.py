@@ -36,7 +36,7 @@ def service(_settings: Settings, host: str, port: int) -> tuple[Process, ...]:
     return (
         Process("api", (*uvicorn, "--host", host, "--port", str(port)), serve, grace_seconds=10),
         Process("relay", ("-m", "worker.relay"), (*work, "ENGINE_TOKEN")),
-        Process("cpu", ("-m", "celery", "-A", "worker.celery", *celery_arguments("cpu", "cpu")), work),
+        Process("cpu", ("-m", "celery", "-A", "worker.celery", *celery_arguments("cpu", "cpu")), (*work, "ENGINE_TOKEN")),
         Process("train", ("-m", "worker.train"), work),
         Process("engine", ("-m", "worker.inference.server"), ("STORAGE", "ENGINE_TOKEN")),
     )

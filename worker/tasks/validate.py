@@ -46,7 +46,7 @@ def examine(storage: Storage, file: ToValidate) -> data.Report:
     Raises Unavailable, and OSError or CalledProcessError if the examiner ended in a way that says nothing of the file.
     """
     digest = hashlib.sha256()
-    with _examiner(seconds=file.cpu_seconds) as process:
+    with _examiner(file.purpose, seconds=file.cpu_seconds) as process:
         try:
             _feed(process, storage.stream(file.storage_key), digest)
         except BaseException as error:
@@ -67,9 +67,9 @@ def examine(storage: Storage, file: ToValidate) -> data.Report:
     return data.Report.model_validate_json(said)
 
 
-def _examiner(*, seconds: int) -> "subprocess.Popen[bytes]":
+def _examiner(purpose: str, *, seconds: int) -> "subprocess.Popen[bytes]":
     """It gets no secret, and no signal that is meant for this process."""
-    command = [sys.executable, "-m", "worker.examiner", str(seconds), str(examiner.MEMORY_BYTES)]
+    command = [sys.executable, "-m", "worker.examiner", str(seconds), str(examiner.MEMORY_BYTES), purpose]
     environment = limited.environment()
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
 

@@ -89,4 +89,10 @@ CODES: dict[str, Code] = {
     "row_not_rendered": _warning("a row that the base's chat template cannot show", "change it, or choose another base"),
     "row_too_long": _warning("a row longer than max_seq_length: it is left out", "raise it, or set long_rows to truncate"),
     "row_truncated": _warning("a row whose beginning is cut away", "nothing, if the end is what matters"),
+    # rows of evaluation files
+    "item_invalid": _problem("an `item` that is no object, or an empty one", "write its fields as one JSON object"),
+    "reference_missing": _problem("a chat that does not end with an answer", "end with the answer that models are held to"),
+    "choices_invalid": _problem("choices that are no list of 2 to 26 texts", "write each choice as a string"),
+    "answer_invalid": _problem("an answer that is none of the choices", "write its index from 0, or its letter"),
+    "tools_not_evaluated": _problem("a chat with tools, which answers are asked for without", "remove the row"),
 }

@@ -1,12 +1,14 @@
 """The first pass over a file: every line is looked at once, and little is remembered of it."""
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from app.core.chat import Chat
-from app.core.data import rows
+from app.core.data import formats, rows
+from app.core.data.evaluation import EvaluationRow
+from app.core.data.formats import AnyFormat
 from app.core.data.report import MAX_LISTED, Findings, Report
 
 MAX_COMPARED = 4 * 1024 * 1024  # rows looked at for duplicates: twelve bytes of each are kept until the end
@@ -24,6 +26,15 @@ _BINARY = {
 
 def examine(lines: Iterable[bytes]) -> Report:
     """Read every line and report. Never raises for what a file may hold; what stands behind a binary beginning is not read."""
+    return _examine(lines, formats.FORMATS)
+
+
+def examine_evaluation(lines: Iterable[bytes]) -> Report:
+    """The same for a file that models are to be asked from."""
+    return _examine(lines, formats.EVALUATED)
+
+
+def _examine(lines: Iterable[bytes], among: Sequence[AnyFormat]) -> Report:
     found, first_lines, seen = Findings(), dict[str, int](), _Seen()
     count = 0
     for number, line in enumerate(lines, start=1):
@@ -34,7 +45,7 @@ def examine(lines: Iterable[bytes]) -> Report:
             found.say("file_binary", f"the file is {kind}")
             break
         count += 1
-        if checked := rows.check(line, number, found):
+        if checked := rows.check(line, number, found, among):
             first_lines.setdefault(checked[0].name, number)
         seen.add(line, number)
     found.begin(1, b"")
@@ -57,6 +68,13 @@ def read(lines: Iterable[bytes]) -> Iterator[Chat]:
     for number, line in enumerate(lines, start=1):
         if line and not line.isspace():
             yield rows.to_chat(line, number)
+
+
+def read_evaluation(lines: Iterable[bytes]) -> Iterator[EvaluationRow]:
+    """The questions of a valid evaluation file. Raises RowError at the first row that is none."""
+    for number, line in enumerate(lines, start=1):
+        if line and not line.isspace():
+            yield rows.to_evaluation_row(line, number)
 
 
 def _judge(found: Findings, first_lines: dict[str, int], count: int) -> None:

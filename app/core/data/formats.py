@@ -1,11 +1,12 @@
-"""The formats of training files, told apart by their keys. One line each: how it is known, checked and made a chat."""
+"""The formats of files, told apart by their keys. One line each: how it is known, checked and made a chat or a question."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from app.core.chat import Chat
-from app.core.data import alpaca, chats, completion, preference, sharegpt, text
+from app.core.data import alpaca, chats, completion, evaluation, preference, sharegpt, text
+from app.core.data.evaluation import EvaluationRow
 from app.core.data.report import Findings
 
 
@@ -29,6 +30,27 @@ FORMATS = (
 )
 
 
-def find(row: dict[str, Any]) -> Format | None:
+@dataclass(frozen=True)
+class EvaluationFormat:
+    """One that models are asked from. `convert` is given checked rows."""
+
+    name: str
+    marks: frozenset[str]
+    check: Callable[[dict[str, Any], Findings], None]
+    convert: Callable[[dict[str, Any], int], EvaluationRow]
+
+
+ITEM, CHAT, MULTIPLE_CHOICE = "item", "chat", "multiple_choice"
+EVALUATED = (
+    EvaluationFormat(ITEM, evaluation.ITEM_KEYS, evaluation.check_item, evaluation.of_item),
+    EvaluationFormat(CHAT, frozenset({"messages"}), evaluation.check_chat, evaluation.of_chat),
+    EvaluationFormat(MULTIPLE_CHOICE, frozenset({"choices"}), evaluation.check_choice, evaluation.of_choice),
+)
+
+
+AnyFormat = TypeVar("AnyFormat", Format, EvaluationFormat)
+
+
+def find(row: dict[str, Any], among: Sequence[AnyFormat]) -> AnyFormat | None:
     """The first format that a key of the row belongs to."""
-    return next((known for known in FORMATS if not known.marks.isdisjoint(row)), None)
+    return next((known for known in among if not known.marks.isdisjoint(row)), None)

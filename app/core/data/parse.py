@@ -77,12 +77,12 @@ def strings_of(value: Any) -> Iterator[tuple[Place, str]]:
 def fast(line: bytes) -> Any:
     """Raises ValueError for all that is not plainly right, and for a few things that are: a byte order mark for one."""
     value = from_json(line, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys")
-    if line.count(b"{") + line.count(b"[") > MAX_DEPTH and not _is_within(value, MAX_DEPTH):
+    if line.count(b"{") + line.count(b"[") > MAX_DEPTH and not is_within(value, MAX_DEPTH):
         raise ValueError("too deep")
     return value
 
 
-def _is_within(value: Any, levels: int) -> bool:
+def is_within(value: Any, levels: int) -> bool:
     """Whether no more than so many lists and objects stand in each other."""
     layer = [value]
     for _ in range(levels):

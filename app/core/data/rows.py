@@ -1,11 +1,13 @@
 """One line of a file: what it holds, of which format, and all that is to be said about it."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from app.core.chat import Chat
 from app.core.data import formats
-from app.core.data.formats import Format
+from app.core.data.evaluation import EvaluationRow
+from app.core.data.formats import AnyFormat
 from app.core.data.parse import NotARow, parse, strings_of
 from app.core.data.report import Findings, Problem
 
@@ -27,8 +29,8 @@ class RowError(ValueError):
         self.problem = problem
 
 
-def check(line: bytes, number: int, found: Findings) -> tuple[Format, dict[str, Any]] | None:
-    """Say all there is to say of one row. Returns what it holds, unless it belongs to no format."""
+def check(line: bytes, number: int, found: Findings, among: Sequence[AnyFormat]) -> tuple[AnyFormat, dict[str, Any]] | None:
+    """Say all there is to say of one row. Returns what it holds, unless it belongs to none of these formats."""
     found.begin(number, line)
     try:
         row = parse(line, number)
@@ -43,7 +45,7 @@ def check(line: bytes, number: int, found: Findings) -> tuple[Format, dict[str, 
         hint = "; the file holds one list: write each element on a line of its own" if isinstance(row, list) else ""
         found.say("row_not_object", f"a row must be a JSON object{hint}")
         return None
-    known = formats.find(row)
+    known = formats.find(row, among)
     if known is None:
         keys = ", ".join(map(repr, sorted(row))) or "none"
         found.say("format_unknown", f"no format has the keys of this row: {keys}")
@@ -55,7 +57,17 @@ def check(line: bytes, number: int, found: Findings) -> tuple[Format, dict[str, 
 def to_chat(line: bytes, number: int) -> Chat:
     """The chat of a line of a valid file. Raises RowError."""
     found = Findings()
-    checked = check(line, number, found)
+    checked = check(line, number, found, formats.FORMATS)
+    if checked and not found.problem_count:
+        known, row = checked
+        return known.convert(row, number)
+    raise RowError(found.problems()[0])
+
+
+def to_evaluation_row(line: bytes, number: int) -> EvaluationRow:
+    """The question of a line of a valid evaluation file. Raises RowError."""
+    found = Findings()
+    checked = check(line, number, found, formats.EVALUATED)
     if checked and not found.problem_count:
         known, row = checked
         return known.convert(row, number)

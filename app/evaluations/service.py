@@ -1,0 +1,122 @@
+"""Evaluations as their owners see them."""
+
+from collections.abc import Container, Sequence
+
+from sqlalchemy import Select, func, orm, select
+
+from app import outbox, pages
+from app.accounts.caller import Caller
+from app.adapters import service as adapters
+from app.core import ids
+from app.core.catalog import Catalog
+from app.core.errors import BadRequest, Conflict, NotFound
+from app.core.settings import EvaluationSettings
+from app.evaluations.schemas import EvaluationCreate
+from app.files import service as files
+from app.models import Evaluation, EvaluationSample, EvaluationState, File, FileStatus
+from app.models.evaluations import UNDECIDED
+
+
+def create(
+    session: orm.Session,
+    caller: Caller,
+    catalog: Catalog,
+    *,
+    request: EvaluationCreate,
+    judges: Container[str],
+    settings: EvaluationSettings,
+) -> Evaluation:
+    """Queue an evaluation. The file may still be on its way through validation."""
+    file = files.get_for_evaluation(session, caller, request.file, param="file")
+    for model in request.models:
+        _require_model(session, caller, catalog, model, param="models")
+    for param, judge in request.judges():
+        if judge not in judges:
+            _require_model(session, caller, catalog, judge, param=param)
+    require_possible(file, request, settings)
+    evaluation = Evaluation(
+        id=ids.new("eval_"),
+        organization_id=caller.organization_id,
+        project_id=caller.project_id,
+        api_key_id=caller.key_id,
+        organization_slug=caller.organization_slug,
+        name=request.name,
+        file_id=file.id,
+        request=request.model_dump(mode="json"),
+    )
+    session.add(evaluation)
+    outbox.ring(session, files.CPU_QUEUE)
+    session.flush()
+    session.refresh(evaluation)
+    return evaluation
+
+
+def require_possible(file: File, request: EvaluationCreate, settings: EvaluationSettings) -> None:
+    """Raises BadRequest for a file that is too large, or does not fit the request. One not yet read passes so far."""
+    if file.size_bytes > settings.max_file_bytes:
+        message = f"{file.id} has {file.size_bytes} bytes, and evaluations take at most {settings.max_file_bytes}; use fewer rows"
+        raise BadRequest(message, param="file", code="too_many_samples")
+    if file.status != FileStatus.PROCESSED or file.report is None:
+        return
+    samples = file.report["rows"] * len(request.models)
+    if samples > settings.max_samples:
+        message = (
+            f"{file.report['rows']} rows × {len(request.models)} models are {samples} samples, over the limit of "
+            f"{settings.max_samples}; use fewer rows or models"
+        )
+        raise BadRequest(message, param="file", code="too_many_samples")
+    request.require_fits(str(file.report["format"]))
+
+
+def get(session: orm.Session, caller: Caller, evaluation_id: str) -> Evaluation:
+    if evaluation := session.scalar(_visible(caller).where(Evaluation.id == evaluation_id)):
+        return evaluation
+    raise NotFound(
+        f"the evaluation {evaluation_id!r} does not exist or is not yours; GET /v1/evaluations lists them",
+        code="evaluation_not_found",
+    )
+
+
+def list_page(session: orm.Session, caller: Caller, *, after: str | None, limit: int) -> tuple[Sequence[Evaluation], bool]:
+    return pages.fetch(session, _visible(caller), Evaluation.id, after=after, limit=limit)
+
+
+def list_samples(
+    session: orm.Session, caller: Caller, evaluation_id: str, *, after: str | None, limit: int
+) -> tuple[Sequence[EvaluationSample], bool]:
+    """In the order of the file's rows. A cursor that names no sample of this evaluation shows the first page."""
+    evaluation = get(session, caller, evaluation_id)
+    mine = select(EvaluationSample).where(
+        EvaluationSample.organization_id == evaluation.organization_id, EvaluationSample.evaluation_id == evaluation.id
+    )
+    position = mine.with_only_columns(EvaluationSample.position).where(EvaluationSample.id == after)
+    cursor = session.scalar(position) if after else None
+    return pages.fetch(session, mine, EvaluationSample.position, after=cursor, limit=limit, order="asc")
+
+
+def cancel(session: orm.Session, caller: Caller, evaluation_id: str) -> Evaluation:
+    """End it at once: its worker hears of it with its next word, and what has been answered stays. Twice is the same as once."""
+    evaluation = get(session, caller, evaluation_id)
+    session.refresh(evaluation, with_for_update=True)
+    if evaluation.state == EvaluationState.CANCELLED:
+        return evaluation
+    if evaluation.state not in UNDECIDED:
+        raise Conflict(f"evaluation {evaluation.id} has {evaluation.state} and cannot be cancelled", code="illegal_state")
+    evaluation.state, evaluation.status_details = EvaluationState.CANCELLED, None
+    evaluation.lease_owner = evaluation.lease_expires_at = None
+    evaluation.finished_at = func.clock_timestamp()
+    session.flush()
+    session.refresh(evaluation)
+    return evaluation
+
+
+def _require_model(session: orm.Session, caller: Caller, catalog: Catalog, model: str, *, param: str) -> None:
+    if catalog.find(model) is None and adapters.find(session, caller, model) is None:
+        message = f"the model {model!r} does not exist or is not yours; GET /v1/models lists them"
+        raise NotFound(message, param=param, code="model_not_found")
+
+
+def _visible(caller: Caller) -> Select[Evaluation]:
+    return select(Evaluation).where(
+        Evaluation.organization_id == caller.organization_id, Evaluation.project_id == caller.project_id
+    )
