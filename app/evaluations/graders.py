@@ -16,12 +16,12 @@ from app.evaluations import grading
 from app.evaluations.asking import Asker
 from app.evaluations.grading import Graded
 from app.evaluations.schemas import GraderRun, GraderRunOut, RunMetadata
-from app.files.glance import Busy, Places
 from app.inference.gateway import EngineFailed
+from app.places import Places
 
 CPU_SECONDS: Final = 10
 
-_places = Places()  # each grading takes a core for half a second, or for ten
+_places = Places("graders run", code="graders_busy")  # each grading takes a core for half a second, or for ten
 
 
 def require_usable(caller: Caller, graders: list[AnyGrader]) -> None:
@@ -52,8 +52,6 @@ def _by_rule(caller: Caller, graders: list[AnyGrader], answers: list[Answered]) 
     try:
         with _places.take(caller.organization_id):
             told = grading.by_rule(graders, answers, cpu_seconds=CPU_SECONDS)
-    except Busy:
-        raise Unavailable("too many graders run at once; try again shortly", code="graders_busy") from None
     except limited.Died as died:
         raise Unavailable("the answer was not graded; try again shortly", code="grading_unfinished") from died
     if told.refused:

@@ -4,12 +4,10 @@ Of a file that is longer than a sample only the beginning is looked at.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Condition
 from typing import Final
 
 from pydantic import BaseModel
@@ -25,43 +23,6 @@ from app.models import File
 SAMPLE_BYTES: Final = 4 * MIB  # three thousand rows of a usual length
 FEW_BYTES: Final = 64 * 1024  # for a preview alone
 MEMORY_BYTES, CPU_SECONDS, WALL_SECONDS = 1024 * MIB, 60, 30.0
-AT_ONCE, MOST_WAITING, PATIENCE_SECONDS = 2, 4, 5.0  # in a process of the API, whose threads are few
-
-
-class Busy(Unavailable):
-    code = "dry_run_busy"
-
-    def __init__(self) -> None:
-        super().__init__("too many dry runs at once; try again shortly")
-
-
-class Places:
-    """A few look at once, one of an organization, and a few more may wait: each takes a core or two, and memory."""
-
-    def __init__(self) -> None:
-        self._changed, self._at_work, self._waiting = Condition(), set[str](), 0
-
-    @contextmanager
-    def take(self, organization_id: str) -> Iterator[None]:
-        """Raises Busy."""
-        with self._changed:
-            if self._waiting == MOST_WAITING:
-                raise Busy
-            self._waiting += 1
-            is_free = self._changed.wait_for(lambda: self._is_free(organization_id), PATIENCE_SECONDS)
-            self._waiting -= 1
-            if not is_free:
-                raise Busy
-            self._at_work.add(organization_id)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._at_work.discard(organization_id)
-                self._changed.notify_all()
-
-    def _is_free(self, organization_id: str) -> bool:
-        return len(self._at_work) < AT_ONCE and organization_id not in self._at_work
 
 
 class Sample(BaseModel):

@@ -30,6 +30,7 @@ from app.jobs.admission import Admission, Data
 from app.jobs.queue import Place
 from app.jobs.schemas import JobCreate, PlaceOut, shown_hyperparameters, shown_method, shown_training, told_plan
 from app.models import File
+from app.places import Places
 
 
 class Reason(BaseModel):
@@ -111,7 +112,7 @@ class DryRunner:
 
     def __init__(self, sessions: orm.sessionmaker[orm.Session], storage: Storage, catalog: Catalog, settings: Settings) -> None:
         self._sessions, self._storage, self._catalog, self._settings = sessions, storage, catalog, settings
-        self._prices, self._places = prices.load(settings.price_file), glance.Places()
+        self._prices, self._places = prices.load(settings.price_file), Places("dry runs", code="dry_run_busy")
 
     def run(self, caller: Caller, request: JobCreate) -> DryRunOut:
         """Raises what creating the job would raise, but for what is wrong with its files: that is in the answer. Unavailable."""

@@ -1,7 +1,5 @@
 """What a dry run tells is what comes of the job, and nothing comes of the dry run."""
 
-import threading
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -284,48 +282,6 @@ def test_a_file_that_takes_too_much_costs_its_process_only(house: House, monkeyp
 
     assert [reason.code for reason in told.problems] == ["invalid_file"]
     assert "more than 1 MiB of memory" in told.problems[0].message
-
-
-def test_one_of_an_organization_and_a_few_of_all_look_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glance, "PATIENCE_SECONDS", 0.01)
-    places = glance.Places()
-
-    def is_taken(organization: str) -> bool:
-        try:
-            with places.take(organization):
-                return False
-        except Unavailable as busy:
-            assert (busy.status, busy.code) == (503, "dry_run_busy")
-            return True
-
-    with places.take("a"):
-        assert is_taken("a") and not is_taken("b")
-        with places.take("b"):
-            assert is_taken("c")
-        assert not is_taken("c")
-    assert not is_taken("a")
-
-
-def test_who_waits_gets_the_place_that_is_left_and_no_more_than_a_few_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glance, "PATIENCE_SECONDS", 60)
-    places, done = glance.Places(), list[str]()
-
-    def look(organization: str) -> None:
-        with places.take(organization):
-            done.append(organization)
-
-    with places.take("a"), places.take("b"):
-        waiting = [threading.Thread(target=look, args=(f"w{number}",)) for number in range(glance.MOST_WAITING)]
-        for thread in waiting:
-            thread.start()
-        while places._waiting < glance.MOST_WAITING:
-            time.sleep(0.001)
-        with pytest.raises(glance.Busy):
-            look("late")
-    for thread in waiting:
-        thread.join()
-
-    assert sorted(done) == ["w0", "w1", "w2", "w3"]
 
 
 def test_rows_that_cannot_be_used_are_no_problem_while_others_may_follow(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
