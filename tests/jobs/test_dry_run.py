@@ -149,7 +149,8 @@ def test_a_preference_run_is_told_as_the_job_will_be(house: House) -> None:
     method = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 2}}}
     told, job = house.dry_run(house.file(make.preference_file()), method=method), house.job(make.preference_file(), method=method)
 
-    assert told.ok and told.plan == job.plan and told.plan is not None and told.plan["examples"] == 12
+    assert told.ok and told.plan is not None and {**told.plan, "auto": told.auto} == job.plan and told.plan["examples"] == 12
+    assert told.auto is not None and told.auto["beta"]["value"] == 0.1
     assert told.hyperparameters["beta"] == 0.1 and told.method == {
         "type": "dpo",
         "dpo": {"hyperparameters": told.hyperparameters},

@@ -89,8 +89,9 @@ class Shop:
     def purged(self) -> set[str]:
         with self.to.sessions.begin() as session:
             for message in session.scalars(select(OutboxMessage).where(OutboxMessage.topic == outbox.Topic.PURGE)):
-                self.to.storage.delete(message.payload["prefix"])
-                session.delete(message)
+                if message.payload["prefix"].startswith(f"orgs/{self.caller.organization_id}/"):  # others may leave theirs
+                    self.to.storage.delete(message.payload["prefix"])
+                    session.delete(message)
         return self.objects()
 
 
