@@ -1,8 +1,9 @@
 """Lists as the SDK pages them: `?after=<last id>&limit=…`, answered with `has_more`. Keyset in SQL, never OFFSET."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
+from fastapi import Query
 from pydantic import BaseModel
 from sqlalchemy import Select, orm
 
@@ -15,6 +16,7 @@ class HasId(Protocol):
 T = TypeVar("T")
 Row = TypeVar("Row", bound=HasId)
 Order = Literal["asc", "desc"]
+Limit = Annotated[int, Query(ge=0, le=100)]
 
 
 class Page(BaseModel, Generic[T]):

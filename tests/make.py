@@ -99,7 +99,7 @@ def queued_job(session: orm.Session, caller: Caller) -> Job:
 def evaluation(session: orm.Session, caller: Caller, model: str) -> tuple[Evaluation, str]:
     """A running evaluation of a model, and the id of its one answer."""
     file = uploaded_file(session, caller)
-    file.purpose = files.TO_EVALUATE
+    file.purpose = data.TO_EVALUATE
     files.finish_validation(session, file.id, data.Report(format=data.CHAT, rows=1, problem_count=0))
     grader = {"type": "regex", "name": "g", "pattern": "a"}
     request = EvaluationCreate.model_validate({"file": file.id, "models": [model], "graders": [grader]})

@@ -9,23 +9,21 @@ import sys
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from app.core import data
+from app.core import data, limited
 
 MEMORY_BYTES = 384 * 2**20  # of address space, as it is usually told to it; less is resident: bench/data.py measures it
 CHUNK_BYTES = 256 * 1024
-OUT_OF_MEMORY = 3  # the exit status
-TO_EVALUATE = "evals"  # the purpose of a file that models are asked from
 
 
 def main() -> int:
     seconds, memory_bytes = map(int, sys.argv[1:3])
-    examine = data.examine_evaluation if sys.argv[3:] == [TO_EVALUATE] else data.examine
+    examine = data.examine_evaluation if sys.argv[3:] == [data.TO_EVALUATE] else data.examine
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))  # at the first SIGXCPU, at the second SIGKILL
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     try:
         report = examine(data.split_lines(_chunks(sys.stdin.buffer)))
     except MemoryError:
-        return OUT_OF_MEMORY
+        return limited.OUT_OF_MEMORY
     sys.stdin.close()  # whoever still writes is not waited for: see worker.tasks.validate
     sys.stdout.write(report.model_dump_json())
     return 0

@@ -25,17 +25,13 @@ class Fitted:
     is_further: bool = False
 
 
-def fit(chat: Chat, renderer: Renderer, *, max_tokens: int, long_rows: LongRows) -> Fitted:
-    """Render a row. One that is too long is left out, or, with `truncate`, loses its beginning and never its last answer:
+def fit_all(chats: Sequence[Chat], renderer: Renderer, *, max_tokens: int, long_rows: LongRows) -> list[Fitted]:
+    """Render rows. One that is too long is left out, or, with `truncate`, loses its beginning and never its last answer:
 
     whole turns first, from the oldest, system messages kept; then the beginning of the question before that answer. A row that
-    compares two answers is never cut: both would have to lose the same.
+    compares two answers is never cut: both would have to lose the same. A long text becomes several, and loses nothing.
+    Conversations are encoded side by side on all cores.
     """
-    return fit_all([chat], renderer, max_tokens=max_tokens, long_rows=long_rows)[0]
-
-
-def fit_all(chats: Sequence[Chat], renderer: Renderer, *, max_tokens: int, long_rows: LongRows) -> list[Fitted]:
-    """`fit` of each; conversations are encoded side by side on all cores. A long text becomes several, and loses nothing."""
     made = iter(renderer.examples([Conversation(side, chat.tools) for chat in chats if chat.text is None for side in chat.sides]))
     fitted = list[Fitted]()
     for chat in chats:

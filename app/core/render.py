@@ -190,7 +190,10 @@ class Renderer:
         """The text of `example`, cut where tokens to be predicted begin and end. Raises RenderError."""
         rendered = self._render(conversation)
         encoding = self.tokenizer.encode(rendered.text, add_special_tokens=False)
-        flags = self.example(conversation.messages, conversation.tools).is_trained
+        example = self._example(rendered, encoding)
+        if isinstance(example, RenderError):
+            raise example
+        flags = example.is_trained
         firsts = [i for i in range(len(flags)) if i == 0 or flags[i] != flags[i - 1]]
         starts = [_start_of(encoding, i) for i in firsts]
         ends = [*starts[1:], len(rendered.text)]

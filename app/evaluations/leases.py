@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import func, or_, orm, select, update
+from sqlalchemy import ColumnElement, func, or_, orm, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from app.accounts.caller import Caller
@@ -52,16 +52,10 @@ class Claimed:
 
 def claim(session: orm.Session, *, owner: str, settings: LeaseSettings, limits: EvaluationSettings) -> Claimed | None:
     """The one that has waited longest since somebody worked on it. What cannot be evaluated fails here, with the reason."""
-    now = func.clock_timestamp()
     row = session.execute(
         select(Evaluation, File)
         .join(File, File.id == Evaluation.file_id)
-        .where(
-            Evaluation.state.in_(UNDECIDED),
-            Evaluation.not_before <= now,
-            or_(Evaluation.lease_expires_at.is_(None), Evaluation.lease_expires_at < now),
-            File.status != FileStatus.UPLOADED,
-        )
+        .where(*_free(func.clock_timestamp()), File.status != FileStatus.UPLOADED)
         .order_by(Evaluation.not_before, Evaluation.id)
         .limit(1)
         .with_for_update(skip_locked=True, of=Evaluation)
@@ -96,12 +90,7 @@ def claim(session: orm.Session, *, owner: str, settings: LeaseSettings, limits: 
 
 def is_due(session: orm.Session, *, overdue: Any) -> bool:
     """Whether one waits for a worker since this instant, or was left by one that has died."""
-    waits = select(Evaluation.id).where(
-        Evaluation.state.in_(UNDECIDED),
-        Evaluation.not_before <= overdue,
-        or_(Evaluation.lease_expires_at.is_(None), Evaluation.lease_expires_at < overdue),
-    )
-    return session.scalar(waits.limit(1)) is not None
+    return session.scalar(select(Evaluation.id).where(*_free(overdue)).limit(1)) is not None
 
 
 def holding(session: orm.Session, lease: Lease) -> Evaluation:
@@ -198,7 +187,13 @@ def fail(session: orm.Session, lease: Lease, *, code: str, message: str, param: 
 def finish(session: orm.Session, lease: Lease, *, results: dict[str, Any]) -> None:
     evaluation = holding(session, lease)
     evaluation.results = results
-    _end(evaluation, EvaluationState.SUCCEEDED)
+    evaluations.end(evaluation, EvaluationState.SUCCEEDED)
+
+
+def _free(since: Any) -> tuple[ColumnElement[bool], ...]:
+    """Waits, and nobody has held it since this instant."""
+    is_let_go = or_(Evaluation.lease_expires_at.is_(None), Evaluation.lease_expires_at < since)
+    return Evaluation.state.in_(UNDECIDED), Evaluation.not_before <= since, is_let_go
 
 
 def _request_of(evaluation: Evaluation) -> EvaluationCreate:
@@ -229,13 +224,7 @@ def _let_go(evaluation: Evaluation, pause: timedelta = timedelta()) -> None:
 
 def _fail(evaluation: Evaluation, *, code: str, message: str, param: str | None) -> None:
     evaluation.error = {"code": code, "message": message, "param": param}
-    _end(evaluation, EvaluationState.FAILED)
-
-
-def _end(evaluation: Evaluation, state: EvaluationState) -> None:
-    evaluation.state, evaluation.status_details = state, None
-    evaluation.lease_owner = evaluation.lease_expires_at = None
-    evaluation.finished_at = func.clock_timestamp()
+    evaluations.end(evaluation, EvaluationState.FAILED)
 
 
 def _at(lease: Lease, position: int) -> tuple[Any, ...]:

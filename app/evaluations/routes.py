@@ -1,6 +1,6 @@
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Request
 
 from app import db, pages
 from app.deps import BaseModels, Caller, Session, Sessions, Settings
@@ -26,7 +26,6 @@ def get_asker(request: Request) -> Asker:
 
 
 Asks = Annotated[Asker, Depends(get_asker)]
-Limit = Annotated[int, Query(ge=0, le=100)]
 
 
 @router.post("/fine_tuning/alpha/graders/run")
@@ -56,7 +55,9 @@ def create_evaluation(
 
 
 @router.get("/evaluations")
-def list_evaluations(session: Session, caller: Caller, after: str | None = None, limit: Limit = 20) -> pages.Page[EvaluationOut]:
+def list_evaluations(
+    session: Session, caller: Caller, after: str | None = None, limit: pages.Limit = 20
+) -> pages.Page[EvaluationOut]:
     """Your evaluations, newest first."""
     return pages.page(evaluations.list_page(session, caller, after=after, limit=limit), EvaluationOut.of)
 
@@ -69,7 +70,7 @@ def get_evaluation(evaluation_id: str, session: Session, caller: Caller) -> Eval
 
 @router.get("/evaluations/{evaluation_id}/results")
 def list_evaluation_results(
-    evaluation_id: str, session: Session, caller: Caller, after: str | None = None, limit: Limit = 20
+    evaluation_id: str, session: Session, caller: Caller, after: str | None = None, limit: pages.Limit = 20
 ) -> pages.Page[SampleOut]:
     """Every answer with its grades, in the order of the file."""
     return pages.page(evaluations.list_samples(session, caller, evaluation_id, after=after, limit=limit), SampleOut.of)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_validator
 
 from app.core import data
 from app.core.clock import unix
@@ -22,17 +22,14 @@ from app.core.graders.spec import (
 from app.core.graders.template import MAX_FILLED
 from app.core.multiple_choice import ANSWER_TOKENS
 from app.models import Evaluation, EvaluationSample
+from app.schemas import Failure, Request, without_nul
 
 MAX_MODELS = 8
 DEFAULT_TOKENS = 256
 MULTIPLE_CHOICE_GRADER = MultipleChoice(type="multiple_choice", name="accuracy")
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class GraderRun(_Request):
+class GraderRun(Request):
     """A grader, an answer, and the row it answers."""
 
     grader: Grader
@@ -40,7 +37,7 @@ class GraderRun(_Request):
     item: Json | None = None
 
 
-class GraderValidate(_Request):
+class GraderValidate(Request):
     grader: Grader
 
 
@@ -70,7 +67,7 @@ class GraderRunOut(BaseModel):
     messages: list[str]
 
 
-class SamplingIn(_Request):
+class SamplingIn(Request):
     """How the models answer. By default greedily: the same answer each time."""
 
     max_tokens: Annotated[int, Field(ge=1, le=16_384)] | None = None
@@ -80,20 +77,14 @@ class SamplingIn(_Request):
     stop: Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Field(max_length=4)] | None = None
 
 
-def _without_nul(text: str) -> str:
-    if "\x00" in text:
-        raise ValueError("must not hold a NUL character")
-    return text
-
-
-class Pairwise(_Request):
+class Pairwise(Request):
     """Each model's answers against the first model's, side by side before a judge, in both orders."""
 
     judge: ModelName
-    criteria: Annotated[str, StringConstraints(min_length=1, max_length=4096), AfterValidator(_without_nul)] | None = None
+    criteria: Annotated[str, StringConstraints(min_length=1, max_length=4096), AfterValidator(without_nul)] | None = None
 
 
-class EvaluationCreate(_Request):
+class EvaluationCreate(Request):
     """What `POST /v1/evaluations` takes. `input` is asked for every item; chats and multiple-choice questions need none."""
 
     name: Name | None = None
@@ -143,12 +134,6 @@ class EvaluationCreate(_Request):
             raise BadRequest(message, param="graders")
 
 
-class EvaluationError(BaseModel):
-    code: str
-    message: str
-    param: str | None
-
-
 class EvaluationOut(BaseModel):
     """An evaluation. `status` is queued, running, succeeded, failed or cancelled; `status_details` says what it waits for.
 
@@ -167,7 +152,7 @@ class EvaluationOut(BaseModel):
     samples: int | None
     answered: int
     results: dict[str, Any] | None
-    error: EvaluationError | None
+    error: Failure | None
     started_at: int | None
     finished_at: int | None
 
@@ -186,7 +171,7 @@ class EvaluationOut(BaseModel):
             samples=None if evaluation.rows is None else evaluation.rows * len(models),
             answered=evaluation.answered,
             results=evaluation.results,
-            error=EvaluationError(**evaluation.error) if evaluation.error else None,
+            error=Failure(**evaluation.error) if evaluation.error else None,
             started_at=unix(evaluation.started_at),
             finished_at=unix(evaluation.finished_at),
         )
@@ -206,7 +191,7 @@ class SampleOut(BaseModel):
     finish_reason: str | None
     prompt_tokens: int
     completion_tokens: int
-    error: EvaluationError | None
+    error: Failure | None
     grades: dict[str, Any] | None
     verdict: dict[str, Any] | None
 
@@ -220,7 +205,7 @@ class SampleOut(BaseModel):
             finish_reason=sample.finish_reason,
             prompt_tokens=sample.prompt_tokens,
             completion_tokens=sample.completion_tokens,
-            error=EvaluationError(**sample.error) if sample.error else None,
+            error=Failure(**sample.error) if sample.error else None,
             grades=sample.grades,
             verdict=sample.verdict,
         )

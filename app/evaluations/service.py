@@ -102,12 +102,17 @@ def cancel(session: orm.Session, caller: Caller, evaluation_id: str) -> Evaluati
         return evaluation
     if evaluation.state not in UNDECIDED:
         raise Conflict(f"evaluation {evaluation.id} has {evaluation.state} and cannot be cancelled", code="illegal_state")
-    evaluation.state, evaluation.status_details = EvaluationState.CANCELLED, None
-    evaluation.lease_owner = evaluation.lease_expires_at = None
-    evaluation.finished_at = func.clock_timestamp()
+    end(evaluation, EvaluationState.CANCELLED)
     session.flush()
     session.refresh(evaluation)
     return evaluation
+
+
+def end(evaluation: Evaluation, state: EvaluationState) -> None:
+    """It is over, and nobody holds it any more."""
+    evaluation.state, evaluation.status_details = state, None
+    evaluation.lease_owner = evaluation.lease_expires_at = None
+    evaluation.finished_at = func.clock_timestamp()
 
 
 def _require_model(session: orm.Session, caller: Caller, catalog: Catalog, model: str, *, param: str) -> None:

@@ -2,12 +2,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from app.core import data
 from app.core.clock import unix
 from app.core.data_report import brief
 from app.core.errors import BadRequest
 from app.models import File
 
-PURPOSES = ("fine-tune", "evals")
+PURPOSES = (data.TO_TRAIN, data.TO_EVALUATE)
 _MIN_EXPIRY, _MAX_EXPIRY = 3600, 2_592_000
 
 

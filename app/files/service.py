@@ -19,7 +19,6 @@ from app.models.evaluations import UNDECIDED
 from app.models.jobs import UNFINISHED
 
 CPU_QUEUE = "cpu"
-TO_TRAIN, TO_EVALUATE = "fine-tune", "evals"  # purposes
 POSTPONED = timedelta(seconds=5)
 LEAST_TO_READ = timedelta(seconds=30)
 SLOWEST_BYTES_PER_SECOND = 256 * 1024  # tokenising on a busy core, the slowest thing done with a file
@@ -33,7 +32,7 @@ class ToValidate:
     storage_key: str
     sha256: str
     cpu_seconds: int
-    purpose: str = TO_TRAIN
+    purpose: str = data.TO_TRAIN
 
 
 def key_for(caller: Caller, file_id: str) -> str:
@@ -108,7 +107,7 @@ def get(
 def get_for_training(session: orm.Session, caller: Caller, file_id: str, *, method: MethodName, param: str) -> File:
     """A file that a job may name: still being validated, or valid. The row is locked against deletion until the commit."""
     file = get(session, caller, file_id, param=param, lock="share")
-    require_purpose(file, TO_TRAIN, param=param)
+    require_purpose(file, data.TO_TRAIN, param=param)
     require_trainable(file, method, param=param)
     return file
 
@@ -116,7 +115,7 @@ def get_for_training(session: orm.Session, caller: Caller, file_id: str, *, meth
 def get_for_evaluation(session: orm.Session, caller: Caller, file_id: str, *, param: str) -> File:
     """The same for a file that models are to be asked from."""
     file = get(session, caller, file_id, param=param, lock="share")
-    require_purpose(file, TO_EVALUATE, param=param)
+    require_purpose(file, data.TO_EVALUATE, param=param)
     require_valid(file, param=param)
     return file
 

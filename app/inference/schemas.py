@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from app.core.chat import Message
 from app.core.engine import Sampling
 from app.core.errors import BadRequest
+from app.schemas import Request
 
 # parameters of the API that this server knows and does not offer, with the values that ask for nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -46,10 +47,8 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class _Request(BaseModel):
+class _Request(Request):
     """What both endpoints take."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None

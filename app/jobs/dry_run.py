@@ -10,7 +10,7 @@ from sqlalchemy import orm
 
 from app import db
 from app.accounts.caller import Caller
-from app.core import cards, methods, prices, spec
+from app.core import cards, data, methods, prices, spec
 from app.core.catalog import Base, Catalog
 from app.core.clock import unix
 from app.core.data import Report
@@ -162,7 +162,7 @@ class DryRunner:
         named = {"training_file": request.training_file, "validation_file": request.validation_file}
         found = {param: files.get(session, caller, file_id, param=param) for param, file_id in named.items() if file_id}
         for param, file in found.items():
-            files.require_purpose(file, files.TO_TRAIN, param=param)
+            files.require_purpose(file, data.TO_TRAIN, param=param)
         reports = {param: Report.model_validate(file.report) for param, file in found.items() if file.report}
         return _Asked(base, requested, request.seed or 0, found, reports)
 

@@ -1,7 +1,7 @@
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Request
 
 from app import db, pages
 from app.deps import BaseModels, Caller, Session, Sessions, Settings
@@ -21,7 +21,6 @@ def get_dry_runner(request: Request) -> DryRunner:
 
 
 DryRuns = Annotated[DryRunner, Depends(get_dry_runner)]
-Limit = Annotated[int, Query(ge=0, le=100)]
 
 
 @router.post("/jobs")
@@ -45,7 +44,7 @@ def create_job(
 
 @router.get("/jobs")
 def list_jobs(
-    request: Request, session: Session, caller: Caller, after: str | None = None, limit: Limit = 20
+    request: Request, session: Session, caller: Caller, after: str | None = None, limit: pages.Limit = 20
 ) -> pages.Page[JobOut]:
     """Your jobs, newest first; `metadata[key]=value` keeps those that carry it."""
     metadata = {
@@ -82,7 +81,7 @@ def resume_job(job_id: str, session: Session, caller: Caller) -> JobOut:
 
 @router.get("/jobs/{job_id}/events")
 def list_job_events(
-    job_id: str, session: Session, caller: Caller, after: str | None = None, limit: Limit = 20
+    job_id: str, session: Session, caller: Caller, after: str | None = None, limit: pages.Limit = 20
 ) -> pages.Page[EventOut]:
     """What happened to a job, newest first; metrics of each step among it."""
     return pages.page(jobs.list_events(session, caller, job_id, after=after, limit=limit), EventOut.of)
@@ -90,7 +89,7 @@ def list_job_events(
 
 @router.get("/jobs/{job_id}/checkpoints")
 def list_job_checkpoints(
-    job_id: str, session: Session, caller: Caller, after: str | None = None, limit: Limit = 10
+    job_id: str, session: Session, caller: Caller, after: str | None = None, limit: pages.Limit = 10
 ) -> pages.Page[CheckpointOut]:
     """Checkpoints of a job, newest first. Each answers chats by its name."""
     return pages.page(jobs.list_checkpoints(session, caller, job_id, after=after, limit=limit), CheckpointOut.of)

@@ -1,6 +1,6 @@
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_validator
 
 from app.core import spec
 from app.core.clock import unix
@@ -9,30 +9,21 @@ from app.core.errors import BadRequest
 from app.core.methods import METHODS, MethodName
 from app.jobs.queue import Place, Queue
 from app.models import Job, JobCheckpoint, JobEvent, JobState
+from app.schemas import Failure, Request, without_nul
 
 MAX_LISTED = 100  # jobs of a queue
 
 
-def _without_nul(text: str) -> str:
-    if "\x00" in text:
-        raise ValueError("must not hold a NUL character")
-    return text
-
-
 Metadata = Annotated[
     dict[
-        Annotated[str, StringConstraints(max_length=64), AfterValidator(_without_nul)],
-        Annotated[str, StringConstraints(max_length=512), AfterValidator(_without_nul)],
+        Annotated[str, StringConstraints(max_length=64), AfterValidator(without_nul)],
+        Annotated[str, StringConstraints(max_length=512), AfterValidator(without_nul)],
     ],
     Field(max_length=16),
 ]
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Supervised(_Request):
+class Supervised(Request):
     hyperparameters: spec.Hyperparameters | None = None
 
 
@@ -40,11 +31,11 @@ class PreferenceHyperparameters(spec.Hyperparameters):
     beta: spec.Auto | spec.Beta = spec.AUTO
 
 
-class Preference(_Request):
+class Preference(Request):
     hyperparameters: PreferenceHyperparameters | None = None
 
 
-class Method(_Request):
+class Method(Request):
     """A client may send several of the objects: the one `type` names counts."""
 
     type: str
@@ -59,7 +50,7 @@ class Method(_Request):
         return of_type.hyperparameters.model_dump(exclude_unset=True) if of_type and of_type.hyperparameters else {}
 
 
-class JobCreate(_Request):
+class JobCreate(Request):
     """What `POST /v1/fine_tuning/jobs` takes. `adapter`, `quantization`, `training` and `dry_run` are ours."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -129,12 +120,6 @@ class JobCreate(_Request):
         )
 
 
-class JobError(BaseModel):
-    code: str
-    message: str
-    param: str | None
-
-
 class PlaceOut(BaseModel):
     """Where a waiting job stands: 1 is taken next. `estimated_start` is null until jobs on such bases have been finished here."""
 
@@ -165,7 +150,7 @@ class JobOut(BaseModel):
     validation_file: str | None
     hyperparameters: dict[str, Any]
     method: dict[str, Any]
-    error: JobError | None
+    error: Failure | None
     fine_tuned_model: str | None
     finished_at: int | None
     trained_tokens: int | None
@@ -204,7 +189,7 @@ class JobOut(BaseModel):
             validation_file=job.validation_file_id,
             hyperparameters=hyperparameters,
             method=shown_method(requested, hyperparameters),
-            error=JobError.model_validate(job.error) if job.error else None,
+            error=Failure.model_validate(job.error) if job.error else None,
             fine_tuned_model=job.fine_tuned_model,
             finished_at=unix(job.finished_at),
             trained_tokens=job.trained_tokens,

@@ -1,6 +1,4 @@
-from typing import Annotated
-
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 
 from app import pages
 from app.deps import Caller, Session, Settings
@@ -17,8 +15,6 @@ from app.webhooks.schemas import (
 
 router = APIRouter(prefix="/v1", tags=["Webhooks"])
 
-Limit = Annotated[int, Query(ge=0, le=100)]
-
 
 @router.post("/webhook_endpoints")
 def create_webhook_endpoint(body: EndpointCreate, session: Session, caller: Caller, settings: Settings) -> EndpointWithSecret:
@@ -28,7 +24,7 @@ def create_webhook_endpoint(body: EndpointCreate, session: Session, caller: Call
 
 @router.get("/webhook_endpoints")
 def list_webhook_endpoints(
-    session: Session, caller: Caller, after: str | None = None, limit: Limit = 20
+    session: Session, caller: Caller, after: str | None = None, limit: pages.Limit = 20
 ) -> pages.Page[EndpointOut]:
     """Your webhook endpoints, newest first."""
     return pages.page(webhooks.list_page(session, caller, after=after, limit=limit), EndpointOut.of)
@@ -56,7 +52,7 @@ def delete_webhook_endpoint(endpoint_id: str, session: Session, caller: Caller) 
 
 @router.get("/webhook_endpoints/{endpoint_id}/deliveries")
 def list_webhook_deliveries(
-    endpoint_id: str, session: Session, caller: Caller, after: str | None = None, limit: Limit = 20
+    endpoint_id: str, session: Session, caller: Caller, after: str | None = None, limit: pages.Limit = 20
 ) -> pages.Page[DeliveryOut]:
     """What was sent to an endpoint and how that went, newest first."""
     return pages.page(webhooks.list_deliveries(session, caller, endpoint_id, after=after, limit=limit), DeliveryOut.of)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.core import catalog
 from app.core.chat import Chat, Message, ToolCall
-from app.core.fitting import Fitted, fit, fit_all
+from app.core.fitting import Fitted, fit_all
 from app.core.render import Renderer
 from app.core.spec import LongRows
 from tests.make import TINY
@@ -27,6 +27,10 @@ def renderer(bases_dir: Path) -> Renderer:
 
 def of(*said: tuple[str, str], line: int = 7) -> Chat:
     return Chat(tuple(Message(role, content) for role, content in said), line)
+
+
+def fit(chat: Chat, renderer: Renderer, *, max_tokens: int, long_rows: LongRows) -> Fitted:
+    return fit_all([chat], renderer, max_tokens=max_tokens, long_rows=long_rows)[0]
 
 
 def cut(chat: Chat, renderer: Renderer, max_tokens: int, long_rows: LongRows = "truncate") -> tuple[Fitted, str]:

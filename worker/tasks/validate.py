@@ -58,7 +58,7 @@ def examine(storage: Storage, file: ToValidate) -> data.Report:
         said = process.stdout.read()
     if digest.hexdigest() != file.sha256:
         return _refused("file_damaged", "the stored file differs from what was uploaded")
-    if process.returncode in (examiner.OUT_OF_MEMORY, -signal.SIGABRT):  # the second is how the parser, which is Rust, says it
+    if process.returncode in (limited.OUT_OF_MEMORY, -signal.SIGABRT):  # the second is how the parser, which is Rust, says it
         return _refused("limits_exceeded", f"reading the file took more than {examiner.MEMORY_BYTES >> 20} MiB")
     if process.returncode == -signal.SIGXCPU:
         return _refused("limits_exceeded", f"reading the file took more than {file.cpu_seconds} seconds of processor time")

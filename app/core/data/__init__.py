@@ -2,7 +2,7 @@
 
 from app.core.data.evaluation import EvaluationRow
 from app.core.data.examine import examine, examine_evaluation, read, read_evaluation
-from app.core.data.formats import CHAT, ITEM, MULTIPLE_CHOICE
+from app.core.data.formats import CHAT, ITEM, MULTIPLE_CHOICE, TO_EVALUATE, TO_TRAIN
 from app.core.data.lines import MAX_LINE_BYTES, split_lines
 from app.core.data.report import MAX_LISTED, Problem, Report
 from app.core.data.rows import RowError
@@ -13,6 +13,8 @@ __all__ = [
     "MAX_LINE_BYTES",
     "MAX_LISTED",
     "MULTIPLE_CHOICE",
+    "TO_EVALUATE",
+    "TO_TRAIN",
     "EvaluationRow",
     "Problem",
     "Report",

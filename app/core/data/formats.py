@@ -40,6 +40,7 @@ class EvaluationFormat:
     convert: Callable[[dict[str, Any], int], EvaluationRow]
 
 
+TO_TRAIN, TO_EVALUATE = "fine-tune", "evals"  # the purposes of files
 ITEM, CHAT, MULTIPLE_CHOICE = "item", "chat", "multiple_choice"
 EVALUATED = (
     EvaluationFormat(ITEM, evaluation.ITEM_KEYS, evaluation.check_item, evaluation.of_item),
