@@ -175,7 +175,8 @@ def test_an_engine_that_is_away_is_waited_for_and_the_owner_is_told(
 
 
 def engine_aged(*, by: timedelta = timedelta(minutes=1)) -> Update:
-    return update(Engine).where(Engine.id == "scripted").values(heartbeat_at=Engine.heartbeat_at - by)
+    """And with it those of this base that other tests have left a moment ago."""
+    return update(Engine).where(Engine.base == rows.TINY).values(heartbeat_at=Engine.heartbeat_at - by)
 
 
 def test_a_row_that_a_model_cannot_be_asked_has_its_reason_and_no_score(
