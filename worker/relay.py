@@ -83,8 +83,7 @@ class Relay:
                     log.warning("relay_loop_failed", loop=name, error=f"{type(error).__name__}: {error}"[:300])
                 wait_seconds = SWEEP_SECONDS
             if wait_seconds > 0:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(waker.wait(), wait_seconds)
+                await woken_or_late(waker, wait_seconds)
 
     async def _listen(self) -> None:
         """Wake the loops at every commit that left something for them."""
@@ -232,6 +231,13 @@ class Relay:
         self._last_sweep_at = time.monotonic()
         with self._to.sessions.begin() as session:
             return jobs.due_queues(session)
+
+
+async def woken_or_late(waker: asyncio.Event, seconds: float) -> None:
+    """Not by `asyncio.wait_for`: until Python 3.12 it loses a cancellation that comes together with the event, and the relay runs on."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await waker.wait()
 
 
 async def _main(settings: Settings) -> None:
