@@ -234,7 +234,7 @@ class Relay:
 
 
 async def woken_or_late(waker: asyncio.Event, seconds: float) -> None:
-    """Not by `asyncio.wait_for`: until Python 3.12 it loses a cancellation that comes together with the event, and the relay runs on."""
+    """Not by `asyncio.wait_for`: until Python 3.12 it loses a cancellation that comes with the event, and the relay runs on."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await waker.wait()
