@@ -26,7 +26,7 @@ from app.core.errors import AppError, NotFound, Unavailable
 from app.core.settings import PREFIX
 from app.core.spec import TrainSpec
 from app.core.storage import Storage
-from app.jobs import leases, results
+from app.jobs import leases, results, tracking
 from app.jobs.leases import Lease, LeaseLost
 from app.jobs.preparing import Dataset, Datasets
 from app.models import Desired, Job
@@ -34,6 +34,7 @@ from worker import patience, wire
 from worker.heart import Heart
 from worker.model.directory import is_full
 from worker.services import Services
+from worker.trackers import tensorboard
 from worker.trainers import POLL_SECONDS, Bench, Trainer, TrainerDied
 
 log = structlog.get_logger()
@@ -62,6 +63,7 @@ class Assignment:
     datasets: Datasets
     prefix: str
     resume_from: tuple["Kept", ...]  # the newest first
+    wants_event_file: bool
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,7 @@ class _Attempt:
         result_key = f"{assignment.prefix}/metrics.csv"
         table = self._say(lambda session: results.csv_of(session, self._lease.job_id))
         result = self._awaited(self._transfer(self._patiently, lambda: self._to.storage.put(result_key, table)))
+        more_results = self._event_file(assignment)
         self._say(
             lambda session: leases.complete(
                 session,
@@ -316,9 +319,19 @@ class _Attempt:
                 memory=finished.memory,
                 result_key=result_key,
                 result=result,
+                more_results=more_results,
             )
         )
         log.info("job_succeeded", peak_bytes=finished.memory.peak_bytes, measured_as=finished.memory.measured_as)
+
+    def _event_file(self, assignment: Assignment) -> tuple[leases.ResultFile, ...]:
+        """For TensorBoard, where the job's owner has asked for it."""
+        if not assignment.wants_event_file:
+            return ()
+        points, config = self._say(lambda session: tracking.whole(session, self._lease.job_id))
+        key, written = f"{assignment.prefix}/{tensorboard.NAME}", tensorboard.event_file(points, config)
+        stored = self._awaited(self._transfer(self._patiently, lambda: self._to.storage.put(key, written)))
+        return (leases.ResultFile(tensorboard.NAME, key, stored),)
 
     def _upload(self, directory: Path, prefix: str) -> manifest.Manifest:
         return self._patiently(lambda: _upload_directory(self._to.storage, directory, prefix))
@@ -360,6 +373,7 @@ def _assignment(session: orm.Session, lease: Lease) -> Assignment:
         datasets=Datasets.model_validate(job.datasets),
         prefix=f"orgs/{job.organization_id}/jobs/{job.id}/a{lease.attempt}",
         resume_from=tuple(Kept(kept.step, kept.prefix, kept.metrics) for kept in leases.resumable_checkpoints(session, lease)),
+        wants_event_file=any(one["type"] == "tensorboard" for one in job.integrations or ()),
     )
 
 

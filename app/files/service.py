@@ -70,13 +70,13 @@ def add(
     return file
 
 
-def add_result(session: orm.Session, job: Job, *, storage_key: str, stored: Stored) -> File:
+def add_result(session: orm.Session, job: Job, *, storage_key: str, stored: Stored, filename: str = "metrics.csv") -> File:
     """The metrics of a job as a file of its owner."""
     file = File(
         id=ids.new("file-"),
         organization_id=job.organization_id,
         project_id=job.project_id,
-        filename=f"{job.id}-metrics.csv",
+        filename=f"{job.id}-{filename}",
         purpose="fine-tune-results",
         size_bytes=stored.size_bytes,
         sha256=stored.sha256,

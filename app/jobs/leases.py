@@ -39,6 +39,15 @@ class Lease:
     owner: str
 
 
+@dataclass(frozen=True)
+class ResultFile:
+    """One in storage; its owner sees it under the job's id and this name."""
+
+    name: str
+    key: str
+    stored: Stored
+
+
 def claim(session: orm.Session, queue: str, *, owner: str, settings: LeaseSettings) -> Lease | None:
     """Take the job whose turn it is in this queue; None when none waits."""
     job = turns.take(session, queue)
@@ -151,8 +160,9 @@ def complete(
     memory: MeasuredMemory,
     result_key: str,
     result: Stored,
+    more_results: Sequence[ResultFile] = (),
 ) -> None:
-    """The job has succeeded: its model, its result file and its webhooks appear in this one transaction.
+    """The job has succeeded: its model, its result files and its webhooks appear in this one transaction.
 
     A cancel that came first wins: then the job is cancelled and nothing is published.
     """
@@ -164,6 +174,9 @@ def complete(
     job.trained_tokens = trained_tokens
     job.plan = {**(job.plan or {}), "measured_peak_bytes": memory.peak_bytes, "measured": memory.model_dump(mode="json")}
     job.result_file_id = files.add_result(session, job, storage_key=result_key, stored=result).id
+    job.more_result_file_ids = [
+        files.add_result(session, job, storage_key=more.key, stored=more.stored, filename=more.name).id for more in more_results
+    ] or None
     adapter = adapters.publish(session, job, name=job.fine_tuned_model, step=None, prefix=prefix, manifest=manifest)
     events.append(session, job, f"New fine-tuned model created: {job.fine_tuned_model}")
     states.move(session, job, JobState.SUCCEEDED, "The job has successfully completed")

@@ -5,7 +5,7 @@ from fastapi import APIRouter, Depends, Header, Request
 
 from app import db, pages
 from app.deps import BaseModels, Caller, Session, Sessions, Settings
-from app.jobs import queue
+from app.jobs import integrations, queue
 from app.jobs import service as jobs
 from app.jobs.dry_run import DryRunner, DryRunOut
 from app.jobs.schemas import MAX_LISTED, CheckpointOut, EventOut, JobCreate, JobOut, QueueOut
@@ -34,6 +34,7 @@ def create_job(
     x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
 ) -> JobOut | DryRunOut:
     """Queue a fine-tuning job; with `dry_run`, tell what would come of it, and queue nothing."""
+    integrations.require_offered(body.integrations, settings)
     if body.dry_run:  # takes seconds: no transaction may be open meanwhile
         return dry_runner.run(caller, body)
     tiers, is_retry = settings.training.tiers, x_stainless_retry_count > 0
