@@ -17,6 +17,8 @@ TIMEOUT_SECONDS = 60.0  # after which the process ends itself: see wandb_process
 MARGIN_SECONDS = 5.0
 _PASSED: Final = ("PATH", "HOME", "TMPDIR", "LANG", "PYTHONPATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
 
+_QUIET: Final = {"WANDB_ERROR_REPORTING": "false", "OTEL_SDK_DISABLED": "true"}  # it would tell its makers of itself
+
 
 async def tell(due: Due, to: Services) -> Run:
     """Raises TrackerFailed."""
@@ -47,7 +49,7 @@ async def _said(words: bytes, *, api_key: str) -> tuple[bytes, bytes]:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**passed, "WANDB_API_KEY": api_key, "TUNESMITH_SECONDS": str(int(TIMEOUT_SECONDS))},
+        env={**passed, **_QUIET, "WANDB_API_KEY": api_key, "TUNESMITH_SECONDS": str(int(TIMEOUT_SECONDS))},
     )
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS + MARGIN_SECONDS):

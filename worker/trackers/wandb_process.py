@@ -23,6 +23,8 @@ def tell(words: Mapping[str, Any], directory: str, *, mode: Literal["online", "o
         root_dir=directory,
         silent=True,
         console="off",  # of what is printed or measured here nothing is the customer's
+        host="tunesmith",
+        program="tunesmith",
         disable_git=True,
         disable_code=True,
         save_code=False,
@@ -32,12 +34,15 @@ def tell(words: Mapping[str, Any], directory: str, *, mode: Literal["online", "o
         init_timeout=INIT_SECONDS,
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=True,
+        x_graphql_retry_max=1,  # whoever started this tries again, and waits longer in between
+        x_graphql_retry_wait_min_seconds=1,
+        x_graphql_retry_wait_max_seconds=1,
+        x_file_stream_retry_max=2,
         x_update_finish_state=ending is not None,  # until then the run goes on
     )
     run = wandb.init(**words["run"], resume="allow", settings=settings)
-    has_until = run.step  # the first step that the server has not got
     for point in words["points"]:
-        if point["step"] >= has_until:
+        if point["step"] >= run.starting_step:  # the first that the server has not got
             run.log({**point["metrics"], "_timestamp": point["at"]}, step=point["step"])
     if ending:
         run.summary.update({**ending["summary"], **({"error": ending["error"]} if ending["error"] else {})})
@@ -55,6 +60,8 @@ def _told(words: Mapping[str, Any]) -> dict[str, Any]:
             return {"reason": "it refuses the run as it was asked for", "detail": str(error)}
         except (CommError, TimeoutError) as error:
             return {"reason": "it does not answer", "detail": str(error)}
+        except Exception as error:  # the library has more of its own, one for a service of its that has crashed
+            return {"reason": "its library has failed", "detail": f"{type(error).__name__}: {error}"}
 
 
 def main() -> None:
