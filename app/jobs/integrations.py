@@ -10,21 +10,23 @@ from app.core.settings import Settings
 from app.schemas import Request, without_nul
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=128), AfterValidator(without_nul)]
+PathName = Annotated[Name, StringConstraints(pattern=r"^[^/\\#?%:]+$")]  # which Weights & Biases asks for
+TagKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_./ -]+$")]  # which MLflow does
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(without_nul)]
 TagValue = Annotated[str, StringConstraints(max_length=500), AfterValidator(without_nul)]
 
 
 class Wandb(Request):
-    project: Name
+    project: PathName
     name: Name | None = None
-    entity: Name | None = None
+    entity: PathName | None = None
     tags: Annotated[list[Tag], Field(max_length=16)] | None = None
 
 
 class Mlflow(Request):
     experiment: Name
     run_name: Name | None = None
-    tags: Annotated[dict[Tag, TagValue], Field(max_length=16)] | None = None
+    tags: Annotated[dict[TagKey, TagValue], Field(max_length=16)] | None = None
 
 
 class Integration(Request):

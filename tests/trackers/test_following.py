@@ -248,6 +248,20 @@ def test_what_is_read_in_parts_is_whole_and_in_order(followed: Followed) -> None
     assert told[1:] == list(range(1, 9))
 
 
+def test_the_job_shows_what_the_sdk_knows_and_beside_it_all_that_was_asked(
+    client: OpenAI, file_id: str, system_sessions: orm.sessionmaker[orm.Session]
+) -> None:
+    job = client.fine_tuning.jobs.create(model=make.TINY, training_file=file_id)
+    asked = [{"type": "mlflow", "mlflow": {"experiment": "e"}}, {"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}]
+    with system_sessions.begin() as session:
+        session.get_one(Job, job.id).integrations = asked
+    shown = client.fine_tuning.jobs.retrieve(job.id)
+
+    assert [one.wandb.project for one in shown.integrations or ()] == ["p"]
+    assert shown.model_extra is not None and shown.model_extra["trackers"] == asked
+    assert type(shown).model_validate(shown.model_dump()).id == job.id  # the SDK's own type, without its lenience
+
+
 @pytest.mark.parametrize(
     ("integration", "setting"),
     [

@@ -15,7 +15,10 @@ from worker.trackers.failure import TrackerFailed
 
 TIMEOUT_SECONDS = 60.0  # after which the process ends itself: see wandb_process
 MARGIN_SECONDS = 5.0
-_PASSED: Final = ("PATH", "HOME", "TMPDIR", "LANG", "PYTHONPATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
+_PASSED: Final = (
+    *("PATH", "HOME", "TMPDIR", "LANG", "PYTHONPATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+)
 
 _QUIET: Final = {"WANDB_ERROR_REPORTING": "false", "OTEL_SDK_DISABLED": "true"}  # it would tell its makers of itself
 
