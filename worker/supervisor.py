@@ -26,6 +26,7 @@ from app.core.errors import AppError, NotFound, Unavailable
 from app.core.settings import PREFIX
 from app.core.spec import TrainSpec
 from app.core.storage import Storage
+from app.files.service import Result
 from app.jobs import leases, results, tracking
 from app.jobs.leases import Lease, LeaseLost
 from app.jobs.preparing import Dataset, Datasets
@@ -305,10 +306,14 @@ class _Attempt:
         prefix = f"{assignment.prefix}/adapter"
         adapter = self._awaited(self._transfer(self._upload, Path(finished.directory), prefix))
         self._flush()  # the last metrics belong into the result file
-        result_key = f"{assignment.prefix}/metrics.csv"
-        table = self._say(lambda session: results.csv_of(session, self._lease.job_id))
-        result = self._awaited(self._transfer(self._patiently, lambda: self._to.storage.put(result_key, table)))
-        more_results = self._event_file(assignment)
+        files = [
+            ("metrics.csv", self._say(lambda session: results.csv_of(session, self._lease.job_id))),
+            ("examples.csv", Path(finished.table).read_bytes()),
+        ]
+        if assignment.wants_event_file:
+            points, config = self._say(lambda session: tracking.whole(session, self._lease.job_id))
+            files.append((tensorboard.NAME, tensorboard.event_file(points, config)))
+        stored = [self._awaited(self._transfer(self._result, assignment, name, content)) for name, content in files]
         self._say(
             lambda session: leases.complete(
                 session,
@@ -317,21 +322,14 @@ class _Attempt:
                 manifest=adapter,
                 trained_tokens=finished.trained_tokens,
                 memory=finished.memory,
-                result_key=result_key,
-                result=result,
-                more_results=more_results,
+                tables=stored,
             )
         )
         log.info("job_succeeded", peak_bytes=finished.memory.peak_bytes, measured_as=finished.memory.measured_as)
 
-    def _event_file(self, assignment: Assignment) -> tuple[leases.ResultFile, ...]:
-        """For TensorBoard, where the job's owner has asked for it."""
-        if not assignment.wants_event_file:
-            return ()
-        points, config = self._say(lambda session: tracking.whole(session, self._lease.job_id))
-        key, written = f"{assignment.prefix}/{tensorboard.NAME}", tensorboard.event_file(points, config)
-        stored = self._awaited(self._transfer(self._patiently, lambda: self._to.storage.put(key, written)))
-        return (leases.ResultFile(tensorboard.NAME, key, stored),)
+    def _result(self, assignment: Assignment, name: str, content: bytes) -> Result:
+        key = f"{assignment.prefix}/{name}"
+        return Result(name, key, self._patiently(lambda: self._to.storage.put(key, content)))
 
     def _upload(self, directory: Path, prefix: str) -> manifest.Manifest:
         return self._patiently(lambda: _upload_directory(self._to.storage, directory, prefix))

@@ -1,18 +1,17 @@
-"""What a job reports to, how far each tracker has been told, and a second result file."""
+"""What a job reports to, and how far each tracker has been told."""
 
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "0007t"
-down_revision = "0006"
+down_revision = "0007"
 branch_labels = None
 depends_on = None
 
 
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("integrations", postgresql.JSONB(astext_type=sa.Text()), nullable=True))
-    op.add_column("jobs", sa.Column("more_result_file_ids", postgresql.JSONB(astext_type=sa.Text()), nullable=True))
     op.create_table(
         "job_followers",
         sa.Column("id", sa.Text(collation="C"), nullable=False),
@@ -48,5 +47,4 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("job_followers")
-    op.drop_column("jobs", "more_result_file_ids")
     op.drop_column("jobs", "integrations")

@@ -43,7 +43,7 @@ def test_a_dpo_job_from_the_sdk_to_an_answer(client: OpenAI, tmp_path: Path) -> 
     assert header.split(",")[5:9] == ["rewards/chosen", "rewards/rejected", "rewards/accuracy", "rewards/margin"]
     assert len(rows) == 6 and rows[-1].count(",") == header.count(",") == 12
     assert job.model_extra is not None and job.model_extra["trackers"] == trackers and job.integrations is None
-    (tmp_path / "tfevents").write_bytes(client.files.content(job.result_files[1]).content)
+    (tmp_path / "tfevents").write_bytes(client.files.content(job.result_files[-1]).content)
     margins = EventAccumulator(str(tmp_path)).Reload().Scalars("rewards/margin")
     assert [point.step for point in margins] == [data["step"] for data in steps]
     (*_, checkpoint) = list(client.fine_tuning.jobs.checkpoints.list(job.id))[::-1]

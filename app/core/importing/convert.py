@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -108,6 +108,7 @@ class _Conversion:
         for key, value in self._given.items():
             if key not in self._table["keys"] and key not in _PARTS[self._out.tool]:
                 self._sort(key, value)
+        self._tell_rest()
         self._shape()
         return self._out
 
@@ -153,6 +154,13 @@ class _Conversion:
             near = difflib.get_close_matches(key, known_keys(self._out.tool), n=1, cutoff=0.8)
             self._out.refused.append(Refused(key, why, near[0] if near else "leaving it out, if it does not matter"))
 
+    def _tell_rest(self) -> None:
+        """Of keys that several parts have heard and none has spoken of."""
+        told = " ".join(one.key for one in (*self._out.mapped, *self._out.ignored, *self._out.refused)).split()
+        for key, part in _PARTS[self._out.tool].items():
+            if key not in told and self._given.get(key) is not None:
+                self._out.ignored.append(Ignored(key, _HEARD.get(part, "so it is done here")))
+
     def _group(self, kind: str, key: str) -> Any:
         return next((group for group in self._table[kind] if key in group["keys"]), None)
 
@@ -197,8 +205,9 @@ class _Conversion:
             self._out.put("load_in_8bit", "quantization.scheme", "int8")
         elif self._of.get("load_in_4bit"):
             self._out.put("load_in_4bit", "quantization.scheme", str(self._of.get("bnb_4bit_quant_type", "nf4")))
-            nested = self._of.get("use_bnb_nested_quant", self._of.get("bnb_4bit_use_double_quant", self._out.tool == "axolotl"))
-            self._out.put("use_bnb_nested_quant", "quantization.double_quant", bool(nested), is_default=True)
+            key = "bnb_4bit_use_double_quant" if self._out.tool == "axolotl" else "use_bnb_nested_quant"
+            nested = bool(self._of.get(key, self._out.tool == "axolotl"))
+            self._out.put(key, "quantization.double_quant", nested, is_default=self._is_default(key))
         else:
             self._out.put("load_in_4bit", "quantization.scheme", "none", is_default=True)
 
@@ -239,20 +248,18 @@ class _Conversion:
 
     def data(self) -> None:
         self._out.body |= {"training_file": UPLOAD_FIRST}
-        named = self._given.get("datasets") or []
-        sets: Sequence[Any] = named if isinstance(named, list) else [named]
+        sets = _sets(self._given.get("datasets"))
         if not sets and self._given.get("dataset_name"):
             names = (self._given["dataset_name"], self._given.get("dataset_config"), self._of.get("dataset_train_split", "train"))
             sets = [dict(zip(("path", "name", "split"), names, strict=True))]
-        kinds = [one if isinstance(one, Mapping) else {"path": one} for one in sets]
         compares = self._script in COMPARING
-        self._out.uploads += datasets.uploads(kinds, is_preference=compares, into="training_file")
-        for key, why in datasets.strange(kinds):
+        self._out.uploads += datasets.uploads(sets, is_preference=compares, into="training_file")
+        for key, why in datasets.strange(sets):
             self._out.refused.append(Refused(key, "it is done otherwise here", why))
-        for_validation = [dict(one) for one in self._given.get("test_datasets") or ()]
+        for_validation = _sets(self._given.get("test_datasets"))
         is_judged = self._out.tool == "trl" and self._given.get("eval_strategy") not in _OFF
-        if is_judged and kinds and "test_split_size" not in self._given:
-            for_validation = [{**kinds[0], "split": self._given.get("dataset_test_split", "test")}]
+        if is_judged and sets and "test_split_size" not in self._given:
+            for_validation = [{**sets[0], "split": self._given.get("dataset_test_split", "test")}]
         if for_validation:
             self._out.body["validation_file"] = UPLOAD_FIRST
             self._out.uploads += datasets.uploads(for_validation, is_preference=compares, into="validation_file")
@@ -260,8 +267,7 @@ class _Conversion:
     def reports(self) -> None:
         if self._of.get("use_tensorboard"):
             self._out.put("use_tensorboard", "integrations.tensorboard", {})
-        asked = self._given.get("report_to") or []
-        for tracker in [asked] if isinstance(asked, str) else asked:
+        for tracker in _listed(self._given.get("report_to")):
             if tracker == "tensorboard":
                 self._out.put("report_to", "integrations.tensorboard", {})
             elif tracker == "wandb":
@@ -280,6 +286,15 @@ class _Conversion:
             body["method"] = {"type": name, name: {"hyperparameters": hyperparameters}}
         if reports := body.pop("integrations", None):
             body["integrations"] = [{"type": type} | ({type: about} if about else {}) for type, about in reports.items()]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _sets(value: Any) -> list[Mapping[str, Any]]:
+    """Of `datasets`: a list of tables, or of names alone."""
+    return [one if isinstance(one, Mapping) else {"path": one} for one in _listed(value)]
 
 
 def _is_on_hub(base: Base, name: str) -> bool:
@@ -332,4 +347,10 @@ _PARTS: Final[dict[str, dict[str, _Part]]] = {
         "project": _Conversion.reports,
         **_BOTH,
     },
+}
+_HEARD: Final[Mapping[_Part, str]] = {
+    _Conversion.data: "it says which files to upload",
+    _Conversion.reports: "it is of a tracker, and none that there is here is asked for",
+    _Conversion.quantization: "it says how 4 bits are meant, which is said with load_in_4bit",
+    _Conversion.dropout: "it decides the adapter's dropout",
 }

@@ -92,6 +92,12 @@ def _long_rows(value: Any) -> str:
     raise NotHere("a row that is too long is left out, or loses its beginning", "training.long_rows: truncate")
 
 
+def _truncation(value: Any) -> str:
+    if value == "keep_end":
+        return "truncate"
+    raise NotHere("a row that is too long is left out, or loses its beginning", "training.long_rows: truncate")
+
+
 def _initialisation(value: Any) -> Any:
     if value in (True, False, "gaussian", "orthogonal"):
         return value
@@ -117,5 +123,6 @@ HOWS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "optimizer": _optimizer,
     "scheduler": _scheduler,
     "long_rows": _long_rows,
+    "truncation": _truncation,
     "initialisation": _initialisation,
 }
