@@ -156,7 +156,9 @@ class _Conversion:
 
     def _tell_rest(self) -> None:
         """Of keys that several parts have heard and none has spoken of."""
-        told = " ".join(one.key for one in (*self._out.mapped, *self._out.ignored, *self._out.refused)).split()
+        out = self._out
+        keys = [*(m.key for m in out.mapped), *(i.key for i in out.ignored), *(r.key for r in out.refused)]
+        told = " ".join(keys).split()  # several may make one value
         for key, part in _PARTS[self._out.tool].items():
             if key not in told and self._given.get(key) is not None:
                 self._out.ignored.append(Ignored(key, _HEARD.get(part, "so it is done here")))
