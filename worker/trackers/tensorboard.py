@@ -5,10 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import scalar, text
-
 from app.jobs import tracking
 from app.jobs.tracking import Point
 
@@ -18,6 +14,10 @@ VERSION: Final = "brain.Event:2"  # of the file's format, in its first record
 
 def event_file(points: Sequence[Point], config: Mapping[str, Any]) -> bytes:
     """A scalar for each metric and step, and the configuration as a table under `config`. Equal points give equal bytes."""
+    from tensorboardX.proto.event_pb2 import Event  # imports torch, which a supervisor holds only where such a file is asked for
+    from tensorboardX.record_writer import RecordWriter
+    from tensorboardX.summary import scalar, text
+
     began_at = points[0].at.timestamp() if points else 0.0
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "events"
