@@ -115,6 +115,7 @@ def admit(
         lora=resolved.lora,
         double_quant=resolved.quantization.double_quant,
         optimizer=resolved.optimizer.kind,
+        keeps_start=resolved.keeps_start,
         longest_tokens=data.longest,
         documents=2 if resolved.preference else 1,
         mean_tokens=data.tokens / data.examples,

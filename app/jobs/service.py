@@ -15,7 +15,7 @@ from app.core.errors import NotFound
 from app.core.settings import GpuSettings
 from app.evaluations import leases as evaluations
 from app.files import service as files
-from app.jobs import admission, states
+from app.jobs import admission, starting, states
 from app.jobs.schemas import JobCreate
 from app.models import Desired, File, FileStatus, Job, JobCheckpoint, JobEvent, JobState
 
@@ -34,8 +34,8 @@ def create(
     is_retry: bool = False,
 ) -> Job:
     """Queue a fine-tuning job. `is_retry`: the SDK repeats a request it got no answer to; the first one's job is the answer."""
-    base = catalog.resolve(request.model)
-    queue = admission.first_queue(base, request.requested(), among=tiers, gpu=gpu, catalog=catalog)
+    base, requested = starting.understand(session, caller, catalog, request)
+    queue = admission.first_queue(base, requested, among=tiers, gpu=gpu, catalog=catalog)
     method = request.method_name
     training_file = files.get_for_training(session, caller, request.training_file, method=method, param="training_file")
     validation_file = None
@@ -51,10 +51,11 @@ def create(
         base=base.id,
         training_file_id=training_file.id,
         validation_file_id=validation_file.id if validation_file else None,
+        continue_from=requested.continue_from.model if requested.continue_from else None,
         suffix=request.suffix,
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
         user_metadata=request.metadata,
-        request=request.requested().model_dump(mode="json"),
+        request=requested.model_dump(mode="json"),
         request_sha256=_digest_of(request),
         queue=queue,
     )

@@ -27,6 +27,7 @@ NAMING = [(method, path) for method, path in routes() if "{" in path]
 # what names a thing in its body: the field, and what else the body must hold
 IN_BODIES = [
     ("/v1/fine_tuning/jobs", "training_file", {"model": make.TINY}),
+    ("/v1/fine_tuning/jobs", "continue_from", {"model": make.TINY, "training_file": "file-any"}),
     ("/v1/evaluations", "file", {"models": [make.TINY]}),
     ("/v1/chat/completions", "model", {"messages": [{"role": "user", "content": "a"}]}),
     ("/v1/completions", "model", {"prompt": "a"}),
