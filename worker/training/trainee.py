@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,7 +64,15 @@ class Trainee:
         return self._measured(batch, scale=scale)
 
     @torch.no_grad()
+    def token_losses(self, batch: MicroBatch, *, of_base: bool = False) -> tuple[Tensor, Tensor]:
+        """Of each labelled position, and of what comes after the last of them as padding: see `loss.token_losses`."""
+        with self.model.disable_adapter() if of_base else nullcontext():
+            head_VD, targets_N, hidden_ND, _ = self._forward(batch)
+        return token_losses(hidden_ND, head_VD, targets_N)
+
+    @torch.no_grad()
     def _measured(self, batch: MicroBatch, *, scale: float | None) -> Measured:
+        # what this forward has kept is free again before the next begins
         reference_N = self._losses_of_reference(batch) if self.preference else None
         head_VD, targets_N, hidden_ND, backward = self._forward(batch, noise_alpha=self.noise_alpha)
         d_hidden_ND = None if scale is None else torch.empty_like(hidden_ND)
@@ -78,10 +86,11 @@ class Trainee:
         return measured
 
     def _losses_of_reference(self, batch: MicroBatch) -> Tensor:
-        """Of each labelled position, as the run found the model. What this forward keeps is free before the next begins."""
-        with self._at_start() if self.start else self.model.disable_adapter():
-            head_VD, targets_N, hidden_ND, _ = self._forward(batch)
-        return token_losses(hidden_ND, head_VD, targets_N)[0]
+        """Of each labelled position, as the run found the model."""
+        if not self.start:
+            return self.token_losses(batch, of_base=True)[0]
+        with self._at_start():
+            return self.token_losses(batch)[0]
 
     @contextmanager
     def _at_start(self) -> Iterator[None]:
