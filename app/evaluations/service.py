@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Sequence
 
-from sqlalchemy import Select, func, orm, select
+from sqlalchemy import ARRAY, Select, Text, cast, func, orm, select
 
 from app import outbox, pages
 from app.accounts.caller import Caller
@@ -79,6 +79,12 @@ def get(session: orm.Session, caller: Caller, evaluation_id: str) -> Evaluation:
 
 def list_page(session: orm.Session, caller: Caller, *, after: str | None, limit: int) -> tuple[Sequence[Evaluation], bool]:
     return pages.fetch(session, _visible(caller), Evaluation.id, after=after, limit=limit)
+
+
+def list_naming(session: orm.Session, caller: Caller, models: Sequence[str], *, limit: int) -> Sequence[Evaluation]:
+    """Those that ask any of these models, the newest first."""
+    asks_one = Evaluation.request["models"].has_any(cast(models, ARRAY(Text)))
+    return session.scalars(_visible(caller).where(asks_one).order_by(Evaluation.id.desc()).limit(limit)).all()
 
 
 def list_samples(

@@ -77,6 +77,11 @@ def get(session: orm.Session, caller: Caller, job_id: str) -> Job:
     )
 
 
+def find_all(session: orm.Session, caller: Caller, ids: Sequence[str]) -> Sequence[Job]:
+    """Those that are the caller's."""
+    return session.scalars(_visible(caller).where(Job.id.in_(ids))).all()
+
+
 def list_page(
     session: orm.Session, caller: Caller, *, metadata: Mapping[str, str], after: str | None, limit: int
 ) -> tuple[Sequence[Job], bool]:

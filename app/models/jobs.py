@@ -87,6 +87,7 @@ class Job(Owned, Table):
 
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     fine_tuned_model: Mapped[str | None]
+    valid_loss: Mapped[float | None]
     result_file_id: Mapped[str | None] = mapped_column(Id)
     further_result_file_ids: Mapped[list[Any] | None]
     held_out: Mapped[dict[str, Any] | None]
