@@ -22,6 +22,7 @@ from app.inference.gateway import Gateway
 from app.inference.renderers import Renderers
 from app.jobs import routes as jobs
 from app.jobs.dry_run import DryRunner
+from app.sweeps import routes as sweeps
 from app.webhooks import routes as webhooks
 
 
@@ -50,6 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         files.router,
         jobs.router,
         jobs.queues,
+        sweeps.router,
         evaluations.router,
         adapters.router,
         inference.router,

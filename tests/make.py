@@ -24,7 +24,9 @@ from app.jobs.admission import Admission, Data
 from app.jobs.leases import Lease
 from app.jobs.preparing import Dataset, Datasets
 from app.jobs.schemas import JobCreate
-from app.models import Evaluation, EvaluationSample, EvaluationState, File, Job
+from app.models import Evaluation, EvaluationSample, EvaluationState, File, Job, Sweep
+from app.sweeps import service as sweeps
+from app.sweeps.schemas import SweepCreate
 
 TINY = "tiny-random-llama"
 LEASES = LeaseSettings()
@@ -100,6 +102,18 @@ def prepared(session: orm.Session, made: Job) -> Job:
     made.queue = f"train.{made.id}"
     session.flush()
     return made
+
+
+def sweep(session: orm.Session, caller: Caller, **asked: object) -> Sweep:
+    """Of two learning rates, with part of the file held back."""
+    body: dict[str, object] = {
+        "model": TINY,
+        "training_file": valid_file(session, caller).id,
+        "training": {"validation_split": 2},
+        "grid": {"training.learning_rate": [1e-3, 1e-4]},
+    }
+    request = SweepCreate.model_validate(body | asked)
+    return sweeps.create(session, caller, catalog.load(), request=request, tiers=CPU)
 
 
 def evaluation(session: orm.Session, caller: Caller, model: str) -> tuple[Evaluation, str]:

@@ -16,6 +16,8 @@ from app.files import service as files
 from app.models import Evaluation, EvaluationSample, EvaluationState, File, FileStatus
 from app.models.evaluations import UNDECIDED
 
+MOST_NAMING = 300
+
 
 def create(
     session: orm.Session,
@@ -81,10 +83,14 @@ def list_page(session: orm.Session, caller: Caller, *, after: str | None, limit:
     return pages.fetch(session, _visible(caller), Evaluation.id, after=after, limit=limit)
 
 
-def list_naming(session: orm.Session, caller: Caller, models: Sequence[str], *, limit: int) -> Sequence[Evaluation]:
-    """Those that ask any of these models, the newest first."""
-    asks_one = Evaluation.request["models"].has_any(cast(models, ARRAY(Text)))
-    return session.scalars(_visible(caller).where(asks_one).order_by(Evaluation.id.desc()).limit(limit)).all()
+def list_naming(
+    session: orm.Session, caller: Caller, models: Sequence[str], *, file_id: str | None = None
+) -> Sequence[Evaluation]:
+    """Those that ask any of these models, about this file or any, the newest first; not more than the last few hundred."""
+    query = _visible(caller).where(Evaluation.request["models"].has_any(cast(models, ARRAY(Text))))
+    if file_id is not None:
+        query = query.where(Evaluation.file_id == file_id)
+    return session.scalars(query.order_by(Evaluation.id.desc()).limit(MOST_NAMING)).all()
 
 
 def list_samples(

@@ -15,11 +15,11 @@ from app.core.prices import Price, PriceBook
 from app.evaluations import service as evaluations
 from app.jobs import results
 from app.jobs import service as jobs
-from app.models import Evaluation, Job, JobCheckpoint, JobState
+from app.jobs.schemas import status_of
+from app.models import Evaluation, Job, JobCheckpoint
 from app.schemas import Failure
 
 FEWEST, MOST = 2, 20
-MOST_EVALUATIONS = 100
 _UNCHARTED = {"step", "total_steps", "tokens", "labelled_tokens", "tokens_left"}
 
 
@@ -181,7 +181,7 @@ def _compared(
     tokens = job.total_tokens if job.trained_tokens is None else job.trained_tokens
     return ComparedJob(
         id=job.id,
-        status=JobState.QUEUED if job.state == JobState.PAUSED else job.state,
+        status=status_of(job.state),
         model=job.requested_model,
         base_model=job.base,
         continue_from=job.continue_from,
@@ -240,7 +240,7 @@ def _evaluated(session: orm.Session, caller: Caller, found: Sequence[Job]) -> di
     of_job = checkpoints.where(JobCheckpoint.job_id.in_([job.id for job in found]))
     of_model |= {checkpoint.fine_tuned_model: checkpoint.job_id for checkpoint in session.execute(of_job)}
     told = {job.id: list[EvaluatedModel]() for job in found}
-    for evaluation in evaluations.list_naming(session, caller, list(of_model), limit=MOST_EVALUATIONS):
+    for evaluation in evaluations.list_naming(session, caller, list(of_model)):
         for model in _asked(evaluation, of_model):
             told[of_model[model]].append(_told(evaluation, model))
     return told

@@ -166,6 +166,7 @@ class JobOut(BaseModel):
     paused: bool
     base_model: str
     continue_from: str | None
+    sweep: str | None
     adapter: dict[str, Any]
     quantization: dict[str, Any]
     training: dict[str, Any]
@@ -188,7 +189,7 @@ class JobOut(BaseModel):
         return cls(
             id=job.id,
             created_at=unix(job.created_at),
-            status=JobState.QUEUED if job.state == JobState.PAUSED else job.state,
+            status=status_of(job.state),
             model=job.requested_model,
             organization_id=job.organization_id,
             result_files=[job.result_file_id, *(job.further_result_file_ids or [])] if job.result_file_id else [],
@@ -207,6 +208,7 @@ class JobOut(BaseModel):
             paused=job.state == JobState.PAUSED,
             base_model=job.base,
             continue_from=job.continue_from,
+            sweep=job.sweep_id,
             adapter=dict(requested.adapter),
             quantization=dict(requested.quantization),
             training=shown_training(requested, resolved),
@@ -310,6 +312,11 @@ class CheckpointOut(BaseModel):
             step_number=checkpoint.step,
             metrics={"step": checkpoint.step, **checkpoint.metrics},
         )
+
+
+def status_of(state: str) -> str:
+    """In the API's words."""
+    return JobState.QUEUED if state == JobState.PAUSED else state
 
 
 def told_plan(plan: dict[str, Any] | None) -> dict[str, Any]:

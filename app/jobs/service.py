@@ -32,6 +32,7 @@ def create(
     tiers: frozenset[str],
     gpu: GpuSettings = GpuSettings(),
     is_retry: bool = False,
+    sweep_id: str | None = None,
 ) -> Job:
     """Queue a fine-tuning job. `is_retry`: the SDK repeats a request it got no answer to; the first one's job is the answer."""
     base, requested = starting.understand(session, caller, catalog, request)
@@ -52,6 +53,7 @@ def create(
         training_file_id=training_file.id,
         validation_file_id=validation_file.id if validation_file else None,
         continue_from=requested.continue_from.model if requested.continue_from else None,
+        sweep_id=sweep_id,
         suffix=request.suffix,
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
         user_metadata=request.metadata,

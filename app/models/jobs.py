@@ -47,6 +47,7 @@ class Job(Owned, Table):
         Index("ix_jobs_leased", "lease_expires_at", postgresql_where="state = 'running'"),
         Index("ix_jobs_to_prepare", "not_before", postgresql_where="state = 'validating_files'"),
         Index("ix_jobs_training_file_id", "training_file_id"),
+        Index("ix_jobs_sweep_id", "sweep_id", postgresql_where="sweep_id IS NOT NULL"),
         Index("ix_jobs_continue_from", "continue_from", postgresql_where="continue_from IS NOT NULL"),
     )
 
@@ -61,6 +62,7 @@ class Job(Owned, Table):
     training_file_id: Mapped[str] = mapped_column(Id)
     validation_file_id: Mapped[str | None] = mapped_column(Id)
     continue_from: Mapped[str | None] = mapped_column(Id)
+    sweep_id: Mapped[str | None] = mapped_column(Id)
     suffix: Mapped[str | None]
     seed: Mapped[int]
     user_metadata: Mapped[dict[str, Any] | None]
