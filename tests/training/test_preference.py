@@ -210,7 +210,7 @@ def test_the_tuned_model_is_asked_without_dropout(exact: LoadedBase) -> None:
 
 def test_the_base_is_seen_without_its_adapter(trainee: Trainee, exact: LoadedBase) -> None:
     (batch,) = packed(exact, max_tokens=10_000)
-    found = trainee._losses_of_reference(batch)
+    found, _ = trainee.token_losses(batch, of_base=True)
     assert isinstance(trainee.model, PeftModel)
     with trainee.model.disable_adapter():
         logits_TV = torch.cat(
