@@ -263,8 +263,8 @@ def _told(evaluation: Evaluation, model: str) -> EvaluatedModel:
 
 
 def grades_of(evaluation: Evaluation, model: str) -> dict[str, Score] | None:
-    """By grader; None until it has succeeded."""
-    if evaluation.results is None:
-        return None
-    (of_model,) = (told for told in evaluation.results["models"] if told["model"] == model)
-    return {grader: Score.model_validate(grade) for grader, grade in of_model["grades"].items()}
+    """By grader; None of a model that it does not ask, and until it has succeeded."""
+    for told in evaluation.results["models"] if evaluation.results else ():
+        if told["model"] == model:
+            return {grader: Score.model_validate(grade) for grader, grade in told["grades"].items()}
+    return None

@@ -46,9 +46,9 @@ def end(session: orm.Session, job_id: str, valid_loss: float | None) -> Job:
 
 
 def test_a_sweep_is_its_jobs_and_the_best_so_far(
-    http: httpx.Client, client: OpenAI, sweep: Callable[..., Any], system_sessions: Sessions
+    http: httpx.Client, client: OpenAI, body: dict[str, Any], system_sessions: Sessions
 ) -> None:
-    made = sweep()
+    made: Any = client.post("/fine_tuning/sweeps", body=body, cast_to=object)
     ids = [job["job"] for job in made["jobs"]]
     assert (made["status_counts"], made["best"], made["is_final"]) == ({"validating_files": 4}, None, False)
     assert [job["user_provided_suffix"] for job in made["jobs"]] == ["mine-1", "mine-2", "mine-3", "mine-4"]
@@ -79,8 +79,8 @@ def test_an_evaluation_may_decide(
         models = [str(end(session, job["job"], 1.0).fine_tuned_model) for job in made["jobs"]]
     unscored = http.get(f"{URL}/{made['id']}").json()
     with system_sessions.begin() as session:
-        for means in ([0.9, 0.2, 0.3, 0.4], [0.1, 0.8, 0.3, 0.4]):  # the newest counts
-            add_evaluation(session, organization, file, models, means)
+        add_evaluation(session, organization, file, models, [0.9, 0.2, 0.3, 0.4])
+        add_evaluation(session, organization, file, models[:2], [0.1, 0.8])  # the newest counts, of those that it asks
     told = http.get(f"{URL}/{made['id']}").json()
 
     assert unscored["best"] is None and not unscored["is_final"]
