@@ -9,8 +9,8 @@ from app.models.base import Id, Owned, Table
 class Sweep(Owned, Table):
     """Jobs that were made together to find the best of them: they name it as their `sweep_id`.
 
-    `request` is what it was asked for beside the job: grid, random, metric, and the seed that its jobs share. `trials` holds, in
-    the order of the grid, each job's id and what of the grid it has got.
+    `request` is what it was asked for beside the job: random, metric, the seed that its jobs share, and the grid as pairs, since
+    JSONB does not keep the order of names. `trials` holds, in the order of the grid, each job's id and what of it that has got.
     """
 
     __tablename__ = "sweeps"

@@ -46,7 +46,8 @@ def create(
         organization_id=caller.organization_id,
         project_id=caller.project_id,
         api_key_id=caller.key_id,
-        request=request.model_dump(mode="json", include={"grid", "random", "metric"}) | {"seed": seed},
+        request=request.model_dump(mode="json", include={"random", "metric"})
+        | {"seed": seed, "grid": list(request.grid.items())},
         request_sha256=hashlib.sha256(request.model_dump_json().encode()).hexdigest(),
     )
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(caller.key_id + sweep.request_sha256, 0))))
@@ -89,7 +90,7 @@ def shown(session: orm.Session, caller: Caller, sweeps: Sequence[Sweep]) -> dict
     for sweep in sweeps:
         mine = [rows[trial["job"]] for trial in sweep.trials]
         scores = _scores(session, caller, sweep, mine)
-        told[sweep.id] = _shown(sweep, [_trial(row, trial, scores) for row, trial in zip(mine, sweep.trials, strict=True)])
+        told[sweep.id] = _shown(sweep, [_trial(sweep, row, trial, scores) for row, trial in zip(mine, sweep.trials, strict=True)])
     return told
 
 
@@ -132,12 +133,12 @@ def _scores(session: orm.Session, caller: Caller, sweep: Sweep, rows: Sequence[A
     return {row.id: of_model.get(row.fine_tuned_model) for row in succeeded}
 
 
-def _trial(row: Any, trial: Mapping[str, Any], scores: Mapping[str, float | None]) -> TrialOut:
+def _trial(sweep: Sweep, row: Any, trial: Mapping[str, Any], scores: Mapping[str, float | None]) -> TrialOut:
     score = scores.get(row.id)
     return TrialOut(
         job=row.id,
         status=status_of(row.state),
-        values=trial["values"],
+        values={name: trial["values"][name] for name, _ in sweep.request["grid"]},
         user_provided_suffix=row.suffix,
         fine_tuned_model=row.fine_tuned_model,
         score=score if score is not None and math.isfinite(score) else None,
@@ -145,14 +146,14 @@ def _trial(row: Any, trial: Mapping[str, Any], scores: Mapping[str, float | None
 
 
 def _shown(sweep: Sweep, told: list[TrialOut]) -> SweepOut:
-    request = sweep.request
+    request, grid = sweep.request, dict(sweep.request["grid"])
     is_lowest_best = request["metric"]["type"] == "valid_loss"
     has_ended = all(trial.status in states.TERMINAL for trial in told)
     is_scored = all(trial.score is not None for trial in told if trial.status == JobState.SUCCEEDED)
     return SweepOut(
         id=sweep.id,
         created_at=unix(sweep.created_at),
-        grid=request["grid"],
+        grid=grid,
         random=request["random"],
         metric=request["metric"],
         seed=request["seed"],

@@ -51,6 +51,7 @@ def test_a_sweep_is_its_jobs_and_the_best_so_far(
     made: Any = client.post("/fine_tuning/sweeps", body=body, cast_to=object)
     ids = [job["job"] for job in made["jobs"]]
     assert (made["status_counts"], made["best"], made["is_final"]) == ({"validating_files": 4}, None, False)
+    assert [list(names) for names in (made["grid"], made["jobs"][0]["values"])] == [list(body["grid"])] * 2  # in this order
     assert [job["user_provided_suffix"] for job in made["jobs"]] == ["mine-1", "mine-2", "mine-3", "mine-4"]
     job = client.fine_tuning.jobs.retrieve(ids[3]).model_dump()
     assert (job["sweep"], job["seed"], job["adapter"]["rank"]) == (made["id"], made["seed"], 16)
