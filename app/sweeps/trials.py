@@ -38,7 +38,7 @@ def expand(request: SweepCreate) -> list[Trial]:
     for path, values in request.grid.items():
         _require_variable(path, values)
     shared = said(request)
-    if "seed" not in shared and "seed" not in request.grid:
+    if shared.get("seed") is None and "seed" not in request.grid:
         shared["seed"] = secrets.randbelow(2**31)
     combinations = _combinations(request)
     trials = [_trial(shared, number, values) for number, values in enumerate(combinations, 1)]
@@ -115,7 +115,7 @@ def _put(body: dict[str, Any], path: str, value: Any) -> None:
         place = place[parent]
         if not isinstance(place, dict):
             raise BadRequest(f"grid.{path}: {parent} has no parts to set", param=f"grid.{path}")
-    place[last] = value
+    place[last] = deepcopy(value)
 
 
 def _require_validation(trials: Sequence[Trial]) -> None:

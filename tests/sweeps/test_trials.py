@@ -39,6 +39,7 @@ def test_each_combination_is_a_job_with_all_else_that_was_said() -> None:
 
 def test_all_share_a_seed_that_nobody_asked_for() -> None:
     assert len({trial.job.seed for trial in expand(asked())}) == 1 != expand(asked())[0].job.seed
+    assert len({trial.job.seed for trial in expand(asked(seed=None))}) == 1
     assert {trial.job.seed for trial in expand(asked(seed=3))} == {3}
     assert [trial.job.seed for trial in expand(asked(grid={"seed": [1, 2]}))] == [1, 2]
 
@@ -52,6 +53,18 @@ def test_a_path_may_lead_through_what_was_not_said() -> None:
 
     assert [(job.method_name, job.requested().hyperparameters.n_epochs) for job in jobs] == [("dpo", n) for n in (1, 1, 2, 2)]
     assert [job.training.early_stopping is not None for job in jobs] == [False, True, False, True]
+
+
+def test_a_part_of_what_another_path_sets_is_set_in_its_own_jobs_alone() -> None:
+    """Values of the grid are shared by jobs, and must not be changed in one for all."""
+    grid = {"training.early_stopping": [{"patience": 2}], "training.early_stopping.patience": [5, 6]}
+    request = asked(grid=grid)
+
+    assert [trial.job.training.early_stopping.patience for trial in expand(request) if trial.job.training.early_stopping] == [
+        5,
+        6,
+    ]
+    assert request.grid["training.early_stopping"] == [{"patience": 2}]
 
 
 def test_a_random_search_draws_the_same_by_the_same_seed_and_none_twice() -> None:
