@@ -1,6 +1,7 @@
-"""Write pairs for DPO out of the demo's orders: the right JSON is preferred to one in which a single value is wrong.
+"""Write pairs out of the demo's orders: the right JSON is preferred to one in which a single value is wrong.
 
-    python examples/make_preferences.py FOLDER        # writes train.jsonl (96 pairs), heldout.jsonl (48) and spec.json to it
+    python examples/make_preferences.py FOLDER          # for DPO: train.jsonl (96 pairs), heldout.jsonl (48), spec.json
+    python examples/make_preferences.py FOLDER orpo     # the same pairs for ORPO
 
 spec.json is for `python -m worker.training`: docs/methods.md shows what it prints.
 """
@@ -22,19 +23,18 @@ SPEC = {
     "micro_batch_tokens": 2048,
     "checkpoint_every_steps": 12,
     "optimizer": {"learning_rate": 1e-4},
-    "preference": {"method": "dpo", "beta": 0.1},
 }
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, method = Path(sys.argv[1]), sys.argv[2] if sys.argv[2:] else "dpo"
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in PAIRS.items():
         chats = [json.loads(line)["messages"] for line in (ORDERS / f"{name}.jsonl").read_text().splitlines()[:count]]
         rng = random.Random(name)
         rows = [pair(chat, wrong(json.loads(chat[-1]["content"]), rng)) for chat in chats]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "spec.json").write_text(json.dumps(SPEC))
+    (folder / "spec.json").write_text(json.dumps(SPEC | {"preference": {"method": method, "beta": 0.1}}))
 
 
 def pair(chat: list[dict[str, str]], rejected: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,11 @@ from pydantic import BaseModel, ConfigDict
 
 from app.core import spec
 from app.core.catalog import Base
+from app.core.methods import Preferring
 from app.core.planner import Plan
 from app.core.spec import AUTO, Requested, TrainSpec
+
+_PAPERS: dict[Preferring, str] = {"dpo": "arXiv:2305.18290", "orpo": "arXiv:2403.07691"}
 
 
 class Chosen(BaseModel):
@@ -33,7 +36,7 @@ def explain(requested: Requested, resolved: TrainSpec, base: Base, plan: Plan, *
         ),
     }
     if resolved.preference:
-        chosen["beta"] = Chosen(value=resolved.preference.beta, reason="as in the paper (arXiv:2305.18290)")
+        chosen["beta"] = Chosen(value=resolved.preference.beta, reason=f"as in the paper ({_PAPERS[resolved.preference.method]})")
         asked["beta"] = requested.beta
     tokens = Chosen(value=plan.micro_batch_tokens, reason=_tokens(plan))
     return {name: choice for name, choice in chosen.items() if asked[name] == AUTO} | {"micro_batch_tokens": tokens}

@@ -2,14 +2,24 @@
 
 from typing import Final, Literal, get_args
 
-Preferring = Literal["dpo"]
+Preferring = Literal["dpo", "orpo"]
 MethodName = Literal["supervised", Preferring]
 
 METHODS: Final[tuple[MethodName, ...]] = ("supervised", *get_args(Preferring))
 FORMATS: Final[dict[MethodName, tuple[str, ...]]] = {
     "supervised": ("chat", "sharegpt", "alpaca", "completion", "text"),
     "dpo": ("preference",),
+    "orpo": ("preference",),
 }
+# what those that compare answers tell of a step beside its loss, each of some of them: docs/methods.md
+METRICS: Final = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracy",
+    "rewards/margin",
+    "nll_loss",
+    "log_odds_chosen",
+)
 
 
 def reading(row_format: str) -> tuple[MethodName, ...]:

@@ -118,10 +118,22 @@ class Judging(_Frozen):
 
 
 class PreferenceSpec(_Frozen):
-    """Answers are compared, not copied. `beta`: how much it costs to leave the base."""
+    """Answers are compared, not only copied. `beta`: how much it costs to leave the base; with ORPO, which has no such cost, how
+    much the comparison weighs beside what is copied.
+    """
 
     method: Preferring
     beta: Beta
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether answers are judged by what the base says of them without the adapter."""
+        return self.method != "orpo"
+
+    @property
+    def copies_preferred(self) -> bool:
+        """Whether the preferred conversation is learnt too, all of it up to the end of its answer."""
+        return self.method == "orpo"
 
 
 class TrainSpec(Judging):

@@ -6,10 +6,10 @@ from typing import Any
 
 from sqlalchemy import orm, select
 
+from app.core import methods
 from app.models import JobEvent
 
-# where answers are compared: docs/methods.md
-REWARDS = tuple(f"{of}rewards/{what}" for of in ("", "valid_") for what in ("chosen", "rejected", "accuracy", "margin"))
+COMPARING = tuple(f"{of}{name}" for of in ("", "valid_") for name in methods.METRICS)
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 _NAMES = {"train_mean_token_accuracy": "train_accuracy"}
 
@@ -22,7 +22,7 @@ def csv_of(session: orm.Session, job_id: str) -> bytes:
         if data is not None:
             steps.setdefault(data["step"], {}).update({_NAMES.get(name, name): value for name, value in data.items()})
     text = io.StringIO(newline="")
-    columns = [*COLUMNS, *(name for name in REWARDS if any(name in row for row in steps.values()))]
+    columns = [*COLUMNS, *(name for name in COMPARING if any(name in row for row in steps.values()))]
     writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(steps[step] for step in sorted(steps))

@@ -41,6 +41,7 @@ class Method(Request):
     type: str
     supervised: Supervised | None = None
     dpo: Preference | None = None
+    orpo: Preference | None = None
     reinforcement: dict[str, Any] | None = None
 
     @property

@@ -147,7 +147,7 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
         "training.validation_split",
         "send one of them",
     ),
-    "reinforcement": ({"method": {"type": "reinforcement"}}, 400, "method.type", "supervised, dpo"),
+    "reinforcement": ({"method": {"type": "reinforcement"}}, 400, "method.type", "supervised, dpo, orpo"),
     "a method that is none": ({"method": {"type": "hyperparameters"}}, 400, "method.type", "supervised, dpo"),
     "a beta of 0": (
         {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}},

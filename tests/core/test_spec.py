@@ -85,6 +85,9 @@ def test_a_method_that_compares_answers_moves_less() -> None:
         for requested in (spec.Requested(), spec.Requested(method="dpo"), spec.Requested(method="dpo", beta=0.5))
     )
 
+    assert spec.resolve(spec.Requested(method="orpo"), BASE, seed=1, examples=100, longest=90) == dpo.model_copy(
+        update={"preference": spec.PreferenceSpec(method="orpo", beta=0.1)}
+    )
     assert dpo.preference == spec.PreferenceSpec(method="dpo", beta=0.1) and asked.preference is not None
     assert asked.preference.beta == 0.5
     assert (supervised.n_epochs, dpo.n_epochs) == (8, 3)

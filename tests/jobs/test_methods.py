@@ -65,8 +65,9 @@ def test_texts_are_trained_on_whole_and_told_as_rows_and_examples(prepared: Prep
 @pytest.mark.parametrize(
     ("content", "method", "advice"),
     [
-        (make.preference_file(), "supervised", "set method.type to 'dpo'"),
+        (make.preference_file(), "supervised", "set method.type to 'dpo' or 'orpo'"),
         (make.chat_file(), "dpo", "set method.type to 'supervised'"),
+        (make.chat_file(), "orpo", "set method.type to 'supervised'"),
     ],
 )
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
@@ -79,7 +80,7 @@ def test_a_file_for_another_method_is_refused_with_that_method(
             files.finish_validation(session, file.id, examine(body.splitlines()))
         return file.id
 
-    fitting = make.preference_file() if method == "dpo" else make.chat_file()
+    fitting = make.chat_file() if method == "supervised" else make.preference_file()
     asked = {"training_file": uploaded(fitting), param: uploaded(content)}
     with pytest.raises(openai.BadRequestError, match=advice) as refusal:
         client.fine_tuning.jobs.create(model=make.TINY, method={"type": method}, **asked)  # type: ignore[arg-type]

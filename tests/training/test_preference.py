@@ -27,11 +27,13 @@ from worker.model.base import LoadedBase
 from worker.training.data import MicroBatch, Totals, micro_batches
 from worker.training.evaluate import evaluate
 from worker.training.failures import WrongRows
-from worker.training.preference import means
+from worker.training.preference import judge, means
 from worker.training.trainee import Trainee, adapted
 
 PAIRS = 6
-DPO = PreferenceSpec(method="dpo", beta=0.3)
+DPO, ORPO = PreferenceSpec(method="dpo", beta=0.3), PreferenceSpec(method="orpo", beta=0.3)
+LEAST_MARGIN = {"dpo": 0.3, "orpo": 0.1}  # of sums of log-probabilities, and of means
+BOTH = pytest.mark.parametrize("preference", [DPO, ORPO], ids=["dpo", "orpo"])
 
 
 def spec(preference: PreferenceSpec = DPO, **changes: Any) -> TrainSpec:
@@ -45,27 +47,33 @@ def untouched(bases_dir: Path) -> LoadedBase:
 
 
 @pytest.fixture
-def trainee(exact: LoadedBase) -> Iterator[Trainee]:
-    with adapted(exact, spec()) as trainee:
+def preference() -> PreferenceSpec:
+    return DPO
+
+
+@pytest.fixture
+def trainee(exact: LoadedBase, preference: PreferenceSpec) -> Iterator[Trainee]:
+    with adapted(exact, spec(preference)) as trainee:
         excite(trainee.parameters)
         yield trainee
 
 
-def packed(base: LoadedBase, *, max_tokens: int) -> tuple[MicroBatch, ...]:
-    return micro_batches(make.preferences(base.renderer), range(PAIRS), max_tokens=max_tokens)
+def packed(trainee: Trainee, *, max_tokens: int) -> tuple[MicroBatch, ...]:
+    pairs = make.preferences(trainee.base.renderer)
+    return micro_batches(pairs, range(PAIRS), max_tokens=max_tokens, preference=trainee.preference)
 
 
 def step_of(trainee: Trainee, batches: tuple[MicroBatch, ...]) -> tuple[float, dict[str, float], Tensor]:
     """Loss, rewards and gradient of one step, as the loop takes them."""
-    totals, loss, rewards = Totals.of(batches), 0.0, torch.zeros(3)
+    totals, loss, sums = Totals.of(batches), 0.0, list[Tensor]()
     for parameter in trainee.parameters:
         parameter.grad = torch.zeros_like(parameter)
     for batch in batches:
-        measured = trainee.backward(batch, scale=1 / totals.weight)
+        measured = trainee.backward(batch, of=totals)
         assert measured.rewards is not None
-        loss, rewards = loss + float(measured.loss_sum) / totals.weight, rewards + measured.rewards
+        loss, sums = loss + float(measured.loss_sum) / totals.weight, [*sums, measured.rewards]
     gradient = torch.cat([parameter.grad.flatten() for parameter in trainee.parameters])
-    return loss, means(rewards, totals), gradient
+    return loss, means(trainee.preference, torch.stack(sums).sum(0), totals), gradient
 
 
 def tokenizer_of(base: LoadedBase) -> PreTrainedTokenizerFast:
@@ -100,7 +108,7 @@ def test_loss_gradient_and_rewards_of_dpo_are_those_of_trl(untouched: LoadedBase
         excite(parameters)
         theirs = trainer.compute_loss(trainee.model, DataCollatorForPreference(pad_token_id=0)(rows(untouched)))
         their_gradient = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(theirs, parameters)])
-        ours, rewards, our_gradient = step_of(trainee, packed(untouched, max_tokens=10_000))
+        ours, rewards, our_gradient = step_of(trainee, packed(trainee, max_tokens=10_000))
 
     said = {name: values[-1] for name, values in trainer._metrics["train"].items() if name.startswith("rewards/")}
     assert ours == pytest.approx(float(theirs.detach()), rel=1e-5)
@@ -117,9 +125,55 @@ def excite(parameters: list[Any]) -> None:
             parameter.normal_(std=0.05)
 
 
-def test_a_step_does_not_depend_on_how_it_is_cut_up(trainee: Trainee, exact: LoadedBase) -> None:
-    loss, rewards, gradient = step_of(trainee, packed(exact, max_tokens=10_000))
-    parts = packed(exact, max_tokens=1)
+@pytest.mark.filterwarnings("ignore")
+def test_loss_gradient_and_what_is_told_of_orpo_are_those_of_trl(untouched: LoadedBase, tmp_path: Path) -> None:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    with adapted(untouched, spec(ORPO)) as trainee:
+        parameters = trainee.parameters
+        some = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+        args = ORPOConfig(
+            output_dir=str(tmp_path), beta=ORPO.beta, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[]
+        )
+        trainer = ORPOTrainer(model=trainee.model, args=args, train_dataset=some, processing_class=tokenizer_of(untouched))
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+        excite(parameters)
+        theirs, said = trainer.get_batch_loss_metrics(trainee.model, trainer.data_collator(sides(untouched)))
+        their_gradient = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(theirs, parameters)])
+        ours, told, our_gradient = step_of(trainee, packed(trainee, max_tokens=10_000))
+
+    assert ours == pytest.approx(float(theirs.detach()), rel=1e-5)
+    assert (our_gradient - their_gradient).norm() < 1e-5 * their_gradient.norm()
+    names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "nll_loss", "log_odds_chosen")
+    assert list(told.values()) == pytest.approx([said[name] for name in names], rel=1e-4)
+
+
+def sides(base: LoadedBase) -> list[dict[str, list[int]]]:
+    """The same rows as TRL's ORPO has them: whole, with what is no answer masked in the labels."""
+    told = list[dict[str, list[int]]]()
+    for row in rows(base):
+        asked, made = row["prompt_ids"], dict[str, list[int]]()
+        for side in ("chosen", "rejected"):
+            answer = row[f"{side}_ids"]
+            made |= {f"{side}_input_ids": asked + answer, f"{side}_attention_mask": [1] * len(asked + answer)}
+            made[f"{side}_labels"] = [-100] * len(asked) + answer
+        told.append(made)
+    return told
+
+
+def test_an_answer_that_is_certain_has_finite_odds(trainee: Trainee) -> None:
+    (batch,) = packed(trainee, max_tokens=10_000)
+    losses_N, is_first_N = torch.zeros(len(batch.labelled_N)), torch.ones(len(batch.labelled_N))
+    measured, weights_N = judge(ORPO, batch, Totals.of([batch]), losses_N, is_first_N, None)
+
+    assert torch.isfinite(measured.loss_sum) and torch.isfinite(weights_N).all()
+
+
+@BOTH
+def test_a_step_does_not_depend_on_how_it_is_cut_up(trainee: Trainee) -> None:
+    loss, rewards, gradient = step_of(trainee, packed(trainee, max_tokens=10_000))
+    parts = packed(trainee, max_tokens=1)
     loss_of_parts, rewards_of_parts, gradient_of_parts = step_of(trainee, parts)
 
     assert len(parts) == PAIRS and all(len(batch.lengths) == 2 for batch in parts)  # a pair is never torn apart
@@ -130,14 +184,15 @@ def test_a_step_does_not_depend_on_how_it_is_cut_up(trainee: Trainee, exact: Loa
 
 def test_a_fresh_adapter_prefers_nothing(exact: LoadedBase) -> None:
     with adapted(exact, spec()) as trainee:
-        loss, rewards, _ = step_of(trainee, packed(exact, max_tokens=10_000))
+        loss, rewards, _ = step_of(trainee, packed(trainee, max_tokens=10_000))
 
     assert loss == pytest.approx(math.log(2), rel=1e-6)
     assert set(rewards.values()) == {0.0}
 
 
-def test_an_evaluation_tells_the_same_loss_and_rewards(trainee: Trainee, exact: LoadedBase) -> None:
-    batches = packed(exact, max_tokens=300)
+@BOTH
+def test_an_evaluation_tells_the_same_loss_and_rewards(trainee: Trainee) -> None:
+    batches = packed(trainee, max_tokens=300)
     loss, rewards, _ = step_of(trainee, batches)
     said = evaluate(trainee, batches, step=1, should_stop=lambda: False)
 
@@ -146,21 +201,24 @@ def test_an_evaluation_tells_the_same_loss_and_rewards(trainee: Trainee, exact: 
     assert said.valid_mean_token_accuracy <= 1.0
 
 
-def test_training_makes_the_preferred_answers_likelier(tiny: LoadedBase, tmp_path: Path) -> None:
+@BOTH
+def test_training_makes_the_preferred_answers_likelier(tiny: LoadedBase, tmp_path: Path, preference: PreferenceSpec) -> None:
     runner = Runner(tiny, tmp_path, has_validation=True, examples=make.preferences)
-    result = runner.go(spec(n_epochs=4))
+    result = runner.go(spec(preference, n_epochs=4))
     first, *_, last = runner.of(Stepped)
 
     assert isinstance(result, Finished) and last.train_loss < 0.8 * first.train_loss
-    assert last.rewards["rewards/accuracy"] == 1.0 and last.rewards["rewards/margin"] > 0.3
+    assert last.rewards["rewards/accuracy"] == 1.0 and last.rewards["rewards/margin"] > LEAST_MARGIN[preference.method]
     assert last.rewards["rewards/margin"] == pytest.approx(last.rewards["rewards/chosen"] - last.rewards["rewards/rejected"])
     assert runner.of(Evaluated)[-1].rewards["valid_rewards/accuracy"] == 1.0
     assert adapter.open(Path(result.directory), base=tiny, max_rank=4).modules
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_stopped_and_resumed_run_gives_the_same_bits(tiny: LoadedBase, tmp_path: Path, dropout: float) -> None:
-    asked = spec(lora={"dropout": dropout}, batch_size=5)
+@pytest.mark.parametrize(("preference", "dropout"), [(DPO, 0.0), (DPO, 0.1), (ORPO, 0.0)])
+def test_a_stopped_and_resumed_run_gives_the_same_bits(
+    tiny: LoadedBase, tmp_path: Path, preference: PreferenceSpec, dropout: float
+) -> None:
+    asked = spec(preference, lora={"dropout": dropout}, batch_size=5)
     straight, halting = (Runner(tiny, tmp_path / name, True, examples=make.preferences) for name in "ab")
     straight.go(asked)
     stopped = halting.go(asked, should_stop=halting.stop_after(3))
@@ -189,7 +247,7 @@ def test_rows_of_another_method_are_refused(tiny: LoadedBase, tmp_path: Path, as
 
 
 def test_the_base_is_seen_without_its_adapter(trainee: Trainee, exact: LoadedBase) -> None:
-    (batch,) = packed(exact, max_tokens=10_000)
+    (batch,) = packed(trainee, max_tokens=10_000)
     found = trainee._losses_of_base(batch)
     assert isinstance(trainee.model, PeftModel)
     with trainee.model.disable_adapter():

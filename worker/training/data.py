@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from app.core.spec import TrainSpec
+from app.core.spec import PreferenceSpec, TrainSpec
 from app.core.tokens.tokenise import TokenisedSet
 
 
@@ -17,7 +17,8 @@ from app.core.tokens.tokenise import TokenisedSet
 class MicroBatch:
     """Whole documents side by side, without padding. Position `labelled_N[n]` predicts token `targets_N[n]`.
 
-    With `pairs` the documents are two of each pair, the preferred one first.
+    With `pairs` the documents are two of each pair, the preferred one first. `is_answer_N`: of the labelled ones, those that are
+    trained on as the token set says. What else of the preferred one is copied (see PreferenceSpec) is labelled without being so.
     """
 
     tokens_T: NDArray[np.int64]
@@ -25,6 +26,7 @@ class MicroBatch:
     lengths: tuple[int, ...]
     labelled_N: NDArray[np.int64]
     targets_N: NDArray[np.int64]
+    is_answer_N: NDArray[np.bool_]
     pairs: int = 0
 
     @property
@@ -94,7 +96,8 @@ class TrainData:
         for number in range(step + 1, self.total_steps + 1):
             epoch, within = divmod(number - 1, self._steps_per_epoch)
             chosen = self._order_E(epoch)[within * self._spec.batch_size :][: self._spec.batch_size]
-            yield Step(number, micro_batches(self._examples, chosen, max_tokens=self.micro_batch_tokens))
+            packed = micro_batches(self._examples, chosen, max_tokens=self.micro_batch_tokens, preference=self._spec.preference)
+            yield Step(number, packed)
 
     def tokens_after(self, step: int) -> int:
         """How many are still to be trained on once `step` is done."""
@@ -111,7 +114,11 @@ class TrainData:
 
 
 def micro_batches(
-    examples: TokenisedSet, chosen: Sequence[int] | NDArray[np.int64], *, max_tokens: int
+    examples: TokenisedSet,
+    chosen: Sequence[int] | NDArray[np.int64],
+    *,
+    max_tokens: int,
+    preference: PreferenceSpec | None = None,
 ) -> tuple[MicroBatch, ...]:
     """Pack whole examples, the longest first, each into the first micro-batch with room. One over the budget stands alone."""
     bins, room = list[list[int]](), list[int]()
@@ -124,20 +131,33 @@ def micro_batches(
             fits = len(bins) - 1
         bins[fits].append(int(example))
         room[fits] -= length
-    return tuple(_micro_batch(examples, packed) for packed in bins)
+    copies_preferred = preference is not None and preference.copies_preferred
+    return tuple(_micro_batch(examples, packed, copies_preferred) for packed in bins)
 
 
-def _micro_batch(examples: TokenisedSet, chosen: Sequence[int]) -> MicroBatch:
+def _micro_batch(examples: TokenisedSet, chosen: Sequence[int], copies_preferred: bool) -> MicroBatch:
     spans = [slice(examples.offsets_E1[e], examples.offsets_E1[e + 1]) for e in chosen]
     lengths = tuple(length for e in chosen for length in examples.lengths_of(e))
     tokens_T = np.concatenate([examples.tokens_N[span] for span in spans]).astype(np.int64)
     is_trained_T = np.concatenate([examples.is_trained_N[span] for span in spans])
-    trained_N = np.flatnonzero(is_trained_T)  # never the first token of a document, so the position before is its own
+    is_labelled_T = is_trained_T
+    if copies_preferred:
+        is_labelled_T = is_trained_T | np.concatenate([_is_copied(examples, example) for example in chosen])
+    trained_N = np.flatnonzero(is_labelled_T)  # never the first token of a document, so the position before is its own
     return MicroBatch(
         tokens_T=tokens_T,
         positions_T=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
         lengths=lengths,
         labelled_N=trained_N - 1,
         targets_N=tokens_T[trained_N],
+        is_answer_N=is_trained_T[trained_N],
         pairs=len(chosen) if examples.pairs else 0,
     )
+
+
+def _is_copied(examples: TokenisedSet, pair: int) -> NDArray[np.bool_]:
+    """Of the tokens of both sides those of the preferred one, from its second to the end of its answer."""
+    is_trained_T = examples.is_trained_N[examples.offsets_E1[pair] : examples.offsets_E1[pair + 1]]
+    is_copied_T = np.zeros_like(is_trained_T)
+    is_copied_T[1 : np.flatnonzero(is_trained_T[: examples.seconds_E[pair]])[-1] + 1] = True
+    return is_copied_T

@@ -20,10 +20,10 @@ def evaluate(trainee: Trainee, batches: Sequence[MicroBatch], *, step: int, shou
         for batch in batches:
             if should_stop():
                 return None
-            measured += trainee.loss(batch)
+            measured += trainee.loss(batch, of=totals)
     finally:
         trainee.model.train()
-    rewards = preference.means(measured.rewards, totals)
+    rewards = preference.means(trainee.preference, measured.rewards, totals)
     return Evaluated(
         step=step,
         valid_loss=float(measured.loss_sum) / totals.weight,

@@ -48,11 +48,11 @@ def train(
             if should_stop():
                 optimizer.zero_grad()
                 return state
-            measured += trainee.backward(batch, scale=1 / totals.weight)  # one mean over the step, however it was cut up
+            measured += trainee.backward(batch, of=totals)  # one mean over the step, however it was cut up
 
         tokens_left -= step.tokens
         train_loss, accuracy = float(measured.loss_sum) / totals.weight, float(measured.correct) / totals.judged_tokens
-        rewards = preference.means(measured.rewards, totals)
+        rewards = preference.means(spec.preference, measured.rewards, totals)
         norm = optimizer.clip()
         if not (math.isfinite(norm) and math.isfinite(train_loss)):
             optimizer.zero_grad()

@@ -236,7 +236,7 @@ def _open_validation(path: Path | None, spec: TrainSpec, tokens_at_once: int) ->
         return ()
     examples = TokenisedSet.read(path)
     _require_rows_of(spec, examples)
-    return micro_batches(examples, range(examples.examples), max_tokens=tokens_at_once)
+    return micro_batches(examples, range(examples.examples), max_tokens=tokens_at_once, preference=spec.preference)
 
 
 def _measured(device: torch.device, micro_batch_tokens: int, is_checkpointing: bool) -> MeasuredMemory:
