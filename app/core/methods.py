@@ -2,7 +2,7 @@
 
 from typing import Final, Literal, get_args
 
-Preferring = Literal["dpo", "orpo"]
+Preferring = Literal["dpo", "orpo", "kto"]
 MethodName = Literal["supervised", Preferring]
 
 METHODS: Final[tuple[MethodName, ...]] = ("supervised", *get_args(Preferring))
@@ -10,7 +10,9 @@ FORMATS: Final[dict[MethodName, tuple[str, ...]]] = {
     "supervised": ("chat", "sharegpt", "alpaca", "completion", "text"),
     "dpo": ("preference",),
     "orpo": ("preference",),
+    "kto": ("rated",),
 }
+REFERRING: Final[tuple[MethodName, ...]] = ("dpo", "kto")  # judge answers by what the base says of them
 # what those that compare answers tell of a step beside its loss, each of some of them: docs/methods.md
 METRICS: Final = (
     "rewards/chosen",
@@ -19,6 +21,7 @@ METRICS: Final = (
     "rewards/margin",
     "nll_loss",
     "log_odds_chosen",
+    "kl",
 )
 
 

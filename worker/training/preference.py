@@ -1,6 +1,6 @@
-"""Losses that compare whole answers: how each method judges a micro-batch, and what every token of it weighs in the gradient.
+"""Losses of whole answers, compared or rated: how each method judges a micro-batch, and what every token weighs in the gradient.
 
-Axes: N labelled positions; B documents, two of each of P pairs, the preferred one first.
+Axes: N labelled positions; B documents, two of each of P pairs, the preferred one first, or each a rated answer.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ ACCURACY: Final = "rewards/accuracy"
 MARGIN: Final = "rewards/margin"
 COPYING: Final = "nll_loss"
 LOG_ODDS: Final = "log_odds_chosen"
+KL: Final = "kl"
 
 _CERTAIN: Final = -1e-6  # the largest mean log-probability whose odds are told from others in 32 bits
 
@@ -35,9 +36,10 @@ def judge(
         if reference_N is None:
             loss_sum, sums = orpo(spec, batch, of, tracked_N)
         else:
-            loss_sum, sums = dpo(spec, _of_documents(reference_N - tracked_N, batch.labelled_B))
+            gained_B = _of_documents(reference_N - tracked_N, batch.labelled_B)
+            loss_sum, sums = kto(spec, batch, of, gained_B) if batch.ratings else dpo(spec, gained_B)
         (weights_N,) = torch.autograd.grad(loss_sum, tracked_N)
-    correct = _of_documents(is_first_N, batch.labelled_B)[::2].sum()
+    correct = _of_documents(is_first_N, batch.labelled_B)[:: 2 if batch.pairs else 1].sum()
     return Measured(loss_sum.detach(), correct, sums.detach()), weights_N
 
 
@@ -45,9 +47,22 @@ def means(spec: PreferenceSpec | None, sums: Tensor | None, of: Totals) -> dict[
     """What the sums in `Measured.rewards` tell of all; nothing where no answers were compared."""
     if spec is None or sums is None:
         return {}
+    if spec.method == "kto":
+        return _means_of_rated(sums.tolist(), of)
     chosen, rejected, won, *others = (sums / of.pairs).tolist()
     told = {CHOSEN: chosen, REJECTED: rejected, ACCURACY: won, MARGIN: chosen - rejected}
     return told | dict(zip((COPYING, LOG_ODDS), others, strict=True)) if spec.method == "orpo" else told
+
+
+def _means_of_rated(sums: Sequence[float], of: Totals) -> dict[str, float]:
+    """A step may hold answers of one rating only."""
+    chosen, rejected, right = sums
+    told = {ACCURACY: right / of.weight, KL: of.kl}
+    if of.good:
+        told[CHOSEN] = chosen / of.good
+    if bad := of.weight - of.good:
+        told[REJECTED] = rejected / bad
+    return told | ({MARGIN: told[CHOSEN] - told[REJECTED]} if CHOSEN in told and REJECTED in told else {})
 
 
 def dpo(spec: PreferenceSpec, gained_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,6 +84,16 @@ def orpo(spec: PreferenceSpec, batch: MicroBatch, of: Totals, losses_N: Tensor) 
     log_odds_P = log_odds_B[::2] - log_odds_B[1::2]
     loss_sum = copied - spec.beta * functional.logsigmoid(log_odds_P).sum()
     return loss_sum, torch.cat([_sums(spec.beta * mean_B.view(-1, 2)), torch.stack([copied, log_odds_P.sum()])])
+
+
+def kto(spec: PreferenceSpec, batch: MicroBatch, of: Totals, gained_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Kahneman-Tversky optimization, equations 7 and 8 of arXiv:2402.01306: 1 - σ, and weights, as in TRL."""
+    is_good_B = torch.tensor(batch.ratings, device=gained_B.device)
+    beyond_B = torch.where(is_good_B, 1.0, -1.0) * spec.beta * (gained_B - of.kl)
+    weights_B = torch.where(is_good_B, spec.desirable_weight, spec.undesirable_weight)
+    rewards_B = spec.beta * gained_B
+    sums = [rewards_B[is_good_B].sum(), rewards_B[~is_good_B].sum(), (beyond_B > 0).sum()]
+    return (weights_B * torch.sigmoid(-beyond_B)).sum(), torch.stack(sums)
 
 
 def _sums(rewards_P2: Tensor) -> Tensor:

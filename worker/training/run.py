@@ -17,7 +17,7 @@ from worker.model import base as bases
 from worker.model.base import LoadedBase
 from worker.training import checkpoint, loop
 from worker.training.checkpoint import Identity, TrainState
-from worker.training.data import MicroBatch, TrainData, micro_batches
+from worker.training.data import Step, TrainData, micro_batches, mismatched
 from worker.training.evaluate import evaluate
 from worker.training.failures import Diverged, NothingToTrain, WrongRows
 from worker.training.loop import OnEvent, ShouldStop
@@ -87,7 +87,7 @@ def _attempt(
     identity: Identity,
     paths: Paths,
     data: TrainData,
-    validation: tuple[MicroBatch, ...],
+    validation: Step,
     on_event: OnEvent,
     should_stop: ShouldStop,
     *,
@@ -107,7 +107,7 @@ def _attempt(
                 resumed_from=state.step,
                 trainable_parameters=optimizer.parameters,
                 checkpoint_every_steps=spec.checkpoint_every_steps,
-                evaluation_tokens=sum(len(batch.tokens_T) for batch in validation),
+                evaluation_tokens=validation.tokens,
             )
         )
         if spec.judges and keeper.lacks_evaluation(state):
@@ -131,7 +131,7 @@ class _Keeper:
         paths: Paths,
         trainee: Trainee,
         optimizer: Optimizer,
-        validation: tuple[MicroBatch, ...],
+        validation: Step,
         measure: Callable[[], MeasuredMemory],
         on_event: OnEvent,
         should_stop: ShouldStop,
@@ -195,9 +195,10 @@ class _Keeper:
 
     def _evaluated(self, state: TrainState) -> TrainState | None:
         """With the metrics of the validation file, if there is one; None when told to stop on the way."""
-        if not self._validation:
+        batches, mismatched = self._validation.micro_batches, self._validation.mismatched
+        if not batches:
             return state
-        event = evaluate(self._trainee, self._validation, step=state.step, should_stop=self._should_stop)
+        event = evaluate(self._trainee, batches, mismatched=mismatched, step=state.step, should_stop=self._should_stop)
         if event is None:
             return None
         self._on_event(event)
@@ -224,19 +225,26 @@ def _stopped_early(state: TrainState, spec: TrainSpec, total_steps: int) -> str:
 
 
 def _require_rows_of(spec: TrainSpec, examples: TokenisedSet) -> None:
-    """Answers that are compared must never be taken for answers to learn. Raises WrongRows."""
-    if examples.examples and bool(examples.pairs) != bool(spec.preference):
-        has, wants = ("pairs", "no") if examples.pairs else ("no pairs", "such")
-        method = spec.preference.method if spec.preference else "supervised"
-        raise WrongRows(f"the file holds {has} of answers, and the method {method} trains on {wants} pairs")
+    """Answers that are compared or rated must never be taken for answers to learn. Raises WrongRows."""
+    held = "pairs of answers" if examples.pairs else "rated answers" if examples.rated else "answers to learn"
+    method = spec.preference.method if spec.preference else "supervised"
+    wanted = {"supervised": "answers to learn", "dpo": "pairs of answers", "orpo": "pairs of answers", "kto": "rated answers"}
+    if examples.examples and held != wanted[method]:
+        raise WrongRows(f"the file holds {held}, and the method {method} trains on {wanted[method]}")
 
 
-def _open_validation(path: Path | None, spec: TrainSpec, tokens_at_once: int) -> tuple[MicroBatch, ...]:
+def _open_validation(path: Path | None, spec: TrainSpec, tokens_at_once: int) -> Step:
+    """All of the file as one step that is never made."""
     if path is None:
-        return ()
+        return Step(0, ())
     examples = TokenisedSet.read(path)
     _require_rows_of(spec, examples)
-    return micro_batches(examples, range(examples.examples), max_tokens=tokens_at_once, preference=spec.preference)
+    every_E, last = range(examples.examples), examples.examples - 1
+    return Step(
+        0,
+        micro_batches(examples, every_E, max_tokens=tokens_at_once, preference=spec.preference),
+        mismatched(examples, every_E, last, max_tokens=tokens_at_once),
+    )
 
 
 def _measured(device: torch.device, micro_batch_tokens: int, is_checkpointing: bool) -> MeasuredMemory:

@@ -1,7 +1,7 @@
 """The frozen base with an adapter to be trained on it, and its forward."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +51,25 @@ class Trainee:
         return device
 
     def loss(self, batch: MicroBatch, *, of: Totals) -> Measured:
-        """Summed over the labelled positions of one micro-batch, or over its pairs: its part of what is measured `of` all."""
+        """Summed over the labelled positions of one micro-batch, its pairs or its rated answers: a part `of` all."""
         return self._measured(batch, of, has_backward=False)
 
     def backward(self, batch: MicroBatch, *, of: Totals) -> Measured:
         """The same loss; the gradient of its part of the mean `of` all is added to the parameters' own."""
         return self._measured(batch, of, has_backward=True)
+
+    @torch.no_grad()
+    def kl(self, mismatched: Sequence[MicroBatch], *, should_stop: Callable[[], bool]) -> float | None:
+        """By how many nats the adapter has made answers to other questions likelier, on average, and 0 where it has not: KTO's
+        estimate of how far it is from the base, as TRL makes it. None when told to stop on the way.
+        """
+        gained, documents = torch.zeros((), device=self.device), 0
+        for batch in mismatched:
+            if should_stop():
+                return None
+            gained += (self._losses_of_base(batch) - self._losses(batch))[: len(batch.labelled_N)].sum()
+            documents += len(batch.lengths)
+        return max(float(gained) / documents, 0.0) if documents else 0.0  # in this order, so that a NaN stays one
 
     @torch.no_grad()
     def _measured(self, batch: MicroBatch, of: Totals, *, has_backward: bool) -> Measured:
@@ -76,7 +89,10 @@ class Trainee:
     def _losses_of_base(self, batch: MicroBatch) -> Tensor:
         """Of each labelled position, without the adapter. What this forward has kept is free again before the next begins."""
         with self.model.disable_adapter():
-            head_VD, targets_N, hidden_ND, _ = self._forward(batch)
+            return self._losses(batch)
+
+    def _losses(self, batch: MicroBatch) -> Tensor:
+        head_VD, targets_N, hidden_ND, _ = self._forward(batch)
         return token_losses(hidden_ND, head_VD, targets_N)[0]
 
     def _forward(self, batch: MicroBatch, *, noise_alpha: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], None]]:
