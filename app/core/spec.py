@@ -162,6 +162,10 @@ class TrainSpec(Judging):
     neftune_noise_alpha: float = _later(0.0, ge=0, le=100)
     preference: PreferenceSpec | None = _later(None)
 
+    @property
+    def method(self) -> MethodName:
+        return self.preference.method if self.preference else "supervised"
+
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole run: the last batch of an epoch may be smaller."""
         return self.n_epochs * math.ceil(examples / self.batch_size)

@@ -80,6 +80,11 @@ class Admission(BaseModel):
     def total_tokens(self) -> int:
         return self.spec.n_epochs * self.data.tokens
 
+    @property
+    def work_tokens(self) -> int:
+        """Those of a supervised run that takes as long."""
+        return round(self.total_tokens * methods.work(self.spec.method))
+
     def shown(self) -> dict[str, Any]:
         """What the job will do, in numbers its owner can check: the `plan` of a job."""
         plan, data = self.plan, self.data

@@ -34,8 +34,8 @@ class Desired(StrEnum):
 class Job(Owned, Table):
     """A fine-tuning job. Postgres is the queue: workers claim rows, and hold them by lease and attempt number.
 
-    `total_tokens` are those of all epochs, `worker_seconds` what all attempts have taken. Of the running one are `claimed_at` and
-    `charged_seconds`, what its organization was charged in advance.
+    `total_tokens` are those of all epochs, or of a supervised job that takes as long; `worker_seconds` what all attempts have
+    taken. Of the running one are `claimed_at` and `charged_seconds`, what its organization was charged in advance.
     """
 
     __tablename__ = "jobs"
@@ -86,6 +86,9 @@ class Job(Owned, Table):
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     fine_tuned_model: Mapped[str | None]
     result_file_id: Mapped[str | None] = mapped_column(Id)
+    further_result_file_ids: Mapped[list[Any] | None]
+    held_out: Mapped[dict[str, Any] | None]
+    examined: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]
     estimated_finish_at: Mapped[datetime | None]
     queued_at: Mapped[datetime | None]

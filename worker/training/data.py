@@ -37,10 +37,14 @@ class MicroBatch:
         return self.pairs or len(self.ratings) or len(self.labelled_N)
 
     @property
+    def documents_N(self) -> NDArray[np.int64]:
+        """Which document each labelled position is of."""
+        return np.searchsorted(np.cumsum(self.lengths), self.labelled_N, side="right")
+
+    @property
     def labelled_B(self) -> tuple[int, ...]:
         """How many labelled positions each document has."""
-        documents_N = np.searchsorted(np.cumsum(self.lengths), self.labelled_N, side="right")
-        return tuple(np.bincount(documents_N, minlength=len(self.lengths)).tolist())
+        return tuple(np.bincount(self.documents_N, minlength=len(self.lengths)).tolist())
 
     @property
     def judged_tokens(self) -> int:
@@ -133,10 +137,14 @@ def micro_batches(
     max_tokens: int,
     preference: PreferenceSpec | None = None,
 ) -> tuple[MicroBatch, ...]:
+    """Each of `packs` as a micro-batch."""
+    return tuple(micro_batch(examples, packed, preference) for packed in packs(examples, chosen, max_tokens=max_tokens))
+
+
+def packs(examples: TokenisedSet, chosen: Sequence[int] | NDArray[np.int64], *, max_tokens: int) -> list[list[int]]:
     """Pack whole examples, the longest first, each into the first micro-batch with room. One over the budget stands alone."""
-    copies_preferred = preference is not None and preference.copies_preferred
     bins = _packed([int(examples.lengths_E[example]) for example in chosen], max_tokens)
-    return tuple(_micro_batch(examples, [int(chosen[place]) for place in places], copies_preferred) for places in bins)
+    return [[int(chosen[place]) for place in places] for places in bins]
 
 
 def mismatched(
@@ -168,11 +176,12 @@ def _packed(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return bins
 
 
-def _micro_batch(examples: TokenisedSet, chosen: Sequence[int], copies_preferred: bool) -> MicroBatch:
+def micro_batch(examples: TokenisedSet, chosen: Sequence[int], preference: PreferenceSpec | None = None) -> MicroBatch:
+    """These examples side by side, in this order."""
     spans = [slice(examples.offsets_E1[e], examples.offsets_E1[e + 1]) for e in chosen]
     is_trained_T = np.concatenate([examples.is_trained_N[span] for span in spans])
     is_labelled_T = is_trained_T
-    if copies_preferred:
+    if preference is not None and preference.copies_preferred:
         is_labelled_T = is_trained_T | np.concatenate([_is_copied(examples, example) for example in chosen])
     made = _side_by_side(
         tokens_T=np.concatenate([examples.tokens_N[span] for span in spans]),

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,12 @@ class Trainee:
         return self._measured(batch, of, has_backward=True)
 
     @torch.no_grad()
+    def token_losses(self, batch: MicroBatch, *, of_base: bool = False) -> tuple[Tensor, Tensor]:
+        """Of each labelled position, and of what comes after the last of them as padding: see `loss.token_losses`."""
+        with self.model.disable_adapter() if of_base else nullcontext():
+            head_VD, targets_N, hidden_ND, _ = self._forward(batch)
+        return token_losses(hidden_ND, head_VD, targets_N)
+
     def kl(self, mismatched: Sequence[MicroBatch], *, should_stop: Callable[[], bool]) -> float | None:
         """By how many nats the adapter has made answers to other questions likelier, on average, and 0 where it has not: KTO's
         estimate of how far it is from the base, as TRL makes it. None when told to stop on the way.
@@ -67,13 +73,15 @@ class Trainee:
         for batch in mismatched:
             if should_stop():
                 return None
-            gained += (self._losses_of_base(batch) - self._losses(batch))[: len(batch.labelled_N)].sum()
+            gained += (self.token_losses(batch, of_base=True)[0] - self.token_losses(batch)[0])[: len(batch.labelled_N)].sum()
             documents += len(batch.lengths)
         return max(float(gained) / documents, 0.0) if documents else 0.0  # in this order, so that a NaN stays one
 
     @torch.no_grad()
     def _measured(self, batch: MicroBatch, of: Totals, *, has_backward: bool) -> Measured:
-        reference_N = self._losses_of_base(batch) if self.preference and self.preference.has_reference else None
+        has_reference = self.preference is not None and self.preference.has_reference
+        # what this forward has kept is free again before the next begins
+        reference_N = self.token_losses(batch, of_base=True)[0] if has_reference else None
         head_VD, targets_N, hidden_ND, backward = self._forward(batch, noise_alpha=self.noise_alpha)
         d_hidden_ND = torch.empty_like(hidden_ND) if has_backward else None
         losses_N, is_first_N = token_losses(hidden_ND, head_VD, targets_N, d_hidden_ND=d_hidden_ND)
@@ -85,15 +93,6 @@ class Trainee:
             scale = 1 / of.weight
             backward(d_hidden_ND.mul_(scale) if weights_N is None else d_hidden_ND.mul_((weights_N * scale)[:, None]))
         return measured
-
-    def _losses_of_base(self, batch: MicroBatch) -> Tensor:
-        """Of each labelled position, without the adapter. What this forward has kept is free again before the next begins."""
-        with self.model.disable_adapter():
-            return self._losses(batch)
-
-    def _losses(self, batch: MicroBatch) -> Tensor:
-        head_VD, targets_N, hidden_ND, _ = self._forward(batch)
-        return token_losses(hidden_ND, head_VD, targets_N)[0]
 
     def _forward(self, batch: MicroBatch, *, noise_alpha: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], None]]:
         """Head, targets, hidden states and the way back from these.
