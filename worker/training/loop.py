@@ -44,11 +44,10 @@ def train(
     for step in data.steps_after(state.step):
         started_at = time.monotonic()
         torch.manual_seed(spec.seed + step.number)  # dropout: that of this step, whatever ran before it
-        measured, totals = Measured.nothing(optimizer.device), step.totals
         kl = trainee.kl(step.mismatched, should_stop=should_stop)
         if kl is None:
             return state
-        totals = replace(totals, kl=kl)
+        measured, totals = Measured.nothing(optimizer.device), replace(step.totals, kl=kl)
         for batch in step.micro_batches:
             if should_stop():
                 optimizer.zero_grad()

@@ -44,7 +44,7 @@ def judge(
 
 
 def means(spec: PreferenceSpec | None, sums: Tensor | None, of: Totals) -> dict[str, float]:
-    """What the sums in `Measured.rewards` tell of all; nothing where no answers were compared."""
+    """What the sums in `Measured.rewards` tell of all; nothing where answers are only learnt."""
     if spec is None or sums is None:
         return {}
     if spec.method == "kto":
