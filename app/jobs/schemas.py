@@ -35,18 +35,29 @@ class Preference(Request):
     hyperparameters: PreferenceHyperparameters | None = None
 
 
+class RatedHyperparameters(PreferenceHyperparameters):
+    desirable_weight: spec.Auto | spec.RatedWeight = spec.AUTO
+    undesirable_weight: spec.Auto | spec.RatedWeight = spec.AUTO
+
+
+class Rated(Request):
+    hyperparameters: RatedHyperparameters | None = None
+
+
 class Method(Request):
     """A client may send several of the objects: the one `type` names counts."""
 
     type: str
     supervised: Supervised | None = None
     dpo: Preference | None = None
+    orpo: Preference | None = None
+    kto: Rated | None = None
     reinforcement: dict[str, Any] | None = None
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """Those that the client named."""
-        of_type: Supervised | Preference | None = getattr(self, self.type)
+        of_type: Supervised | Preference | Rated | None = getattr(self, self.type)
         return of_type.hyperparameters.model_dump(exclude_unset=True) if of_type and of_type.hyperparameters else {}
 
 
@@ -113,11 +124,11 @@ class JobCreate(Request):
     def requested(self) -> spec.Requested:
         """The settings, wherever the client put them: in `method`, or in the older `hyperparameters`."""
         old, of_method = self._hyperparameters()
-        beta = of_method.pop("beta", spec.AUTO)
+        of_answers = {name: of_method.pop(name) for name in spec.OF_ANSWERS if name in of_method}
         return spec.Requested(
             method=self.method_name,
             hyperparameters=spec.Hyperparameters.model_validate(old | of_method),
-            beta=beta,
+            **of_answers,
             adapter=self.adapter,
             quantization=self.quantization,
             training=self.training,
@@ -343,7 +354,9 @@ def shown_hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | 
         if shown["learning_rate_multiplier"] == spec.AUTO:
             shown["learning_rate_multiplier"] = 1.0
     if requested.method != "supervised":
-        shown["beta"] = resolved.preference.beta if resolved and resolved.preference else requested.beta
+        told = resolved.preference if resolved and resolved.preference else requested
+        names = spec.OF_ANSWERS if requested.method == "kto" else ("beta",)
+        shown |= {name: getattr(told, name) for name in names}
     return shown
 
 

@@ -34,8 +34,9 @@ class Desired(StrEnum):
 class Job(Owned, Table):
     """A fine-tuning job. Postgres is the queue: workers claim rows, and hold them by lease and attempt number.
 
-    `valid_loss` is that of the published adapter. `total_tokens` are those of all epochs, `worker_seconds` what all attempts have
-    taken. Of the running one are `claimed_at` and `charged_seconds`, what its organization was charged in advance.
+    `valid_loss` is that of the published adapter. `total_tokens` are those of all epochs, or of a supervised job that takes as
+    long; `worker_seconds` what all attempts have taken. Of the running one are `claimed_at` and
+    `charged_seconds`, what its organization was charged in advance.
     """
 
     __tablename__ = "jobs"
