@@ -14,8 +14,8 @@ from app.core.errors import AppError
 from app.core.events import DISK_FULL, Event, MeasuredMemory
 from app.core.manifest import Manifest
 from app.core.settings import LeaseSettings
-from app.core.storage import Stored
 from app.files import service as files
+from app.files.service import Result
 from app.jobs import checkpoints, events, states, throughput, turns
 from app.models import Desired, Job, JobCheckpoint, JobState
 from app.webhooks.emit import EventType
@@ -149,10 +149,9 @@ def complete(
     manifest: Manifest,
     trained_tokens: int,
     memory: MeasuredMemory,
-    result_key: str,
-    result: Stored,
+    tables: Sequence[Result],
 ) -> None:
-    """The job has succeeded: its model, its result file and its webhooks appear in this one transaction.
+    """The job has succeeded: its model, its result files and its webhooks appear in this one transaction.
 
     A cancel that came first wins: then the job is cancelled and nothing is published.
     """
@@ -163,7 +162,7 @@ def complete(
     job.fine_tuned_model = adapters.name_of(job)
     job.trained_tokens = trained_tokens
     job.plan = {**(job.plan or {}), "measured_peak_bytes": memory.peak_bytes, "measured": memory.model_dump(mode="json")}
-    job.result_file_id = files.add_result(session, job, storage_key=result_key, stored=result).id
+    job.result_file_id, *job.further_result_file_ids = [files.add_result(session, job, table).id for table in tables]
     adapter = adapters.publish(session, job, name=job.fine_tuned_model, step=None, prefix=prefix, manifest=manifest)
     events.append(session, job, f"New fine-tuned model created: {job.fine_tuned_model}")
     states.move(session, job, JobState.SUCCEEDED, "The job has successfully completed")
