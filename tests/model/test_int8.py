@@ -45,3 +45,13 @@ def test_the_weights_are_not_kept_dense_for_the_way_back(layer: Int8Linear) -> N
 def test_under_autocast_it_computes_as_a_plain_layer_does(layer: Int8Linear) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(5, 64)).dtype == nn.Linear(64, 32)(torch.randn(5, 64)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_few_rows_and_many_are_computed_alike(layer: Int8Linear, rows: int) -> None:
+    x = torch.randn(1, rows, 64).bfloat16()
+    exact = functional.linear(x.float(), int8.dense(layer.weight.data, layer.weight.SCB, torch.float32), layer.bias)
+    y = layer(x)
+
+    assert (y.shape, y.dtype) == ((1, rows, 32), torch.bfloat16)
+    torch.testing.assert_close(y.float(), exact, atol=0.02, rtol=0.02)  # outputs of about 1, in 8 bits of mantissa
