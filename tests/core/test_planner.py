@@ -173,3 +173,12 @@ def test_a_base_in_more_bits_takes_a_larger_tier_and_nf4_is_named_where_none_is(
     assert not planner.plan(asked, [small]).fits
     assert (remedy.param, remedy.value) == ("quantization.scheme", "nf4")
     assert remedy.peak_bytes == planner.plan(plain, [small]).memory.peak_bytes
+
+
+def test_the_adapter_that_a_run_began_with_is_counted_where_it_stays() -> None:
+    plans = [
+        planner.plan(run("llama-3.1-8b-instruct").model_copy(update={"keeps_start": keeps}), rooms()) for keeps in (False, True)
+    ]
+    without, kept = (plan.memory.adapter for plan in plans)
+
+    assert kept - without == pytest.approx(4 * 41_943_040, rel=1e-6)  # fp32, of rank 16

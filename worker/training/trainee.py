@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,18 @@ _TOKENS, _LABELLED = 128, 64  # what numbers of them are rounded up to
 
 @dataclass(frozen=True)
 class Trainee:
-    """`model` is PEFT's around the base's own. Without `preference` what is labelled is learnt."""
+    """`model` is PEFT's around the base's own. Without `preference` what is labelled is learnt.
+
+    `start` is what the parameters were when answers began to be compared with those of a tuned model; empty where they are
+    compared with those of the base.
+    """
 
     model: Any
     base: LoadedBase
     decoder: Decoder | StockDecoder
     preference: PreferenceSpec | None = None
     noise_alpha: float = 0.0  # NEFTune's, while training
+    start: tuple[Tensor, ...] = ()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -68,7 +73,7 @@ class Trainee:
     @torch.no_grad()
     def _measured(self, batch: MicroBatch, *, scale: float | None) -> Measured:
         # what this forward has kept is free again before the next begins
-        reference_N = self.token_losses(batch, of_base=True)[0] if self.preference else None
+        reference_N = self._losses_of_reference(batch) if self.preference else None
         head_VD, targets_N, hidden_ND, backward = self._forward(batch, noise_alpha=self.noise_alpha)
         d_hidden_ND = None if scale is None else torch.empty_like(hidden_ND)
         losses_N, is_first_N = token_losses(hidden_ND, head_VD, targets_N, d_hidden_ND=d_hidden_ND)
@@ -79,6 +84,28 @@ class Trainee:
         if d_hidden_ND is not None and scale is not None:
             backward(d_hidden_ND.mul_(scale) if weights_N is None else d_hidden_ND.mul_((weights_N * scale)[:, None]))
         return measured
+
+    def _losses_of_reference(self, batch: MicroBatch) -> Tensor:
+        """Of each labelled position, as the run found the model."""
+        if not self.start:
+            return self.token_losses(batch, of_base=True)[0]
+        with self._at_start():
+            return self.token_losses(batch)[0]
+
+    @contextmanager
+    def _at_start(self) -> Iterator[None]:
+        """With the adapter that the run began with, and without dropout."""
+        parameters, is_training = self.parameters, self.model.training
+        trained = [parameter.data for parameter in parameters]
+        self.model.eval()
+        try:
+            for parameter, at_start in zip(parameters, self.start, strict=True):
+                parameter.data = at_start
+            yield
+        finally:
+            for parameter, now in zip(parameters, trained, strict=True):
+                parameter.data = now
+            self.model.train(is_training)
 
     def _forward(self, batch: MicroBatch, *, noise_alpha: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], None]]:
         """Head, targets, hidden states and the way back from these.
@@ -102,6 +129,11 @@ class Trainee:
         with neftune.noised(self.base.model.get_input_embeddings(), lengths, alpha=alpha):
             hidden_ND, backward = self.decoder.forward(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
         return head_VD, targets_N, hidden_ND, backward
+
+    def started_from(self, weights: AdapterWeights) -> "Trainee":
+        """The same with a tuned model's weights in place of fresh ones; where answers are compared, with that model's."""
+        self.load(weights)
+        return replace(self, start=tuple(one.detach().clone() for one in self.parameters)) if self.preference else self
 
     @torch.no_grad()
     def load(self, weights: AdapterWeights) -> None:
