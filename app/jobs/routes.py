@@ -37,9 +37,18 @@ def create_job(
     """Queue a fine-tuning job; with `dry_run`, tell what would come of it, and queue nothing."""
     if body.dry_run:  # takes seconds: no transaction may be open meanwhile
         return dry_runner.run(caller, body)
-    tiers, is_retry = settings.training.tiers, x_stainless_retry_count > 0
+    training, is_retry = settings.training, x_stainless_retry_count > 0
     with db.organization_session(sessions, caller.organization_id) as session:
-        job = jobs.create(session, caller, catalog, request=body, tiers=tiers, gpu=settings.gpu, is_retry=is_retry)
+        job = jobs.create(
+            session,
+            caller,
+            catalog,
+            request=body,
+            tiers=training.tiers,
+            gpu=settings.gpu,
+            quantizations=training.quantizations,
+            is_retry=is_retry,
+        )
         return _shown(session, job)
 
 

@@ -98,9 +98,6 @@ class JobCreate(Request):
             param = "training.early_stopping" if self.training.early_stopping else "training.publish"
             message = f"{param} goes by the validation loss; send a validation_file or training.validation_split too"
             raise BadRequest(message, param=param)
-        if not self.quantization.double_quant:
-            message = "engines hold their bases with double quantization, and an adapter must meet the base it was trained on"
-            raise BadRequest(message, param="quantization.double_quant", code="unsupported_parameter")
         return self
 
     @model_validator(mode="after")

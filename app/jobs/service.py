@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import timedelta
 
 from sqlalchemy import Select, func, orm, select
@@ -13,6 +13,7 @@ from app.core import ids
 from app.core.catalog import Catalog
 from app.core.errors import NotFound
 from app.core.settings import GpuSettings
+from app.core.spec import USUAL, QuantizationName
 from app.evaluations import leases as evaluations
 from app.files import service as files
 from app.jobs import admission, starting, states
@@ -31,12 +32,13 @@ def create(
     request: JobCreate,
     tiers: frozenset[str],
     gpu: GpuSettings = GpuSettings(),
+    quantizations: Set[QuantizationName] = frozenset({USUAL}),
     is_retry: bool = False,
     sweep_id: str | None = None,
 ) -> Job:
     """Queue a fine-tuning job. `is_retry`: the SDK repeats a request it got no answer to; the first one's job is the answer."""
     base, requested = starting.understand(session, caller, catalog, request)
-    queue = admission.first_queue(base, requested, among=tiers, gpu=gpu, catalog=catalog)
+    queue = admission.first_queue(base, requested, among=tiers, gpu=gpu, catalog=catalog, quantizations=quantizations)
     method = request.method_name
     training_file = files.get_for_training(session, caller, request.training_file, method=method, param="training_file")
     validation_file = None
