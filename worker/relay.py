@@ -179,8 +179,8 @@ class Relay:
     def _engines_for(self, adapter: AdapterRef) -> list[str]:
         timeout = self._to.settings.inference.heartbeat_timeout_seconds
         with self._to.sessions.begin() as session:
-            live = engines.list_live(session, adapter.base, timeout_seconds=timeout)
-            return [engine.url for engine in engines.ranked(live, adapter)]
+            live = engines.list_live(session, timeout_seconds=timeout)
+            return [engine.url for engine in engines.ranked(engines.answering(live, adapter.base, adapter), adapter)]
 
     def _purge(self, prefix: str) -> bool:
         for key in self._to.storage.list_keys(prefix):

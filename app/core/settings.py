@@ -20,6 +20,7 @@ from pydantic_settings import (
 from pydantic_settings import PydanticBaseSettingsSource as Source
 
 from app.core.catalog import Tier
+from app.core.spec import USUAL, QuantizationName
 
 MIB = 1024 * 1024
 PREFIX = "TUNESMITH_"
@@ -123,6 +124,9 @@ class InferenceSettings(BaseModel):
     """One engine process, and how the API speaks to engines."""
 
     base: str = Field(default="smollm2-135m-instruct", description="catalog id of the base an engine serves")
+    quantization: QuantizationName = Field(
+        default=USUAL, description="how an engine holds its base; `tunesmith up` starts one for each of `TRAINING__QUANTIZATIONS`"
+    )
     host: str = Field(default="127.0.0.1", description="address an engine listens on, and announces")
     port: int = Field(default=0, ge=0, le=65535, description="port an engine listens on; 0 takes a free one and announces it")
     gateway_url: str = Field(default="http://127.0.0.1:8000", description="where an engine reaches the API")
@@ -201,6 +205,11 @@ class TrainingSettings(BaseModel):
 
     tier: Literal["auto"] | Tier = Field(default="auto", description="the largest it holds; `auto`: what its card has room for")
     tiers: Listed[Tier] = Field(default=frozenset[Tier]({"cpu"}), description="tiers some worker serves; others are refused")
+    quantizations: Listed[QuantizationName] = Field(
+        default=frozenset[QuantizationName]({USUAL}),
+        min_length=1,
+        description="how jobs may have their base held: an engine must serve each; others are refused",
+    )
     warm_base: str | None = Field(
         default="smollm2-135m-instruct", description="base that waiting trainers hold ready; empty for none"
     )

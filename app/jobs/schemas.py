@@ -36,23 +36,37 @@ class Preference(Request):
     hyperparameters: PreferenceHyperparameters | None = None
 
 
+class RatedHyperparameters(PreferenceHyperparameters):
+    desirable_weight: spec.Auto | spec.RatedWeight = spec.AUTO
+    undesirable_weight: spec.Auto | spec.RatedWeight = spec.AUTO
+
+
+class Rated(Request):
+    hyperparameters: RatedHyperparameters | None = None
+
+
 class Method(Request):
     """A client may send several of the objects: the one `type` names counts."""
 
     type: str
     supervised: Supervised | None = None
     dpo: Preference | None = None
+    orpo: Preference | None = None
+    kto: Rated | None = None
     reinforcement: dict[str, Any] | None = None
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """Those that the client named."""
-        of_type: Supervised | Preference | None = getattr(self, self.type)
+        of_type: Supervised | Preference | Rated | None = getattr(self, self.type)
         return of_type.hyperparameters.model_dump(exclude_unset=True) if of_type and of_type.hyperparameters else {}
 
 
 class JobCreate(Request):
-    """What `POST /v1/fine_tuning/jobs` takes. `adapter`, `quantization`, `training` and `dry_run` are ours."""
+    """What `POST /v1/fine_tuning/jobs` takes. `adapter`, `quantization`, `training`, `continue_from` and `dry_run` are ours.
+
+    `model` is a base, or one of your own models: then it is what `continue_from` says.
+    """
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     training_file: Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -66,6 +80,7 @@ class JobCreate(Request):
     adapter: spec.LoraSpec = spec.LoraSpec()
     quantization: spec.QuantizationSpec = spec.QuantizationSpec()
     training: spec.TrainingOptions = spec.TrainingOptions()
+    continue_from: Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(without_nul)] | None = None
     dry_run: bool = False
 
     @model_validator(mode="after")
@@ -83,9 +98,6 @@ class JobCreate(Request):
             param = "training.early_stopping" if self.training.early_stopping else "training.publish"
             message = f"{param} goes by the validation loss; send a validation_file or training.validation_split too"
             raise BadRequest(message, param=param)
-        if not self.quantization.double_quant:
-            message = "engines hold their bases with double quantization, and an adapter must meet the base it was trained on"
-            raise BadRequest(message, param="quantization.double_quant", code="unsupported_parameter")
         return self
 
     @model_validator(mode="after")
@@ -109,11 +121,11 @@ class JobCreate(Request):
     def requested(self) -> spec.Requested:
         """The settings, wherever the client put them: in `method`, or in the older `hyperparameters`."""
         old, of_method = self._hyperparameters()
-        beta = of_method.pop("beta", spec.AUTO)
+        of_answers = {name: of_method.pop(name) for name in spec.OF_ANSWERS if name in of_method}
         return spec.Requested(
             method=self.method_name,
             hyperparameters=spec.Hyperparameters.model_validate(old | of_method),
-            beta=beta,
+            **of_answers,
             adapter=self.adapter,
             quantization=self.quantization,
             training=self.training,
@@ -163,6 +175,8 @@ class JobOut(BaseModel):
     user_provided_suffix: str | None
     paused: bool
     base_model: str
+    continue_from: str | None
+    sweep: str | None
     adapter: dict[str, Any]
     quantization: dict[str, Any]
     training: dict[str, Any]
@@ -186,7 +200,7 @@ class JobOut(BaseModel):
         return cls(
             id=job.id,
             created_at=unix(job.created_at),
-            status=JobState.QUEUED if job.state == JobState.PAUSED else job.state,
+            status=status_of(job.state),
             model=job.requested_model,
             organization_id=job.organization_id,
             result_files=[job.result_file_id, *(job.further_result_file_ids or [])] if job.result_file_id else [],
@@ -206,6 +220,8 @@ class JobOut(BaseModel):
             user_provided_suffix=job.suffix,
             paused=job.state == JobState.PAUSED,
             base_model=job.base,
+            continue_from=job.continue_from,
+            sweep=job.sweep_id,
             adapter=dict(requested.adapter),
             quantization=dict(requested.quantization),
             training=shown_training(requested, resolved),
@@ -311,6 +327,11 @@ class CheckpointOut(BaseModel):
         )
 
 
+def status_of(state: str) -> str:
+    """In the API's words."""
+    return JobState.QUEUED if state == JobState.PAUSED else state
+
+
 def told_plan(plan: dict[str, Any] | None) -> dict[str, Any]:
     """`plan` and `auto` of what Admission.shown gave."""
     if plan is None:
@@ -335,7 +356,9 @@ def shown_hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | 
         if shown["learning_rate_multiplier"] == spec.AUTO:
             shown["learning_rate_multiplier"] = 1.0
     if requested.method != "supervised":
-        shown["beta"] = resolved.preference.beta if resolved and resolved.preference else requested.beta
+        told = resolved.preference if resolved and resolved.preference else requested
+        names = spec.OF_ANSWERS if requested.method == "kto" else ("beta",)
+        shown |= {name: getattr(told, name) for name in names}
     return shown
 
 

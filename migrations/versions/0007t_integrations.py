@@ -5,7 +5,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "0007t"
-down_revision = "0007"
+down_revision = "0007q"
 branch_labels = None
 depends_on = None
 
