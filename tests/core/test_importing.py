@@ -181,7 +181,13 @@ def test_pairs_have_a_method_and_its_beta() -> None:
     trl = imported(TRL, "dpo", beta=0.3, learning_rate=..., assistant_only_loss=...)
     assert trl.body["method"]["dpo"]["hyperparameters"]["beta"] == 0.3
     assert (trl.body["training"]["learning_rate"], trl.body["adapter"]["dropout"]) == (1e-6, 0.0)  # its own defaults
-    for found in (axolotl, trl):
+    kto = imported(TRL, "kto", assistant_only_loss=..., desirable_weight=2)
+    assert (
+        kto.body["method"]["kto"]["hyperparameters"] | {"desirable_weight": 2, "undesirable_weight": 1.0}
+        == (kto.body["method"]["kto"]["hyperparameters"])
+    )
+    assert "of the format `rated`" in kto.uploads[0]
+    for found in (axolotl, trl, kto):
         JobCreate.model_validate(found.body)
 
 

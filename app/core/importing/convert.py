@@ -17,7 +17,6 @@ from app.core.methods import METHODS
 UPLOAD_FIRST: Final = "THE-ID-OF-THE-UPLOADED-FILE"
 TOOLS: Final = {"axolotl": "base_model", "trl": "model_name_or_path"}  # by the key that tells them apart
 METHOD_OF: Final = {"sft": "supervised", "dpo": "dpo", "orpo": "orpo", "kto": "kto"}
-COMPARING: Final = frozenset({"dpo", "orpo"})
 _OFF: Final[tuple[Any, ...]] = (None, False, "", [], {}, 0, -1, "no", "none")  # values by which nothing is asked
 
 
@@ -116,6 +115,8 @@ class _Conversion:
         defaults = dict(self._table["defaults"])
         if self._given.get("warmup_steps") or self._given.get("warmup_ratio"):
             defaults = {key: value for key, value in defaults.items() if not key.startswith("warmup")}
+        if self._script == "kto":
+            defaults |= dict.fromkeys((key for key in self._table["keys"] if "desirable_weight" in key), 1.0)
         if self._out.tool == "trl":
             defaults["learning_rate"] = self._table["learning_rate"][self._script]
         return defaults
@@ -254,8 +255,8 @@ class _Conversion:
         if not sets and self._given.get("dataset_name"):
             names = (self._given["dataset_name"], self._given.get("dataset_config"), self._of.get("dataset_train_split", "train"))
             sets = [dict(zip(("path", "name", "split"), names, strict=True))]
-        compares = self._script in COMPARING
-        self._out.uploads += datasets.uploads(sets, is_preference=compares, into="training_file")
+        of = datasets.OF_METHOD.get(self._script)
+        self._out.uploads += datasets.uploads(sets, of=of, into="training_file")
         for key, why in datasets.strange(sets):
             self._out.refused.append(Refused(key, "it is done otherwise here", why))
         for_validation = _sets(self._given.get("test_datasets"))
@@ -264,7 +265,7 @@ class _Conversion:
             for_validation = [{**sets[0], "split": self._given.get("dataset_test_split", "test")}]
         if for_validation:
             self._out.body["validation_file"] = UPLOAD_FIRST
-            self._out.uploads += datasets.uploads(for_validation, is_preference=compares, into="validation_file")
+            self._out.uploads += datasets.uploads(for_validation, of=of, into="validation_file")
 
     def reports(self) -> None:
         if self._of.get("use_tensorboard"):

@@ -21,6 +21,7 @@ _PAIRS: Final = Form(
 _ALPACA: Final = Form(
     "alpaca", {"field_instruction": "instruction", "field_input": "input", "field_output": "output", "field_system": "no column"}
 )
+OF_METHOD: Final = {"dpo": _PAIRS, "orpo": _PAIRS, "kto": Form("rated", {})}
 FORMS: Final = {
     "alpaca": _ALPACA,
     "chat_template": _CHAT,
@@ -50,12 +51,12 @@ _AS_THEY_ARE: Final = "rows as their format says; each message may carry a `weig
 _LEARNT: Final = "`role` and `content`, of which what the assistant says is learnt, with its end of turn"
 
 
-def uploads(datasets: Sequence[Mapping[str, Any]], *, is_preference: bool, into: str) -> Iterator[str]:
-    """A sentence for each thing to do until `into`, a parameter of the job, can name a file."""
+def uploads(datasets: Sequence[Mapping[str, Any]], *, of: Form | None, into: str) -> Iterator[str]:
+    """A sentence for each thing to do until `into`, a parameter of the job, can name a file. `of`: the one form its method has."""
     if len(datasets) > 1:
         yield f"{into}: a job reads one file, so write these {len(datasets)} data sets one behind the other, in one format"
     for one in datasets:
-        form = _form(one, is_preference=is_preference)
+        form = of or _form(one)
         where = " ".join(str(one[key]) for key in ("path", "name", "split") if one.get(key))
         if form is None:
             yield f"{into}: write {where} in a format of docs/data.md; `{one.get('type')}` is none"
@@ -70,7 +71,7 @@ def uploads(datasets: Sequence[Mapping[str, Any]], *, is_preference: bool, into:
 def strange(datasets: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Keys of data sets that say what is done otherwise here, each with what is done."""
     for place, one in enumerate(datasets):
-        form = _form(one, is_preference=False) or _form(one, is_preference=True)
+        form = _form(one) or _PAIRS
         known = _WHERE | _TEMPLATE | set(form.columns if form else ()) | set(_PAIRS.columns)
         for key, value in one.items():
             if value in (None, "", [], {}, False):
@@ -87,9 +88,7 @@ def strange(datasets: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
                 )
 
 
-def _form(one: Mapping[str, Any], *, is_preference: bool) -> Form | None:
-    if is_preference:
-        return _PAIRS
+def _form(one: Mapping[str, Any]) -> Form | None:
     kind = one.get("type")
     if isinstance(kind, Mapping):
         return _ALPACA
