@@ -52,7 +52,7 @@ _LEARNT: Final = "`role` and `content`, of which what the assistant says is lear
 
 
 def uploads(datasets: Sequence[Mapping[str, Any]], *, of: Form | None, into: str) -> Iterator[str]:
-    """A sentence for each thing to do until `into`, a parameter of the job, can name a file. `of`: the only form of its method."""
+    """What to do until `into`, a parameter of the job, can name a file. `of`: the only form of its method."""
     if len(datasets) > 1:
         yield f"{into}: a job reads one file, so write these {len(datasets)} data sets one behind the other, in one format"
     for one in datasets:
