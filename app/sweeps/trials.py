@@ -129,8 +129,8 @@ def _require_comparable(trials: Sequence[Trial]) -> None:
     """The same loss, over the same rows, in the same tokens."""
     first, *others = (_decides_validation(trial.job) for trial in trials)
     for facts in others:
-        for name in first:
-            if facts.get(name) != first[name]:
+        for name in first | facts:
+            if facts.get(name) != first.get(name):
                 message = (
                     f"validation losses of jobs that differ in {name} are not to be compared; use a metric of type evaluation"
                 )

@@ -11,6 +11,7 @@ from app.sweeps.service import best_of
 from app.sweeps.trials import expand
 from tests.make import TINY
 
+_GOOD = "method.kto.hyperparameters.desirable_weight"
 RATES, RANKS = [1e-4, 2e-4], [8, 16, 32]
 
 
@@ -95,6 +96,7 @@ def test_a_random_search_draws_the_same_by_the_same_seed_and_none_twice() -> Non
         ({"grid": {"training.max_seq_length": [64, 128]}}, "grid", "differ in training.max_seq_length"),
         ({"grid": {"model": [TINY, "smollm2-135m-instruct"]}}, "grid", "differ in model"),
         ({"method": {"type": "dpo"}, "grid": {"method.dpo.hyperparameters.beta": [0.1, 0.2]}}, "grid", "differ in beta"),
+        ({"method": {"type": "kto"}, "grid": {_GOOD: ["auto", 2.0]}}, "grid", "differ in desirable_weight"),
         (
             {"validation_file": None, "training": {"validation_split": 2}, "grid": {"seed": [1, 2]}},
             "grid",

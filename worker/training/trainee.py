@@ -147,7 +147,8 @@ class Trainee:
     def started_from(self, weights: AdapterWeights) -> "Trainee":
         """The same with a tuned model's weights in place of fresh ones; where answers are compared, with that model's."""
         self.load(weights)
-        return replace(self, start=tuple(one.detach().clone() for one in self.parameters)) if self.preference else self
+        has_reference = self.preference is not None and self.preference.has_reference
+        return replace(self, start=tuple(one.detach().clone() for one in self.parameters)) if has_reference else self
 
     @torch.no_grad()
     def load(self, weights: AdapterWeights) -> None:
