@@ -64,6 +64,15 @@ def preference_file(rows: int = 12) -> bytes:
     return "\n".join(map(json.dumps, lines)).encode()
 
 
+def rated_file(rows: int = 12) -> bytes:
+    """A small valid file for KTO: of three answers one is called bad."""
+    said = ((f"What comes after {n}?", str(n + 1) if n % 3 else "Dunno.", n % 3 > 0) for n in range(rows))
+    return "\n".join(
+        json.dumps({"messages": json.loads(chat_line(question, answer))["messages"], "label": label})
+        for question, answer, label in said
+    ).encode()
+
+
 def uploaded_file(session: orm.Session, caller: Caller) -> File:
     """A file row as an upload leaves it."""
     stored = Stored(size_bytes=10, sha256="0" * 64)

@@ -159,6 +159,35 @@ class EvaluationSettings(BaseModel):
         return path and path.expanduser()
 
 
+class WandbSettings(BaseModel):
+    """Weights & Biases, for jobs that ask for it: the API refuses those while no key is set, the relay reports."""
+
+    api_key: SecretStr = Field(default=SecretStr(""), description="key of the account that runs are made with")
+    base_url: str = Field(default="https://api.wandb.ai", description="where its API answers, or a server of your own")
+
+    @field_validator("base_url")
+    @classmethod
+    def _http(cls, url: str) -> str:
+        return _require_http(url)
+
+
+class MlflowSettings(BaseModel):
+    """An MLflow tracking server, for jobs that ask for it: the API refuses those while none is set, the relay reports."""
+
+    tracking_uri: str | None = Field(default=None, description="address of the tracking server")
+    ui_url: str | None = Field(default=None, description="where customers see its pages; unset tells them a run's id only")
+    username: str = Field(default="", description="name for basic authentication")
+    password: SecretStr = Field(default=SecretStr(""), description="password for basic authentication")
+    token: SecretStr = Field(default=SecretStr(""), description="bearer token, instead of name and password")
+
+    @field_validator("tracking_uri", "ui_url")
+    @classmethod
+    def _http(cls, url: str | None) -> str | None:
+        if url and "@" in url:
+            raise ValueError("must hold no name and password: they have settings of their own")
+        return url and _require_http(url).rstrip("/")
+
+
 class GpuSettings(BaseModel):
     """What of a card a plan may count on: app.core.tiers has the arithmetic, docs/gpu.md the numbers."""
 
@@ -205,6 +234,8 @@ class Settings(BaseSettings):
     training: TrainingSettings = TrainingSettings()
     gpu: GpuSettings = GpuSettings()
     evaluations: EvaluationSettings = EvaluationSettings()
+    wandb: WandbSettings = WandbSettings()
+    mlflow: MlflowSettings = MlflowSettings()
 
     key_pepper: SecretStr = Field(default=SecretStr(""), description="keys are hashed with it; losing it revokes every key")
     engine_token: SecretStr = Field(default=SecretStr(""), description="shared secret between the gateway and the engines")

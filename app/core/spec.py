@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.core.catalog import Base
-from app.core.methods import MethodName, Preferring
+from app.core.methods import REFERRING, MethodName, Preferring
 
 LongRows = Literal["drop", "truncate"]
 Part = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(strict=True, ge=1)]  # of all rows, or rows
@@ -18,14 +18,18 @@ Scheduler = Literal["cosine", "linear", "constant"]
 Publish = Literal["last", "best"]
 Initialisation = Annotated[bool, Field(strict=True)] | Literal["gaussian", "orthogonal"]
 Beta = Annotated[float, Field(gt=0, le=10)]
+RatedWeight = Annotated[float, Field(gt=0, le=100)]
 
 AUTO: Final = "auto"
 Auto = Literal["auto"]
 Number = TypeVar("Number", int, float)
 
+OF_ANSWERS: Final = ("beta", "desirable_weight", "undesirable_weight")  # hyperparameters of methods that compare or rate
+
 # the rules of `auto`: see resolve, and app.core.auto for their reasons
 EXAMPLES_SEEN, MOST_EPOCHS = 800, 10
-MOST_EPOCHS_COMPARING, RATE_COMPARING, USUAL_BETA = 3, 0.1, 0.1  # where answers are compared
+MOST_EPOCHS_REFERRING, RATE_REFERRING = 3, 0.1  # of methods that judge by the base
+USUAL_BETA, LEAST_BATCH_RATED, LARGEST_WEIGHT = 0.1, 8, 10.0
 STEPS_OF_EPOCH, LARGEST_BATCH = 32, 16
 RATE_OF_LARGE, RATE_OF_SMALL = 2e-4, 1e-3
 LONGEST_UNASKED = 4096
@@ -160,10 +164,24 @@ class Judging(_Frozen):
 
 
 class PreferenceSpec(_Frozen):
-    """Answers are compared, not copied. `beta`: how much it costs to leave the base."""
+    """Answers are compared or rated, not only copied. `beta`: how much it costs to leave the base; with ORPO, which has no such
+    cost, how much the comparison weighs beside what is copied. The weights are those of rated answers, good and bad.
+    """
 
     method: Preferring
     beta: Beta
+    desirable_weight: RatedWeight = _later(1.0)
+    undesirable_weight: RatedWeight = _later(1.0)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether answers are judged by what the base says of them without the adapter."""
+        return self.method in REFERRING
+
+    @property
+    def copies_preferred(self) -> bool:
+        """Whether the preferred conversation is learnt too, all of it up to the end of its answer."""
+        return self.method == "orpo"
 
 
 class Start(_Frozen):
@@ -197,7 +215,11 @@ class TrainSpec(Judging):
     @property
     def keeps_start(self) -> bool:
         """Whether the weights that it begins with are in memory to its end: answers are compared with theirs."""
-        return self.preference is not None and self.continue_from is not None
+        return self.preference is not None and self.preference.has_reference and self.continue_from is not None
+
+    @property
+    def method(self) -> MethodName:
+        return self.preference.method if self.preference else "supervised"
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole run: the last batch of an epoch may be smaller."""
@@ -241,7 +263,9 @@ class Requested(_Frozen):
 
     method: MethodName = "supervised"
     hyperparameters: Hyperparameters = Hyperparameters()
-    beta: Auto | Beta = AUTO  # of methods that compare answers
+    beta: Auto | Beta = AUTO  # of methods that compare or rate answers
+    desirable_weight: Auto | RatedWeight = _later(AUTO)  # of those that rate them
+    undesirable_weight: Auto | RatedWeight = _later(AUTO)
     adapter: LoraSpec = LoraSpec()
     quantization: QuantizationSpec = QuantizationSpec()
     training: TrainingOptions = TrainingOptions()
@@ -253,17 +277,19 @@ def max_seq_length(requested: Requested, base: Base) -> int:
     return min(base.context_length, _given(requested.training.max_seq_length, LONGEST_UNASKED))
 
 
-def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longest: int) -> TrainSpec:
-    """Turn every `auto` into a number. `longest` is the longest example's length in tokens.
+def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longest: int, good: int = 0) -> TrainSpec:
+    """Turn every `auto` into a number. `longest` is the longest example's length in tokens; `good` are those rated so.
 
-    Epochs: about 800 examples seen, between 1 and 10 epochs, or 3 where answers are compared. Batch: a 1/32 of the examples,
-    between 1 and 16. Rate: 2e-4 as in the QLoRA paper, and more for bases under a billion parameters, which move less per step;
-    a tenth of it where answers are compared. Beta: 0.1, as in the papers.
+    Epochs: about 800 examples seen, between 1 and 10 epochs, or 3 with methods that judge by the base. Batch: a 1/32 of the
+    examples, between 1 and 16, and from 8 where rows are rated. Rate: 2e-4 as in the QLoRA paper, and more for bases under a
+    billion parameters, which move less per step; a tenth of it with methods that judge by the base. Beta: 0.1, as in the papers.
+    Weights: 1, and more for the rarer rating, so that both kinds weigh the same (KTO's equation 8), up to 10.
     """
     asked, options = requested.hyperparameters, requested.training
-    most_epochs = MOST_EPOCHS if requested.method == "supervised" else MOST_EPOCHS_COMPARING
+    most_epochs = MOST_EPOCHS_REFERRING if requested.method in REFERRING else MOST_EPOCHS
+    least_batch = LEAST_BATCH_RATED if requested.method == "kto" else 1
     n_epochs = _given(asked.n_epochs, min(most_epochs, max(1, round(EXAMPLES_SEEN / examples))))
-    batch_size = _given(asked.batch_size, min(LARGEST_BATCH, max(1, examples // STEPS_OF_EPOCH)))
+    batch_size = _given(asked.batch_size, min(LARGEST_BATCH, max(least_batch, examples // STEPS_OF_EPOCH)))
     total_steps = n_epochs * math.ceil(examples / batch_size)
     checkpoints = JUDGED_CHECKPOINTS if options.judges else CHECKPOINTS
     return TrainSpec(
@@ -289,7 +315,7 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
         early_stopping=options.early_stopping,
         publish=options.publish,
         neftune_noise_alpha=options.neftune_noise_alpha,
-        preference=_preference(requested),
+        preference=_preference(requested, good, examples - good),
         continue_from=requested.continue_from,
     )
 
@@ -299,15 +325,29 @@ def is_large(base: Base) -> bool:
     return base.architecture.linear_parameters > 1e9
 
 
-def _preference(requested: Requested) -> PreferenceSpec | None:
+def _preference(requested: Requested, good: int, bad: int) -> PreferenceSpec | None:
     if requested.method == "supervised":
         return None
-    return PreferenceSpec(method=requested.method, beta=_given(requested.beta, USUAL_BETA))
+    desirable, undesirable = _weights(requested, good, bad) if requested.method == "kto" else (1.0, 1.0)
+    return PreferenceSpec(
+        method=requested.method,
+        beta=_given(requested.beta, USUAL_BETA),
+        desirable_weight=desirable,
+        undesirable_weight=undesirable,
+    )
+
+
+def _weights(requested: Requested, good: int, bad: int) -> tuple[float, float]:
+    """Where one is given, nobody but its owner knows what the other is to balance."""
+    asked = requested.desirable_weight, requested.undesirable_weight
+    if asked != (AUTO, AUTO) or not (good and bad):
+        return _given(asked[0], 1.0), _given(asked[1], 1.0)
+    return min(LARGEST_WEIGHT, max(1.0, bad / good)), min(LARGEST_WEIGHT, max(1.0, good / bad))
 
 
 def _learning_rate(requested: Requested, base: Base) -> float:
     usual = RATE_OF_LARGE if is_large(base) else RATE_OF_SMALL
-    usual *= 1.0 if requested.method == "supervised" else RATE_COMPARING
+    usual *= RATE_REFERRING if requested.method in REFERRING else 1.0
     multiplier = _given(requested.hyperparameters.learning_rate_multiplier, 1.0)
     return min(1.0, _given(requested.training.learning_rate, usual) * multiplier)
 

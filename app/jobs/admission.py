@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from app.core import auto, memory, planner, spec, tiers
+from app.core import auto, memory, methods, planner, spec, tiers
 from app.core.auto import Chosen
 from app.core.catalog import Base, Catalog
 from app.core.data_report import DataReport
@@ -30,7 +30,7 @@ class NotServed(BadRequest):
 
 class Data(BaseModel):
     """What of a tokenised data set decides a run, or is told of it. Lengths are in tokens; `longest` is that of all rows, both
-    answers of a pair together.
+    answers of a pair together; `good` are the examples whose answers were rated so.
 
     `examples`, `dropped`, `truncated` and tokens are those of training, `validation` counts the examples that are not trained on.
     """
@@ -44,6 +44,7 @@ class Data(BaseModel):
     tokens: int
     trained_tokens: int
     longest: int
+    good: int = 0
 
     @classmethod
     def of(cls, report: DataReport) -> "Data":
@@ -56,11 +57,12 @@ class Data(BaseModel):
             tokens=training.tokens,
             trained_tokens=training.trained_tokens,
             longest=max(training.longest, validation.longest if validation else 0),
+            good=training.rated_good,
         )
 
     def scaled(self, training: float, validation: float) -> "Data":
         """Of whole files, where this is of their beginnings: lengths stay, since nobody knows better."""
-        counted = ("examples", "dropped", "truncated", "tokens", "trained_tokens")
+        counted = ("examples", "dropped", "truncated", "tokens", "trained_tokens", "good")
         counts = {name: round(getattr(self, name) * training) for name in counted}
         return self.model_copy(update=counts | {"validation": round(self.validation * validation)})
 
@@ -83,6 +85,11 @@ class Admission(BaseModel):
     @property
     def total_tokens(self) -> int:
         return self.spec.n_epochs * self.data.tokens
+
+    @property
+    def work_tokens(self) -> int:
+        """Those of a supervised run that takes as long."""
+        return round(self.total_tokens * methods.work(self.spec.method))
 
     def shown(self) -> dict[str, Any]:
         """What the job will do, in numbers its owner can check: the `plan` of a job."""
@@ -115,7 +122,7 @@ def admit(
 
     A value from values: nothing is queued or kept by it. Raises NoRoom; BadRequest for a base that no worker holds.
     """
-    resolved = spec.resolve(requested, base, seed=seed, examples=data.examples, longest=data.longest)
+    resolved = spec.resolve(requested, base, seed=seed, examples=data.examples, longest=data.longest, good=data.good)
     run = Run(
         model=base.architecture,
         lora=resolved.lora,
@@ -123,7 +130,7 @@ def admit(
         optimizer=resolved.optimizer.kind,
         keeps_start=resolved.keeps_start,
         longest_tokens=data.longest,
-        documents=2 if resolved.preference else 1,
+        documents=2 if "preference" in methods.FORMATS[requested.method] else 1,
         mean_tokens=data.tokens / data.examples,
         batch_size=resolved.batch_size,
     )
@@ -133,7 +140,7 @@ def admit(
         plan=plan,
         data=data,
         adapter_parameters=memory.adapter_parameters(base.architecture, resolved.lora),
-        auto=auto.explain(requested, resolved, base, plan, examples=data.examples),
+        auto=auto.explain(requested, resolved, base, plan, examples=data.examples, good=data.good),
     )
 
 

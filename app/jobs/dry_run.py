@@ -285,7 +285,9 @@ def _duration(session: orm.Session, asked: _Asked, admitted: Admission | None) -
     if admitted is None:
         return None
     speed = throughput.tokens_per_second(session, queue=admitted.queue, base=asked.base.id)
-    return Duration(seconds=admitted.total_tokens / speed, tokens_per_second=speed) if speed else None
+    if not speed:
+        return None
+    return Duration(seconds=admitted.work_tokens / speed, tokens_per_second=speed / methods.work(admitted.spec.method))
 
 
 def _finish(place: Place | None, duration: Duration | None) -> int | None:

@@ -6,10 +6,10 @@ from typing import Any
 
 from sqlalchemy import orm, select
 
+from app.core import methods
 from app.models import JobEvent
 
-# where answers are compared: docs/methods.md
-REWARDS = tuple(f"{of}rewards/{what}" for of in ("", "valid_") for what in ("chosen", "rejected", "accuracy", "margin"))
+COMPARING = tuple(f"{of}{name}" for of in ("", "valid_") for name in methods.METRICS)
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 _NAMES = {"train_mean_token_accuracy": "train_accuracy"}
 
@@ -18,7 +18,7 @@ def csv_of(session: orm.Session, job_id: str) -> bytes:
     """One row a step."""
     steps = steps_of(session, job_id)
     text = io.StringIO(newline="")
-    columns = [*COLUMNS, *(name for name in REWARDS if any(name in row for row in steps.values()))]
+    columns = [*COLUMNS, *(name for name in COMPARING if any(name in row for row in steps.values()))]
     writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows({_NAMES.get(name, name): value for name, value in steps[step].items()} for step in sorted(steps))

@@ -7,6 +7,7 @@ from app.core.clock import unix
 from app.core.data_report import brief
 from app.core.errors import BadRequest
 from app.core.methods import METHODS, MethodName
+from app.jobs.integrations import Integration
 from app.jobs.queue import Place, Queue
 from app.models import Job, JobCheckpoint, JobEvent, JobState
 from app.schemas import Failure, Request, without_nul
@@ -35,18 +36,29 @@ class Preference(Request):
     hyperparameters: PreferenceHyperparameters | None = None
 
 
+class RatedHyperparameters(PreferenceHyperparameters):
+    desirable_weight: spec.Auto | spec.RatedWeight = spec.AUTO
+    undesirable_weight: spec.Auto | spec.RatedWeight = spec.AUTO
+
+
+class Rated(Request):
+    hyperparameters: RatedHyperparameters | None = None
+
+
 class Method(Request):
     """A client may send several of the objects: the one `type` names counts."""
 
     type: str
     supervised: Supervised | None = None
     dpo: Preference | None = None
+    orpo: Preference | None = None
+    kto: Rated | None = None
     reinforcement: dict[str, Any] | None = None
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """Those that the client named."""
-        of_type: Supervised | Preference | None = getattr(self, self.type)
+        of_type: Supervised | Preference | Rated | None = getattr(self, self.type)
         return of_type.hyperparameters.model_dump(exclude_unset=True) if of_type and of_type.hyperparameters else {}
 
 
@@ -64,7 +76,7 @@ class JobCreate(Request):
     metadata: Metadata | None = None
     method: Method | None = None
     hyperparameters: spec.Hyperparameters | None = None
-    integrations: list[dict[str, Any]] | None = None
+    integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
     adapter: spec.LoraSpec = spec.LoraSpec()
     quantization: spec.QuantizationSpec = spec.QuantizationSpec()
     training: spec.TrainingOptions = spec.TrainingOptions()
@@ -76,10 +88,9 @@ class JobCreate(Request):
         if self.method and self.method.type not in METHODS:
             message = f"method {self.method.type[:32]!r} is not offered here; use one of {', '.join(METHODS)}"
             raise BadRequest(message, param="method.type", code="unsupported_method")
-        if self.integrations:
-            raise BadRequest(
-                "integrations are not offered here; remove the field", param="integrations", code="unsupported_parameter"
-            )
+        types = [integration.type for integration in self.integrations or ()]
+        if twice := next((type for type in types if types.count(type) > 1), None):
+            raise BadRequest(f"the integration {twice!r} is there twice; send one of each type", param="integrations")
         if self.validation_file and self.training.validation_split is not None:
             message = "validation_file and training.validation_split both say what to validate with; send one of them"
             raise BadRequest(message, param="training.validation_split")
@@ -110,11 +121,11 @@ class JobCreate(Request):
     def requested(self) -> spec.Requested:
         """The settings, wherever the client put them: in `method`, or in the older `hyperparameters`."""
         old, of_method = self._hyperparameters()
-        beta = of_method.pop("beta", spec.AUTO)
+        of_answers = {name: of_method.pop(name) for name in spec.OF_ANSWERS if name in of_method}
         return spec.Requested(
             method=self.method_name,
             hyperparameters=spec.Hyperparameters.model_validate(old | of_method),
-            beta=beta,
+            **of_answers,
             adapter=self.adapter,
             quantization=self.quantization,
             training=self.training,
@@ -136,6 +147,7 @@ class PlaceOut(BaseModel):
 class JobOut(BaseModel):
     """The SDK's FineTuningJob, and what we add: the real base, the resolved settings, progress, the place in the queue.
 
+    `integrations` holds what the SDK's type knows, `trackers` all that were asked for.
     `auto` tells of each setting that was left to us its `value` and the `reason`; null until the files have been looked at.
     `held_out` and `examined` tell what the run has come to, once it has: docs/metrics.md. One of a page leaves `examined` out.
     """
@@ -157,7 +169,8 @@ class JobOut(BaseModel):
     finished_at: int | None
     trained_tokens: int | None
     estimated_finish: int | None
-    integrations: list[Any] | None = None
+    integrations: list[Any] | None
+    trackers: list[Any]
     metadata: dict[str, str] | None
     user_provided_suffix: str | None
     paused: bool
@@ -183,6 +196,7 @@ class JobOut(BaseModel):
         requested = spec.Requested.model_validate(job.request)
         resolved = spec.TrainSpec.model_validate(job.spec) if job.spec else None
         hyperparameters = shown_hyperparameters(requested, resolved)
+        trackers = job.integrations or []
         return cls(
             id=job.id,
             created_at=unix(job.created_at),
@@ -200,6 +214,8 @@ class JobOut(BaseModel):
             finished_at=unix(job.finished_at),
             trained_tokens=job.trained_tokens,
             estimated_finish=unix(place.ends_at if place else job.estimated_finish_at),
+            integrations=[one for one in trackers if one["type"] == "wandb"] or None,
+            trackers=trackers,
             metadata=job.user_metadata,
             user_provided_suffix=job.suffix,
             paused=job.state == JobState.PAUSED,
@@ -340,7 +356,9 @@ def shown_hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | 
         if shown["learning_rate_multiplier"] == spec.AUTO:
             shown["learning_rate_multiplier"] = 1.0
     if requested.method != "supervised":
-        shown["beta"] = resolved.preference.beta if resolved and resolved.preference else requested.beta
+        told = resolved.preference if resolved and resolved.preference else requested
+        names = spec.OF_ANSWERS if requested.method == "kto" else ("beta",)
+        shown |= {name: getattr(told, name) for name in names}
     return shown
 
 

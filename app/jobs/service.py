@@ -16,7 +16,7 @@ from app.core.settings import GpuSettings
 from app.core.spec import USUAL, QuantizationName
 from app.evaluations import leases as evaluations
 from app.files import service as files
-from app.jobs import admission, starting, states
+from app.jobs import admission, starting, states, tracking
 from app.jobs.schemas import JobCreate
 from app.models import Desired, File, FileStatus, Job, JobCheckpoint, JobEvent, JobState
 
@@ -59,6 +59,7 @@ def create(
         suffix=request.suffix,
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
         user_metadata=request.metadata,
+        integrations=[one.model_dump(mode="json", exclude_none=True) for one in request.integrations or ()] or None,
         request=requested.model_dump(mode="json"),
         request_sha256=_digest_of(request),
         queue=queue,
@@ -68,6 +69,7 @@ def create(
     if is_retry and (made := _made_just_now(session, job)):
         return made
     states.begin(session, job, f"Created fine-tuning job: {job.id}")
+    tracking.begin(session, job)
     outbox.ring(session, files.CPU_QUEUE)
     session.refresh(job)
     return job

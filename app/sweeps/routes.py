@@ -4,6 +4,7 @@ from fastapi import APIRouter, Header
 
 from app import pages
 from app.deps import BaseModels, Caller, Session, Settings
+from app.jobs import integrations
 from app.models import Sweep
 from app.sweeps import service as sweeps
 from app.sweeps.schemas import SweepCreate, SweepOut
@@ -21,6 +22,7 @@ def create_sweep(
     x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
 ) -> SweepOut:
     """Queue a job for each combination of a grid, or for some of them: all or none."""
+    integrations.require_offered(body.integrations, settings)
     training, is_retry = settings.training, x_stainless_retry_count > 0
     made = sweeps.create(
         session,

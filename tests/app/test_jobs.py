@@ -125,7 +125,7 @@ def test_the_sdks_own_retry_makes_no_second_job(http: httpx.Client, file_id: str
         ({"hyperparameters": {"batch_size": "many"}}, 400, "hyperparameters.batch_size", None),
         ({"hyperparameters": {"beta": 1}}, 400, "hyperparameters.beta", "unknown_parameter"),
         ({"method": {"type": "reinforcement"}}, 400, "method.type", "unsupported_method"),
-        ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "unsupported_parameter"),
+        ({"integrations": [{"type": "wandb"}]}, 400, "integrations.0", "invalid_value"),
         ({"adapter": {"rank": 4096}}, 400, "adapter.rank", None),
         ({"adapter": {"target_modules": []}}, 400, "adapter.target_modules", None),
         ({"training": {"optimizer": "paged_adamw_8bit"}}, 400, "training.optimizer", "unsupported_parameter"),

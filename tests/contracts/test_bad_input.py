@@ -50,6 +50,8 @@ FILES = {
     "format-mixed": "keep one format per file",
     "sharegpt-unknown-speaker": "human, user, gpt",
     "preference-output-text": "a list of one assistant message",
+    "rated-label-word": "write true for a good answer, false for a bad one",
+    "rated-ends-with-user": "end with the answer that the label rates",
 }
 CORPUS = Path(__file__).parents[1] / "data"
 EXPECTED = tomllib.loads((CORPUS / "expected.toml").read_text())
@@ -155,13 +157,25 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
         "training.validation_split",
         "send one of them",
     ),
-    "reinforcement": ({"method": {"type": "reinforcement"}}, 400, "method.type", "supervised, dpo"),
+    "reinforcement": ({"method": {"type": "reinforcement"}}, 400, "method.type", "supervised, dpo, orpo, kto"),
     "a method that is none": ({"method": {"type": "hyperparameters"}}, 400, "method.type", "supervised, dpo"),
     "a beta of 0": (
         {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}},
         400,
         "method.dpo.hyperparameters.beta",
         "greater than 0",
+    ),
+    "a weight of 0": (
+        {"method": {"type": "kto", "kto": {"hyperparameters": {"desirable_weight": 0}}}},
+        400,
+        "method.kto.hyperparameters.desirable_weight",
+        "greater than 0",
+    ),
+    "a weight of pairs": (
+        {"method": {"type": "orpo", "orpo": {"hyperparameters": {"undesirable_weight": 1}}}},
+        400,
+        "method.orpo.hyperparameters.undesirable_weight",
+        "remove it",
     ),
     "a beta of supervised training": (
         {"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}}},
@@ -170,7 +184,15 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
         "remove it",
     ),
     "a method without type": ({"method": {"supervised": {}}}, 400, "method.type", "required"),
-    "an integration": ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "remove"),
+    "an integration": (
+        {"integrations": [{"type": "mlflow", "mlflow": {"experiment": "e"}}]},
+        400,
+        "integrations.0.type",
+        "leave the integration out",
+    ),
+    "an integration twice": ({"integrations": [{"type": "tensorboard"}] * 2}, 400, "integrations", "send one of each"),
+    "an unknown integration": ({"integrations": [{"type": "comet"}]}, 400, "integrations.0.type", "'wandb', 'mlflow' or"),
+    "an integration without its object": ({"integrations": [{"type": "wandb"}]}, 400, "integrations.0", "hold an object 'wandb'"),
     "a long suffix": ({"suffix": "x" * 65}, 400, "suffix", "suffix must be at most 64 characters long"),
     "a suffix with a colon": ({"suffix": "a:b"}, 400, "suffix", "suffix must match the pattern ^[A-Za-z0-9._-]+$"),
     "a negative seed": ({"seed": -1}, 400, "seed", "0"),
@@ -300,7 +322,7 @@ def test_a_bad_file_is_told_line_code_and_remedy(client: OpenAI, services: Servi
     assert refusal.value.param == "training_file"
 
 
-@pytest.mark.parametrize("name", ["preference-plain"])
+@pytest.mark.parametrize("name", ["preference-plain", "rated-plain"])
 @pytest.mark.parametrize("is_read_first", [True, False])
 def test_rows_that_a_method_does_not_train_on_are_refused_with_those_that_it_does(
     client: OpenAI, services: Services, name: str, is_read_first: bool

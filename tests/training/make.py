@@ -59,6 +59,15 @@ def preferences(renderer: Renderer, count: int = 12) -> TokenisedSet:
     return tokenise(pairs(count), renderer, max_seq_length=CONTEXT)
 
 
+def rated(count: int = 12) -> list[Chat]:
+    """The same answers, of which two in three were called good."""
+    return [replace(chat, is_good=n % 3 > 0) for n, chat in enumerate(chats(count))]
+
+
+def ratings(renderer: Renderer, count: int = 12) -> TokenisedSet:
+    return tokenise(rated(count), renderer, max_seq_length=CONTEXT)
+
+
 @dataclass
 class Runner:
     """One run's folders; `go` may be called again, as a worker that takes the job over would."""

@@ -33,11 +33,12 @@ Processes = Callable[[Settings, str, int], tuple[Process, ...]]
 def service(settings: Settings, host: str, port: int) -> tuple[Process, ...]:
     """What makes up Tunesmith, with its API on `host` and `port`."""
     work = ("DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL")
-    serve = ("DATABASE__API_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN")
+    trackers = ("WANDB", "MLFLOW")
+    serve = ("DATABASE__API_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN", *trackers)
     uvicorn = ("-m", "uvicorn", "app.main:create_app", "--factory", "--no-access-log")
     return (
         Process("api", (*uvicorn, "--host", host, "--port", str(port)), serve, grace_seconds=10),
-        Process("relay", ("-m", "worker.relay"), (*work, "ENGINE_TOKEN")),
+        Process("relay", ("-m", "worker.relay"), (*work, "ENGINE_TOKEN", *trackers)),
         Process("cpu", ("-m", "celery", "-A", "worker.celery", *celery_arguments("cpu", "cpu")), (*work, "ENGINE_TOKEN")),
         Process("train", ("-m", "worker.train"), work),
         *_engines(settings),

@@ -46,8 +46,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Int8Params) -> Tensor:
         ctx.weight, kind = weight, _kind(x)
-        y: Tensor = _whole(x.to(kind), weight.data) * (weight.SCB / LARGEST)
-        return y.to(kind)
+        scaled: Tensor = _whole(x.to(kind), weight.data) * (weight.SCB / LARGEST)
+        return scaled.to(kind)
 
     @staticmethod
     def backward(ctx: Any, *d_y: Tensor) -> tuple[Tensor, None]:
