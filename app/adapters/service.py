@@ -8,9 +8,9 @@ from app.accounts.caller import Caller
 from app.core import ids
 from app.core.catalog import Catalog
 from app.core.engine import AdapterRef
-from app.core.errors import BadRequest, Conflict, NotFound
+from app.core.errors import AppError, BadRequest, Conflict, NotFound
 from app.core.manifest import Manifest
-from app.models import Adapter, Job, JobCheckpoint
+from app.models import Adapter, Job, JobCheckpoint, ModelAlias
 from app.models.jobs import UNFINISHED
 
 
@@ -49,14 +49,16 @@ def ref_of(adapter: Adapter) -> AdapterRef:
     return AdapterRef(id=adapter.id, digest=adapter.digest, prefix=adapter.prefix, base=adapter.base)
 
 
-def find(session: orm.Session, caller: Caller, name: str) -> Adapter | None:
-    return session.scalar(_visible(caller).where(Adapter.name == name))
+def find(session: orm.Session, caller: Caller, name: str, *, lock: bool = False) -> Adapter | None:
+    """`lock` keeps it from being deleted until the commit."""
+    query = _visible(caller).where(Adapter.name == name)
+    return session.scalar(query.with_for_update(read=True) if lock else query)
 
 
-def get(session: orm.Session, caller: Caller, name: str) -> Adapter:
-    if adapter := find(session, caller, name):
-        return adapter
-    raise NotFound(f"the model {name!r} does not exist or is not yours; GET /v1/models lists them", code="model_not_found")
+def unknown(name: str, *, param: str | None = None) -> NotFound:
+    """What is said of a name that means nothing to the caller."""
+    message = f"the model {name!r} does not exist or is not yours; GET /v1/models lists them"
+    return NotFound(message, param=param, code="model_not_found")
 
 
 def list_published(session: orm.Session, caller: Caller) -> list[Adapter]:
@@ -65,10 +67,13 @@ def list_published(session: orm.Session, caller: Caller) -> list[Adapter]:
 
 
 def delete(session: orm.Session, caller: Caller, catalog: Catalog, name: str) -> str:
-    """Forget a model and free its storage. Base models cannot be deleted."""
+    """Forget a model and free its storage. Neither base models nor what an alias stands for can be deleted."""
     if catalog.find(name):
         raise BadRequest(f"{name} is a base model and cannot be deleted", param="model", code="model_not_deletable")
-    adapter = get(session, caller, name)
+    adapter = session.scalar(_visible(caller).where(Adapter.name == name).with_for_update())
+    if adapter is None:
+        raise _unknown_or_alias(session, caller, name)
+    _require_unpointed(session, adapter)
     job_id = session.scalar(select(Job.id).where(Job.id == adapter.job_id, Job.state.in_(UNFINISHED)).with_for_update())
     if job_id is not None:
         raise Conflict(f"job {job_id} may have to go on from {name}; cancel it or wait for its end", code="model_in_use")
@@ -80,6 +85,24 @@ def delete(session: orm.Session, caller: Caller, catalog: Catalog, name: str) ->
     session.delete(adapter)
     outbox.put(session, outbox.Topic.PURGE, {"prefix": f"{prefix}/"})
     return adapter.name
+
+
+def _require_unpointed(session: orm.Session, adapter: Adapter) -> None:
+    """Whoever points an alias at it holds its row meanwhile, as the caller does: none is missed."""
+    behind = ModelAlias.model == adapter.name, ModelAlias.project_id == adapter.project_id
+    if alias := session.scalar(select(ModelAlias.name).where(*behind).limit(1)):
+        message = (
+            f"the alias {alias!r} stands for {adapter.name}; move it with POST /v1/model_aliases/{alias}, or delete it, first"
+        )
+        raise Conflict(message, code="model_in_use")
+
+
+def _unknown_or_alias(session: orm.Session, caller: Caller, name: str) -> AppError:
+    mine = ModelAlias.organization_id == caller.organization_id, ModelAlias.project_id == caller.project_id
+    if session.scalar(select(ModelAlias.id).where(*mine, ModelAlias.name == name)):
+        message = f"{name} is an alias, and no model; DELETE /v1/model_aliases/{name} deletes it"
+        return BadRequest(message, param="model", code="model_not_deletable")
+    return unknown(name)
 
 
 def _visible(caller: Caller) -> Select[Adapter]:

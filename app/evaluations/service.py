@@ -6,7 +6,7 @@ from sqlalchemy import Select, func, orm, select
 
 from app import outbox, pages
 from app.accounts.caller import Caller
-from app.adapters import service as adapters
+from app.adapters import names
 from app.core import ids
 from app.core.catalog import Catalog
 from app.core.errors import BadRequest, Conflict, NotFound
@@ -28,11 +28,10 @@ def create(
 ) -> Evaluation:
     """Queue an evaluation. The file may still be on its way through validation."""
     file = files.get_for_evaluation(session, caller, request.file, param="file")
-    for model in request.models:
-        _require_model(session, caller, catalog, model, param="models")
+    request = _pinned(session, caller, catalog, request)
     for param, judge in request.judges():
         if judge not in judges:
-            _require_model(session, caller, catalog, judge, param=param)
+            names.resolve(session, caller, catalog, judge, param=param)
     require_possible(file, request, settings)
     evaluation = Evaluation(
         id=ids.new("eval_"),
@@ -115,10 +114,12 @@ def end(evaluation: Evaluation, state: EvaluationState) -> None:
     evaluation.finished_at = func.clock_timestamp()
 
 
-def _require_model(session: orm.Session, caller: Caller, catalog: Catalog, model: str, *, param: str) -> None:
-    if catalog.find(model) is None and adapters.find(session, caller, model) is None:
-        message = f"the model {model!r} does not exist or is not yours; GET /v1/models lists them"
-        raise NotFound(message, param=param, code="model_not_found")
+def _pinned(session: orm.Session, caller: Caller, catalog: Catalog, request: EvaluationCreate) -> EvaluationCreate:
+    """With each alias as the model behind it: an alias that is moved meanwhile would mix the answers of two."""
+    models = [names.resolve(session, caller, catalog, model, param="models").model for model in request.models]
+    if len(set(models)) < len(models):
+        raise BadRequest("models holds a model and an alias of it; name each model once", param="models")
+    return request.model_copy(update={"models": models})
 
 
 def _visible(caller: Caller) -> Select[Evaluation]:
