@@ -86,9 +86,9 @@ def job(session: orm.Session, caller: Caller, *, training_file: File | None = No
     return jobs.create(session, caller, catalog.load(), request=request, tiers=CPU)
 
 
-def queued_job(session: orm.Session, caller: Caller) -> Job:
+def queued_job(session: orm.Session, caller: Caller, **asked: object) -> Job:
     """A job that a worker may take, in a queue of its own so that no other test's worker does."""
-    made = job(session, caller)
+    made = job(session, caller, **asked)
     datasets = Datasets(training=Dataset(key="nowhere", sha256="0" * 64))
     preparing.finish(session, made.id, admitted=admitted(), datasets=datasets)
     made.queue = f"train.{made.id}"

@@ -67,10 +67,13 @@ def list_pointed(session: orm.Session, caller: Caller) -> Sequence[tuple[ModelAl
     return [(alias, adapter) for alias, adapter in session.execute(query)]
 
 
-def pointed(session: orm.Session, caller: Caller, name: str) -> tuple[str, Adapter | None] | None:
-    """The name of the model behind an alias, and the model if it is a tuned one: both as of one instant."""
+def pointed(session: orm.Session, caller: Caller, name: str, *, lock: bool = False) -> tuple[str, Adapter | None] | None:
+    """The name of the model behind an alias, and the model if it is a tuned one: both as of one instant.
+
+    `lock` keeps the alias from being moved until the commit.
+    """
     query = _named(caller, name).with_only_columns(ModelAlias.model, Adapter).outerjoin(Adapter, _is_behind())
-    row = session.execute(query).one_or_none()
+    row = session.execute(query.with_for_update(of=ModelAlias) if lock else query).one_or_none()
     return (row[0], row[1]) if row else None
 
 
@@ -124,7 +127,7 @@ def _target(session: orm.Session, caller: Caller, catalog: Catalog, model: str) 
         return adapter.name
     if session.scalar(_named(caller, model)):
         raise BadRequest(f"{model!r} is an alias itself; name the model that it stands for", param="model")
-    raise adapters.unknown(model, param="model")
+    raise adapters.missing(session, caller, model, param="model")
 
 
 def _make(session: orm.Session, caller: Caller, name: str, *, model: str, job_id: str | None = None) -> ModelAlias | None:

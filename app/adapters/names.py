@@ -25,19 +25,9 @@ def resolve(session: orm.Session, caller: Caller, catalog: Catalog, name: str, *
     """Raises NotFound. A base is found before an alias that was named so before the base was there."""
     if base := catalog.find(name):
         return Named(name, base)
-    if adapter := adapters.find(session, caller, name):
-        return _tuned(catalog, adapter, param=param)
-    if pointed := aliases.pointed(session, caller, name):
-        model, adapter = pointed
-        if adapter is not None:
-            return _tuned(catalog, adapter, alias=name, param=param)
-        if base := catalog.find(model):
-            return Named(model, base, alias=name)
-    raise adapters.unknown(name, param=param)
-
-
-def _tuned(catalog: Catalog, adapter: Adapter, *, alias: str | None = None, param: str | None) -> Named:
-    base = catalog.find(adapter.base)
-    if base is None:
-        raise adapters.unknown(adapter.name, param=param)
-    return Named(adapter.name, base, adapter, alias)
+    alias, adapter = None, adapters.find(session, caller, name)
+    if adapter is None and (pointed := aliases.pointed(session, caller, name)):
+        alias, (name, adapter) = name, pointed
+    if base := catalog.find(adapter.base if adapter else name):
+        return Named(name, base, adapter, alias)
+    raise adapters.missing(session, caller, name, param=param)

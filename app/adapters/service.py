@@ -1,6 +1,6 @@
 """Published models: a public name, a row, an immutable directory in storage."""
 
-from sqlalchemy import Select, orm, select
+from sqlalchemy import ColumnElement, Select, or_, orm, select
 from sqlalchemy import delete as delete_rows
 
 from app import outbox
@@ -20,7 +20,9 @@ def name_of(job: Job, *, step: int | None = None) -> str:
     return name if step is None else f"{name}:ckpt-step-{step}"
 
 
-def publish(session: orm.Session, job: Job, *, name: str, step: int | None, prefix: str, manifest: Manifest) -> Adapter:
+def publish(
+    session: orm.Session, job: Job, *, name: str, step: int | None, prefix: str, manifest: Manifest, is_live: bool = True
+) -> Adapter:
     """Give a verified directory its name. The database allows one final adapter per job."""
     adapter = Adapter(
         id=ids.new("adapter_"),
@@ -33,6 +35,7 @@ def publish(session: orm.Session, job: Job, *, name: str, step: int | None, pref
         digest=manifest.digest,
         prefix=prefix,
         size_bytes=manifest.size_bytes,
+        is_live=is_live,
     )
     session.add(adapter)
     return adapter
@@ -55,10 +58,20 @@ def find(session: orm.Session, caller: Caller, name: str, *, lock: bool = False)
     return session.scalar(query.with_for_update(read=True) if lock else query)
 
 
-def unknown(name: str, *, param: str | None = None) -> NotFound:
-    """What is said of a name that means nothing to the caller."""
+def missing(session: orm.Session, caller: Caller, name: str, *, param: str | None = None) -> NotFound:
+    """What is said of a name that means nothing to the caller, or not yet."""
+    held_back = select(Job.id, Job.state).join(Adapter, Adapter.job_id == Job.id).where(*_owned(caller), Adapter.name == name)
+    if row := session.execute(held_back.where(~Adapter.is_live)).one_or_none():
+        is_undecided = row.state in UNFINISHED
+        why = "yet: its quality gate is being evaluated" if is_undecided else "as it has not passed its quality gate"
+        advice = f"GET /v1/fine_tuning/jobs/{row.id} tells" if is_undecided else _publishes(row.id)
+        return NotFound(f"the model {name!r} is not live {why}; {advice}", param=param, code="model_not_live")
     message = f"the model {name!r} does not exist or is not yours; GET /v1/models lists them"
     return NotFound(message, param=param, code="model_not_found")
+
+
+def _publishes(job_id: str) -> str:
+    return f"POST /v1/fine_tuning/jobs/{job_id}/publish makes it live"
 
 
 def list_published(session: orm.Session, caller: Caller) -> list[Adapter]:
@@ -70,7 +83,7 @@ def delete(session: orm.Session, caller: Caller, catalog: Catalog, name: str) ->
     """Forget a model and free its storage. Neither base models nor what an alias stands for can be deleted."""
     if catalog.find(name):
         raise BadRequest(f"{name} is a base model and cannot be deleted", param="model", code="model_not_deletable")
-    adapter = session.scalar(_visible(caller).where(Adapter.name == name).with_for_update())
+    adapter = session.scalar(select(Adapter).where(*_owned(caller), Adapter.name == name).with_for_update())
     if adapter is None:
         raise _unknown_or_alias(session, caller, name)
     _require_unpointed(session, adapter)
@@ -102,8 +115,13 @@ def _unknown_or_alias(session: orm.Session, caller: Caller, name: str) -> AppErr
     if session.scalar(select(ModelAlias.id).where(*mine, ModelAlias.name == name)):
         message = f"{name} is an alias, and no model; DELETE /v1/model_aliases/{name} deletes it"
         return BadRequest(message, param="model", code="model_not_deletable")
-    return unknown(name)
+    return missing(session, caller, name)
 
 
 def _visible(caller: Caller) -> Select[Adapter]:
-    return select(Adapter).where(Adapter.organization_id == caller.organization_id, Adapter.project_id == caller.project_id)
+    """Those that answer the caller."""
+    return select(Adapter).where(*_owned(caller), or_(Adapter.is_live, Adapter.job_id == caller.candidate_of))
+
+
+def _owned(caller: Caller) -> tuple[ColumnElement[bool], ...]:
+    return Adapter.organization_id == caller.organization_id, Adapter.project_id == caller.project_id

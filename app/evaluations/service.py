@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Sequence
 
+from pydantic import ValidationError
 from sqlalchemy import Select, func, orm, select
 
 from app import outbox, pages
@@ -33,6 +34,11 @@ def create(
         if judge not in judges:
             names.resolve(session, caller, catalog, judge, param=param)
     require_possible(file, request, settings)
+    return add(session, caller, request)
+
+
+def add(session: orm.Session, caller: Caller, request: EvaluationCreate, *, job_id: str | None = None) -> Evaluation:
+    """Queue an evaluation of which all is known to be there. With `job_id` it decides the quality gate of that job."""
     evaluation = Evaluation(
         id=ids.new("eval_"),
         organization_id=caller.organization_id,
@@ -40,7 +46,8 @@ def create(
         api_key_id=caller.key_id,
         organization_slug=caller.organization_slug,
         name=request.name,
-        file_id=file.id,
+        job_id=job_id,
+        file_id=request.file,
         request=request.model_dump(mode="json"),
     )
     session.add(evaluation)
@@ -67,11 +74,20 @@ def require_possible(file: File, request: EvaluationCreate, settings: Evaluation
     request.require_fits(str(file.report["format"]))
 
 
-def get(session: orm.Session, caller: Caller, evaluation_id: str) -> Evaluation:
+def request_of(evaluation: Evaluation) -> EvaluationCreate:
+    """Raises AppError for what another release has written, so that it ends its own evaluation and holds up no other."""
+    try:
+        return EvaluationCreate.model_validate(evaluation.request)
+    except ValidationError:
+        raise BadRequest("another release has made this evaluation; make it again", code="evaluation_outdated") from None
+
+
+def get(session: orm.Session, caller: Caller, evaluation_id: str, *, param: str | None = None) -> Evaluation:
     if evaluation := session.scalar(_visible(caller).where(Evaluation.id == evaluation_id)):
         return evaluation
     raise NotFound(
         f"the evaluation {evaluation_id!r} does not exist or is not yours; GET /v1/evaluations lists them",
+        param=param,
         code="evaluation_not_found",
     )
 

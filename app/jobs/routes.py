@@ -38,7 +38,8 @@ def create_job(
         return dry_runner.run(caller, body)
     tiers, is_retry = settings.training.tiers, x_stainless_retry_count > 0
     with db.organization_session(sessions, caller.organization_id) as session:
-        job = jobs.create(session, caller, catalog, request=body, tiers=tiers, gpu=settings.gpu, is_retry=is_retry)
+        limits = settings.evaluations
+        job = jobs.create(session, caller, catalog, request=body, tiers=tiers, gpu=settings.gpu, limits=limits, is_retry=is_retry)
         return _shown(session, job)
 
 
@@ -77,6 +78,12 @@ def pause_job(job_id: str, session: Session, caller: Caller) -> JobOut:
 def resume_job(job_id: str, session: Session, caller: Caller) -> JobOut:
     """Let a paused job go on from its last checkpoint."""
     return _shown(session, jobs.resume(session, caller, job_id))
+
+
+@router.post("/jobs/{job_id}/publish")
+def publish_job(job_id: str, session: Session, caller: Caller) -> JobOut:
+    """Make a model live that did not pass its quality gate. The job stays failed."""
+    return _shown(session, jobs.publish(session, caller, job_id))
 
 
 @router.get("/jobs/{job_id}/events")

@@ -1,17 +1,24 @@
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, field_validator, model_validator
 
+from app.adapters.aliases import AliasName
 from app.core import spec
 from app.core.clock import unix
 from app.core.data_report import brief
 from app.core.errors import BadRequest
 from app.core.methods import METHODS, MethodName
+from app.core.quality_gate import QualityGate
+from app.core.statistics import LEVEL
 from app.jobs.queue import Place, Queue
 from app.models import Job, JobCheckpoint, JobEvent, JobState
 from app.schemas import Failure, Request, without_nul
 
 MAX_LISTED = 100  # jobs of a queue
+_SHOWN_AS: dict[str, str] = {
+    JobState.PAUSED: JobState.QUEUED,
+    JobState.EVALUATING: JobState.RUNNING,
+}  # a seventh word breaks strict clients
 
 
 Metadata = Annotated[
@@ -50,8 +57,28 @@ class Method(Request):
         return of_type.hyperparameters.model_dump(exclude_unset=True) if of_type and of_type.hyperparameters else {}
 
 
+class QualityGateCreate(Request):
+    """The model goes live only if it beats `against`, by default its base, by `margin` on the rows of an evaluation there is.
+
+    `grader` is the one of the evaluation that decides. With a `confidence` the lower end of the interval has to reach the margin.
+    """
+
+    evaluation: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    grader: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    against: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+    confidence: float | None = None
+
+    @field_validator("confidence")
+    @classmethod
+    def _of_the_intervals(cls, confidence: float | None) -> float | None:
+        if confidence not in (None, LEVEL):
+            raise ValueError(f"must be null or {LEVEL}, the level of the intervals")
+        return confidence
+
+
 class JobCreate(Request):
-    """What `POST /v1/fine_tuning/jobs` takes. `adapter`, `quantization`, `training` and `dry_run` are ours."""
+    """What `POST /v1/fine_tuning/jobs` takes. What stands behind `integrations` is ours."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     training_file: Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -65,6 +92,8 @@ class JobCreate(Request):
     adapter: spec.LoraSpec = spec.LoraSpec()
     quantization: spec.QuantizationSpec = spec.QuantizationSpec()
     training: spec.TrainingOptions = spec.TrainingOptions()
+    quality_gate: QualityGateCreate | None = None
+    alias: AliasName | None = None
     dry_run: bool = False
 
     @model_validator(mode="after")
@@ -170,6 +199,8 @@ class JobOut(BaseModel):
     step: int
     attempt: int
     queue: PlaceOut | None
+    quality_gate: QualityGate | None
+    alias: str | None
 
     @classmethod
     def of(cls, job: Job, place: Place | None = None, *, is_listed: bool = False) -> "JobOut":
@@ -180,7 +211,7 @@ class JobOut(BaseModel):
         return cls(
             id=job.id,
             created_at=unix(job.created_at),
-            status=JobState.QUEUED if job.state == JobState.PAUSED else job.state,
+            status=_SHOWN_AS.get(job.state, job.state),
             model=job.requested_model,
             organization_id=job.organization_id,
             result_files=[job.result_file_id] if job.result_file_id else [],
@@ -207,6 +238,8 @@ class JobOut(BaseModel):
             step=job.step,
             attempt=job.attempt,
             queue=PlaceOut.of(place) if place else None,
+            quality_gate=QualityGate.model_validate(job.quality_gate) if job.quality_gate else None,
+            alias=job.alias,
         )
 
 

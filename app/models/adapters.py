@@ -1,14 +1,17 @@
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import BigInteger, Index, UniqueConstraint, func
+from sqlalchemy import BigInteger, Index, UniqueConstraint, func, true
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models.base import Id, Owned, Table
 
 
 class Adapter(Owned, Table):
-    """A published model: a public name for an immutable directory in storage. `step` is set for checkpoints only."""
+    """A model: a public name for an immutable directory in storage. `step` is set for checkpoints only.
+
+    One that is not live answers nobody but the evaluation that its job's quality gate waits for.
+    """
 
     __tablename__ = "adapters"
     __table_args__ = (Index("uq_adapters_job_id_final", "job_id", unique=True, postgresql_where="step IS NULL"),)
@@ -21,6 +24,7 @@ class Adapter(Owned, Table):
     digest: Mapped[str]
     prefix: Mapped[str]
     size_bytes: Mapped[int] = mapped_column(BigInteger)
+    is_live: Mapped[bool] = mapped_column(server_default=true())
 
 
 class ModelAlias(Owned, Table):

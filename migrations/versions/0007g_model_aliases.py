@@ -1,7 +1,8 @@
-"""Aliases of models, with a history that nobody rewrites."""
+"""Aliases of models, with a history that nobody rewrites; quality gates, behind which a model is not live yet."""
 
 import sqlalchemy as sa
 from alembic import op
+from sqlalchemy.dialects import postgresql
 
 revision = "0007g"
 down_revision = "0006"
@@ -10,6 +11,23 @@ depends_on = None
 
 
 def upgrade() -> None:
+    _gates()
+    _aliases()
+    _access()
+
+
+def _gates() -> None:
+    op.add_column("adapters", sa.Column("is_live", sa.Boolean(), server_default=sa.text("true"), nullable=False))
+    op.add_column("jobs", sa.Column("quality_gate", postgresql.JSONB(astext_type=sa.Text()), nullable=True))
+    op.add_column("jobs", sa.Column("alias", sa.Text(), nullable=True))
+    gate_first = "state <> 'succeeded' OR quality_gate IS NULL OR quality_gate ->> 'stage' = 'passed'"
+    op.create_check_constraint(op.f("ck_jobs_gate_first"), "jobs", gate_first)
+    op.create_index("ix_jobs_evaluating", "jobs", ["id"], unique=False, postgresql_where="state = 'evaluating'")
+    op.add_column("evaluations", sa.Column("job_id", sa.Text(collation="C"), nullable=True))
+    op.create_index("ix_evaluations_job_id", "evaluations", ["job_id"], unique=False, postgresql_where="job_id IS NOT NULL")
+
+
+def _aliases() -> None:
     op.create_table(
         "model_aliases",
         sa.Column("id", sa.Text(collation="C"), nullable=False),
@@ -43,7 +61,6 @@ def upgrade() -> None:
         sa.UniqueConstraint("project_id", "name", "sequence", name=op.f("uq_model_alias_changes_project_id_name_sequence")),
     )
     op.create_index(op.f("ix_model_alias_changes_organization_id"), "model_alias_changes", ["organization_id"], unique=False)
-    _access()
 
 
 def _access() -> None:
@@ -60,3 +77,9 @@ def _access() -> None:
 def downgrade() -> None:
     op.drop_table("model_alias_changes")
     op.drop_table("model_aliases")
+    op.drop_index("ix_evaluations_job_id", table_name="evaluations", postgresql_where="job_id IS NOT NULL")
+    op.drop_column("evaluations", "job_id")
+    op.drop_index("ix_jobs_evaluating", table_name="jobs", postgresql_where="state = 'evaluating'")
+    op.drop_constraint(op.f("ck_jobs_gate_first"), "jobs", type_="check")
+    for table, column in (("jobs", "alias"), ("jobs", "quality_gate"), ("adapters", "is_live")):
+        op.drop_column(table, column)
