@@ -132,17 +132,17 @@ def _target(session: orm.Session, caller: Caller, catalog: Catalog, model: str) 
 
 def _make(session: orm.Session, caller: Caller, name: str, *, model: str, job_id: str | None = None) -> ModelAlias | None:
     """None if there is one. Its version goes on from those of one that was deleted, but no rollback leads there."""
-    last = session.scalar(select(func.max(ModelAliasChange.version)).where(*_of(caller, name)))
     values = {
         "id": ids.new("alias_"),
         "organization_id": caller.organization_id,
         "project_id": caller.project_id,
         "name": name,
         "model": model,
-        "version": (last or 0) + 1,
+        "version": 1,
     }
     made = session.scalar(insert(ModelAlias).values(values).on_conflict_do_nothing().returning(ModelAlias))
     if made is not None:
+        made.version = _next_version(session, caller, name)  # known for sure only now that nobody else has the name
         _write(session, caller, made, AliasAction.CREATED, job_id=job_id)
     return made
 
@@ -150,9 +150,13 @@ def _make(session: orm.Session, caller: Caller, name: str, *, model: str, job_id
 def _moved(session: orm.Session, caller: Caller, alias: ModelAlias, *, model: str, job_id: str | None = None) -> ModelAlias:
     if alias.model == model:
         return alias
-    last = session.scalars(select(func.max(ModelAliasChange.version)).where(*_of(caller, alias.name))).one()
-    alias.model, alias.previous_version, alias.version = model, alias.version, last + 1
+    alias.model, alias.previous_version = model, alias.version
+    alias.version = _next_version(session, caller, alias.name)
     return _changed(session, caller, alias, AliasAction.MOVED, job_id=job_id)
+
+
+def _next_version(session: orm.Session, caller: Caller, name: str) -> int:
+    return 1 + (session.scalar(select(func.max(ModelAliasChange.version)).where(*_of(caller, name))) or 0)
 
 
 def _changed(

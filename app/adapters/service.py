@@ -83,13 +83,15 @@ def delete(session: orm.Session, caller: Caller, catalog: Catalog, name: str) ->
     """Forget a model and free its storage. Neither base models nor what an alias stands for can be deleted."""
     if catalog.find(name):
         raise BadRequest(f"{name} is a base model and cannot be deleted", param="model", code="model_not_deletable")
-    adapter = session.scalar(select(Adapter).where(*_owned(caller), Adapter.name == name).with_for_update())
+    mine = select(Adapter).where(*_owned(caller), Adapter.name == name)
+    of_job = mine.with_only_columns(Adapter.job_id).scalar_subquery()
+    job_id = session.scalar(select(Job.id).where(Job.id == of_job, Job.state.in_(UNFINISHED)).with_for_update())
+    if job_id is not None:
+        raise Conflict(f"job {job_id} needs {name}; cancel it or wait for its end", code="model_in_use")
+    adapter = session.scalar(mine.with_for_update())  # after its job, as everybody locks them
     if adapter is None:
         raise _unknown_or_alias(session, caller, name)
     _require_unpointed(session, adapter)
-    job_id = session.scalar(select(Job.id).where(Job.id == adapter.job_id, Job.state.in_(UNFINISHED)).with_for_update())
-    if job_id is not None:
-        raise Conflict(f"job {job_id} may have to go on from {name}; cancel it or wait for its end", code="model_in_use")
     prefix = adapter.prefix
     if adapter.step is not None:
         of_step = (JobCheckpoint.job_id == adapter.job_id, JobCheckpoint.step == adapter.step)
@@ -101,7 +103,7 @@ def delete(session: orm.Session, caller: Caller, catalog: Catalog, name: str) ->
 
 
 def _require_unpointed(session: orm.Session, adapter: Adapter) -> None:
-    """Whoever points an alias at it holds its row meanwhile, as the caller does: none is missed."""
+    """Of a locked row, which whoever points an alias at it holds too: none is missed."""
     behind = ModelAlias.model == adapter.name, ModelAlias.project_id == adapter.project_id
     if alias := session.scalar(select(ModelAlias.name).where(*behind).limit(1)):
         message = (

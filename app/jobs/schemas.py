@@ -78,7 +78,10 @@ class QualityGateCreate(Request):
 
 
 class JobCreate(Request):
-    """What `POST /v1/fine_tuning/jobs` takes. What stands behind `integrations` is ours."""
+    """What `POST /v1/fine_tuning/jobs` takes.
+
+    `adapter`, `quantization`, `training`, `quality_gate`, `alias` and `dry_run` are ours.
+    """
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     training_file: Annotated[str, StringConstraints(min_length=1, max_length=256)]
