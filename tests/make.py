@@ -16,6 +16,7 @@ from app.evaluations import leases as evaluation_leases
 from app.evaluations import service as evaluations
 from app.evaluations.schemas import EvaluationCreate
 from app.files import service as files
+from app.files.service import Result
 from app.inference.service import Whole
 from app.jobs import admission, leases, preparing
 from app.jobs import service as jobs
@@ -150,8 +151,10 @@ def complete(session: orm.Session, lease: Lease) -> None:
         manifest=manifest(lease.job_id),
         trained_tokens=100,
         memory=MeasuredMemory(peak_bytes=1, measured_as="rss", micro_batch_tokens=2048, is_checkpointing=False),
-        result_key=f"results/{lease.job_id}",
-        result=Stored(size_bytes=1, sha256="0" * 64),
+        tables=[
+            Result(name, f"results/{lease.job_id}/{name}", Stored(size_bytes=1, sha256="0" * 64))
+            for name in ("metrics.csv", "examples.csv")
+        ],
     )
 
 

@@ -133,6 +133,6 @@ class Pace:
         if not self._tokens:
             return None
         pace, evaluation = self._seconds / self._tokens, self._evaluation_seconds
-        if evaluation is None:
-            evaluation = EVALUATED * pace * (self._run.evaluation_tokens if self._run else 0)
-        return pace * self._tokens_left + evaluation * self._evaluations_left
+        of_evaluation, of_examination = (self._run.evaluation_tokens, self._run.examination_tokens) if self._run else (0, 0)
+        evaluated = evaluation / of_evaluation if evaluation and of_evaluation else EVALUATED * pace  # seconds a token
+        return pace * self._tokens_left + evaluated * (of_evaluation * self._evaluations_left + of_examination)

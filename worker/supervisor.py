@@ -26,6 +26,7 @@ from app.core.errors import AppError, NotFound, Unavailable
 from app.core.settings import PREFIX
 from app.core.spec import TrainSpec
 from app.core.storage import Storage
+from app.files.service import Result
 from app.jobs import leases, results
 from app.jobs.leases import Lease, LeaseLost
 from app.jobs.preparing import Dataset, Datasets
@@ -303,9 +304,11 @@ class _Attempt:
         prefix = f"{assignment.prefix}/adapter"
         adapter = self._awaited(self._transfer(self._upload, Path(finished.directory), prefix))
         self._flush()  # the last metrics belong into the result file
-        result_key = f"{assignment.prefix}/metrics.csv"
-        table = self._say(lambda session: results.csv_of(session, self._lease.job_id))
-        result = self._awaited(self._transfer(self._patiently, lambda: self._to.storage.put(result_key, table)))
+        metrics = self._say(lambda session: results.csv_of(session, self._lease.job_id))
+        tables = [
+            self._awaited(self._transfer(self._table, assignment, name, content))
+            for name, content in (("metrics.csv", metrics), ("examples.csv", Path(finished.table).read_bytes()))
+        ]
         self._say(
             lambda session: leases.complete(
                 session,
@@ -314,11 +317,14 @@ class _Attempt:
                 manifest=adapter,
                 trained_tokens=finished.trained_tokens,
                 memory=finished.memory,
-                result_key=result_key,
-                result=result,
+                tables=tables,
             )
         )
         log.info("job_succeeded", peak_bytes=finished.memory.peak_bytes, measured_as=finished.memory.measured_as)
+
+    def _table(self, assignment: Assignment, name: str, content: bytes) -> Result:
+        key = f"{assignment.prefix}/{name}"
+        return Result(name, key, self._patiently(lambda: self._to.storage.put(key, content)))
 
     def _upload(self, directory: Path, prefix: str) -> manifest.Manifest:
         return self._patiently(lambda: _upload_directory(self._to.storage, directory, prefix))

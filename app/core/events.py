@@ -8,6 +8,9 @@ OUT_OF_MEMORY: Final = "out_of_memory"  # the code of a failure that fewer token
 DISK_FULL: Final = "disk_full"  # of one that the operator has to mend
 INTERNAL_ERROR: Final = "internal_error"  # of one that nobody has thought of
 
+Split = Literal["training", "validation"]
+Reason = Literal["outlier", "worse_than_base", "misranked"]
+
 
 class _Event(BaseModel):
     model_config = ConfigDict(frozen=True)
@@ -17,6 +20,7 @@ class Started(_Event):
     """The base is loaded, the data is open, the first forward comes next. `resumed_from` is 0 for a fresh run.
 
     `evaluation_tokens` are those of one evaluation: each checkpoint has one, and the end; 0 without a validation file.
+    `examination_tokens` those of the look at its examples that comes last.
     """
 
     kind: Literal["started"] = "started"
@@ -25,6 +29,7 @@ class Started(_Event):
     trainable_parameters: int
     checkpoint_every_steps: int
     evaluation_tokens: int
+    examination_tokens: int = 0
 
 
 class Stepped(_Event):
@@ -68,6 +73,59 @@ class Checkpointed(_Event):
     metrics: dict[str, float]
 
 
+class Scores(_Event):
+    """Over all labelled tokens of some examples, in nats; of pairs, over those of the preferred answers.
+
+    `ranking_accuracy`, of pairs alone: the part of them whose preferred answer is the likelier one.
+    """
+
+    loss: float
+    mean_token_accuracy: float
+    ranking_accuracy: float | None = Field(default=None, exclude_if=lambda value: value is None)
+
+
+class HeldOut(_Event):
+    """The base and the published adapter on the same validation rows. `tokens` are the labelled ones."""
+
+    examples: int
+    tokens: int
+    base: Scores
+    adapter: Scores
+
+
+class ExaminedExample(_Event):
+    """Means over the labelled tokens of one example, of a pair over its preferred answer. The base's only where it was asked.
+
+    `reasons` tell why it may not be what was meant: docs/metrics.md.
+    """
+
+    split: Split
+    line: int
+    tokens: int
+    loss: float
+    base_loss: float | None
+    token_accuracy: float
+    base_token_accuracy: float | None
+    rejected_loss: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    base_rejected_loss: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    reasons: tuple[Reason, ...] = ()
+
+
+class Examined(_Event):
+    """What the run has come to: held-out rows, and `training_examples` of those that it learnt from.
+
+    `hardest` and `suspicious` list at most 20 of each split, the highest loss first.
+    """
+
+    kind: Literal["examined"] = "examined"
+    held_out: HeldOut | None
+    training_examples: int
+    training: Scores
+    hardest: tuple[ExaminedExample, ...]
+    suspicious: tuple[ExaminedExample, ...]
+    suspicious_count: int
+
+
 class Noted(_Event):
     """Something the customer should know; customers read `message` as it is."""
 
@@ -89,12 +147,13 @@ class MeasuredMemory(_Event):
 
 
 class Finished(_Event):
-    """The run is over and `directory` holds the adapter."""
+    """The run is over: `directory` holds the adapter, `table` is a CSV file with every example that was examined."""
 
     kind: Literal["finished"] = "finished"
     step: int
     trained_tokens: int
     directory: str
+    table: str
     memory: MeasuredMemory
 
 
@@ -118,7 +177,9 @@ class Failed(_Event):
     path: str | None = None
 
 
-Event = Annotated[Started | Stepped | Evaluated | Checkpointed | Noted | Finished | Stopped | Failed, Field(discriminator="kind")]
+Event = Annotated[
+    Started | Stepped | Evaluated | Checkpointed | Examined | Noted | Finished | Stopped | Failed, Field(discriminator="kind")
+]
 _adapter: TypeAdapter[Event] = TypeAdapter(Event)
 
 

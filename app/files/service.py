@@ -70,17 +70,26 @@ def add(
     return file
 
 
-def add_result(session: orm.Session, job: Job, *, storage_key: str, stored: Stored) -> File:
-    """The metrics of a job as a file of its owner."""
+@dataclass(frozen=True)
+class Result:
+    """A table that a job leaves, as it lies in storage."""
+
+    name: str
+    key: str
+    stored: Stored
+
+
+def add_result(session: orm.Session, job: Job, result: Result) -> File:
+    """As a file of the job's owner."""
     file = File(
         id=ids.new("file-"),
         organization_id=job.organization_id,
         project_id=job.project_id,
-        filename=f"{job.id}-metrics.csv",
+        filename=f"{job.id}-{result.name}",
         purpose="fine-tune-results",
-        size_bytes=stored.size_bytes,
-        sha256=stored.sha256,
-        storage_key=storage_key,
+        size_bytes=result.stored.size_bytes,
+        sha256=result.stored.sha256,
+        storage_key=result.key,
         status=FileStatus.PROCESSED,
     )
     session.add(file)

@@ -51,9 +51,32 @@ def record(session: orm.Session, job: Job, event: engine_events.Event) -> None:
         case engine_events.Evaluated():
             message = f"Step {event.step}: validation loss={event.valid_loss:.4f}"
             append(session, job, message, type="metrics", data=_metrics(event))
+        case engine_events.Examined():
+            _record_examined(session, job, event)
         case engine_events.Noted():
             append(session, job, event.message, level=event.level)
 
 
 def _metrics(event: engine_events.Stepped | engine_events.Evaluated) -> dict[str, Any]:
     return event.model_dump(mode="json", exclude={"kind", "rewards"}) | event.rewards
+
+
+def _record_examined(session: orm.Session, job: Job, event: engine_events.Examined) -> None:
+    """What the run has come to stays with the job, and its owner is told the worst of it first."""
+    held_out = event.held_out
+    job.held_out = held_out.model_dump(mode="json") if held_out else None
+    job.examined = event.model_dump(mode="json", exclude={"kind", "held_out", "table"})
+    if held_out:
+        is_better = held_out.adapter.loss < held_out.base.loss
+        message = (
+            f"{held_out.examples} held-out rows, base against adapter: "
+            f"loss {held_out.base.loss:.4f} → {held_out.adapter.loss:.4f}, "
+            f"token accuracy {held_out.base.mean_token_accuracy:.1%} → {held_out.adapter.mean_token_accuracy:.1%}"
+        )
+        append(session, job, message, level="info" if is_better else "warn", data={"held_out": job.held_out})
+    else:
+        message = "No rows were held out, so nothing says whether the adapter is better than the base: send a validation_file"
+        append(session, job, f"{message} or training.validation_split")
+    if event.suspicious_count:
+        message = f"{event.suspicious_count} rows look as if they were not meant so: see examined.suspicious of the job"
+        append(session, job, message, level="warn")

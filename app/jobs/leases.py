@@ -14,8 +14,8 @@ from app.core.errors import AppError
 from app.core.events import DISK_FULL, Event, MeasuredMemory
 from app.core.manifest import Manifest
 from app.core.settings import LeaseSettings
-from app.core.storage import Stored
 from app.files import service as files
+from app.files.service import Result
 from app.jobs import checkpoints, events, gates, states, throughput, turns
 from app.models import Desired, Job, JobCheckpoint, JobState
 from app.webhooks.emit import EventType
@@ -149,10 +149,9 @@ def complete(
     manifest: Manifest,
     trained_tokens: int,
     memory: MeasuredMemory,
-    result_key: str,
-    result: Stored,
+    tables: Sequence[Result],
 ) -> None:
-    """The job is trained: its model, its result file and its webhooks appear in this one transaction.
+    """The job is trained: its model, its result files and its webhooks appear in this one transaction.
 
     With a quality gate the model is not live before that is passed, and the job has not succeeded.
 
@@ -164,7 +163,7 @@ def complete(
         return
     job.trained_tokens = trained_tokens
     job.plan = {**(job.plan or {}), "measured_peak_bytes": memory.peak_bytes, "measured": memory.model_dump(mode="json")}
-    job.result_file_id = files.add_result(session, job, storage_key=result_key, stored=result).id
+    job.result_file_id, *job.further_result_file_ids = [files.add_result(session, job, table).id for table in tables]
     gates.trained(session, job, prefix=prefix, manifest=manifest)
     throughput.record(session, job)
 

@@ -168,6 +168,7 @@ class JobOut(BaseModel):
     """The SDK's FineTuningJob, and what we add: the real base, the resolved settings, progress, the place in the queue.
 
     `auto` tells of each setting that was left to us its `value` and the `reason`; null until the files have been looked at.
+    `held_out` and `examined` tell what the run has come to, once it has: docs/metrics.md. One of a page leaves `examined` out.
     """
 
     id: str
@@ -198,6 +199,8 @@ class JobOut(BaseModel):
     plan: dict[str, Any] | None
     auto: dict[str, Any] | None
     data_report: dict[str, Any] | None
+    held_out: dict[str, Any] | None
+    examined: dict[str, Any] | None
     started_at: int | None
     step: int
     attempt: int
@@ -217,7 +220,7 @@ class JobOut(BaseModel):
             status=_SHOWN_AS.get(job.state, job.state),
             model=job.requested_model,
             organization_id=job.organization_id,
-            result_files=[job.result_file_id] if job.result_file_id else [],
+            result_files=[job.result_file_id, *(job.further_result_file_ids or [])] if job.result_file_id else [],
             seed=job.seed,
             training_file=job.training_file_id,
             validation_file=job.validation_file_id,
@@ -237,6 +240,8 @@ class JobOut(BaseModel):
             training=shown_training(requested, resolved),
             **told_plan(job.plan),
             data_report=brief(job.data_report) if job.data_report and is_listed else job.data_report,
+            held_out=job.held_out,
+            examined=None if is_listed else shown_examined(job),
             started_at=unix(job.started_at),
             step=job.step,
             attempt=job.attempt,
@@ -342,6 +347,15 @@ def told_plan(plan: dict[str, Any] | None) -> dict[str, Any]:
     if plan is None:
         return {"plan": None, "auto": None}
     return {"plan": {name: value for name, value in plan.items() if name != "auto"}, "auto": plan.get("auto")}
+
+
+def shown_examined(job: Job) -> dict[str, Any] | None:
+    """Rows are told by file and line: those that were split off for validation lie in the training file."""
+    if job.examined is None:
+        return None
+    files = {"training": job.training_file_id, "validation": job.validation_file_id or job.training_file_id}
+    lists = {name: [{"file": files[row["split"]], **row} for row in job.examined[name]] for name in ("hardest", "suspicious")}
+    return {**job.examined, **lists}
 
 
 def shown_hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | None) -> dict[str, Any]:

@@ -96,6 +96,9 @@ class Job(Owned, Table):
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     fine_tuned_model: Mapped[str | None]
     result_file_id: Mapped[str | None] = mapped_column(Id)
+    further_result_file_ids: Mapped[list[Any] | None]
+    held_out: Mapped[dict[str, Any] | None]
+    examined: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]
     estimated_finish_at: Mapped[datetime | None]
     queued_at: Mapped[datetime | None]

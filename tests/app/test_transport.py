@@ -21,7 +21,11 @@ def test_every_answer_has_a_request_id_and_every_error_the_envelope(http: httpx.
         assert status == 200 or set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize("key", ["", "nonsense", "ts-short", keys.generate(), keys.generate()[:-1] + "!"])
+@pytest.mark.parametrize(
+    "key",
+    ["", "nonsense", "ts-short", keys.generate(), keys.generate()[:-1] + "!"],
+    ids=["empty", "nonsense", "short", "unknown", "mistyped"],
+)
 def test_a_wrong_key_is_told_what_is_wrong_with_it(api_url: str, key: str) -> None:
     answer = httpx.get(f"{api_url}/v1/models", headers={"Authorization": f"Bearer {key}".strip()})
 

@@ -1,5 +1,6 @@
 """The main job as a customer does it, on the tiny base: `tunesmith up`, the SDK, a webhook receiver, and nothing else."""
 
+import csv
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -68,6 +69,20 @@ def test_the_result_file_holds_a_row_a_step(client: OpenAI, tuned: FineTuningJob
 
     assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert [row.split(",")[0] for row in rows] == [str(step) for step in range(1, 25)]
+
+
+def test_the_job_says_what_it_has_come_to(client: OpenAI, tuned: FineTuningJob) -> None:
+    told = tuned.model_extra or {}
+    events = [event.message for event in client.fine_tuning.jobs.list_events(tuned.id, limit=100)]
+    rows = list(csv.DictReader(client.files.content(tuned.result_files[1]).text.splitlines()))
+    files = {"training": tuned.training_file, "validation": tuned.validation_file}
+
+    assert told["held_out"]["examples"] == 6
+    assert told["held_out"]["adapter"]["loss"] < told["held_out"]["base"]["loss"]
+    assert any(message.startswith("6 held-out rows, base against adapter: loss ") for message in events)
+    assert [row["line"] for row in rows if row["split"] == "validation"] == ["1", "2", "3", "4", "5", "6"]
+    assert all(row["file"] == files[row["split"]] for row in told["examined"]["hardest"])
+    assert {row["line"] for row in told["examined"]["hardest"]} <= {int(row["line"]) for row in rows}
 
 
 def test_the_webhook_came_signed(client: OpenAI, receiver: Receiver, secret: str, tuned: FineTuningJob) -> None:

@@ -86,6 +86,19 @@ def test_evaluations_to_come_are_counted_before_one_has_been_seen(monkeypatch: p
     assert left[1:] == pytest.approx([8 + 9, 7 + 9, 6 + 9, 5 + 8, 4 + 8, 3 + 8, 2 + 8, 1 + 4, 4])
 
 
+def test_the_look_at_its_examples_is_part_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps of a second; at the end an evaluation that looks like three seconds, and an examination of twice its tokens."""
+    clock, pace = [0.0], Pace()
+    monkeypatch.setattr(heart.time, "monotonic", lambda: clock[0])
+    tokens = round(300 / EVALUATED)
+    pace.note(started(10, every=20, evaluation_tokens=tokens, examination_tokens=2 * tokens))
+    for step in (1, 2):
+        clock[0] += 1
+        pace.note(stepped(step, tokens=100, left=100 * (10 - step)))
+
+    assert pace.seconds_left == pytest.approx(8 + 3 + 6)
+
+
 def test_the_time_between_two_trainers_is_no_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, pace = [0.0], Pace()
     monkeypatch.setattr(heart.time, "monotonic", lambda: clock[0])
@@ -99,13 +112,14 @@ def test_the_time_between_two_trainers_is_no_pace(monkeypatch: pytest.MonkeyPatc
     assert pace.seconds_left == pytest.approx(6)
 
 
-def started(steps: int, *, every: int = 1000, evaluation_tokens: int = 0) -> Started:
+def started(steps: int, *, every: int = 1000, evaluation_tokens: int = 0, examination_tokens: int = 0) -> Started:
     return Started(
         total_steps=steps,
         resumed_from=0,
         trainable_parameters=1,
         checkpoint_every_steps=every,
         evaluation_tokens=evaluation_tokens,
+        examination_tokens=examination_tokens,
     )
 
 

@@ -33,10 +33,14 @@ class MicroBatch:
         return self.pairs or len(self.labelled_N)
 
     @property
+    def documents_N(self) -> NDArray[np.int64]:
+        """Which document each labelled position is of."""
+        return np.searchsorted(np.cumsum(self.lengths), self.labelled_N, side="right")
+
+    @property
     def labelled_B(self) -> tuple[int, ...]:
         """How many labelled positions each document has."""
-        documents_N = np.searchsorted(np.cumsum(self.lengths), self.labelled_N, side="right")
-        return tuple(np.bincount(documents_N, minlength=len(self.lengths)).tolist())
+        return tuple(np.bincount(self.documents_N, minlength=len(self.lengths)).tolist())
 
     @property
     def judged_tokens(self) -> int:
@@ -113,6 +117,11 @@ class TrainData:
 def micro_batches(
     examples: TokenisedSet, chosen: Sequence[int] | NDArray[np.int64], *, max_tokens: int
 ) -> tuple[MicroBatch, ...]:
+    """Each of `packs` as a micro-batch."""
+    return tuple(micro_batch(examples, packed) for packed in packs(examples, chosen, max_tokens=max_tokens))
+
+
+def packs(examples: TokenisedSet, chosen: Sequence[int] | NDArray[np.int64], *, max_tokens: int) -> list[list[int]]:
     """Pack whole examples, the longest first, each into the first micro-batch with room. One over the budget stands alone."""
     bins, room = list[list[int]](), list[int]()
     for example in sorted(chosen, key=lambda e: -int(examples.lengths_E[e])):  # stable: ties keep the order of the epoch
@@ -124,10 +133,11 @@ def micro_batches(
             fits = len(bins) - 1
         bins[fits].append(int(example))
         room[fits] -= length
-    return tuple(_micro_batch(examples, packed) for packed in bins)
+    return bins
 
 
-def _micro_batch(examples: TokenisedSet, chosen: Sequence[int]) -> MicroBatch:
+def micro_batch(examples: TokenisedSet, chosen: Sequence[int]) -> MicroBatch:
+    """These examples side by side, in this order."""
     spans = [slice(examples.offsets_E1[e], examples.offsets_E1[e + 1]) for e in chosen]
     lengths = tuple(length for e in chosen for length in examples.lengths_of(e))
     tokens_T = np.concatenate([examples.tokens_N[span] for span in spans]).astype(np.int64)

@@ -19,6 +19,7 @@ from worker.training import checkpoint, loop
 from worker.training.checkpoint import Identity, TrainState
 from worker.training.data import MicroBatch, TrainData, micro_batches
 from worker.training.evaluate import evaluate
+from worker.training.examine import Examination, ToldToStop
 from worker.training.failures import Diverged, NothingToTrain, WrongRows
 from worker.training.loop import OnEvent, ShouldStop
 from worker.training.optim import Optimizer
@@ -29,13 +30,20 @@ _ROLLED_BACK = 0.5  # of the learning rate
 
 @dataclass(frozen=True)
 class Paths:
-    """Tokenised sets to read, an adapter directory and checkpoints to write, prepared bases to keep."""
+    """Tokenised sets to read, an adapter directory and checkpoints to write, prepared bases to keep.
+
+    `table` is written beside the adapter: see `Examination.of`.
+    """
 
     dataset: Path
     output: Path
     checkpoints: Path
     cache: Path
     validation: Path | None = None
+
+    @property
+    def table(self) -> Path:
+        return self.output.with_name("examples.csv")
 
 
 def run(
@@ -61,12 +69,14 @@ def run(
     _require_rows_of(spec, examples)
     loaded = base_model or bases.load(base, paths.cache, quantization=spec.quantization, for_training=True)
     tokens_at_once = micro_batch_tokens or spec.micro_batch_tokens
+    held_out = _open_validation(paths.validation, spec)
     attempt = partial(
         _attempt,
         Identity(spec, loaded, examples.sha256),
         paths,
         TrainData(examples, spec, micro_batch_tokens=tokens_at_once),
-        _open_validation(paths.validation, spec, tokens_at_once),
+        micro_batches(held_out, range(held_out.examples), max_tokens=tokens_at_once) if held_out else (),
+        Examination(examples, held_out, spec, max_tokens=tokens_at_once),
         on_event,
         should_stop,
         is_checkpointing=is_checkpointing,
@@ -88,6 +98,7 @@ def _attempt(
     paths: Paths,
     data: TrainData,
     validation: tuple[MicroBatch, ...],
+    examination: Examination,
     on_event: OnEvent,
     should_stop: ShouldStop,
     *,
@@ -99,7 +110,7 @@ def _attempt(
     with adapted(identity.base, spec, is_checkpointing=is_checkpointing) as trainee:
         optimizer = Optimizer(trainee.parameters, spec.optimizer, faster=trainee.fast_parameters)
         measure = partial(_measured, optimizer.device, data.micro_batch_tokens, is_checkpointing)
-        keeper = _Keeper(identity, paths, trainee, optimizer, validation, measure, on_event, should_stop)
+        keeper = _Keeper(identity, paths, trainee, optimizer, validation, examination, measure, on_event, should_stop)
         state = keeper.restore().slowed(rate_scale)
         on_event(
             Started(
@@ -108,6 +119,7 @@ def _attempt(
                 trainable_parameters=optimizer.parameters,
                 checkpoint_every_steps=spec.checkpoint_every_steps,
                 evaluation_tokens=sum(len(batch.tokens_T) for batch in validation),
+                examination_tokens=examination.tokens,
             )
         )
         if spec.judges and keeper.lacks_evaluation(state):
@@ -132,13 +144,14 @@ class _Keeper:
         trainee: Trainee,
         optimizer: Optimizer,
         validation: tuple[MicroBatch, ...],
+        examination: Examination,
         measure: Callable[[], MeasuredMemory],
         on_event: OnEvent,
         should_stop: ShouldStop,
     ) -> None:
         self._identity, self._paths, self._trainee, self._optimizer = identity, paths, trainee, optimizer
         self._measure, self._on_event, self._should_stop = measure, on_event, should_stop
-        self._validation = validation
+        self._validation, self._examination = validation, examination
         self._kept_step = 0
 
     def restore(self) -> TrainState:
@@ -169,11 +182,17 @@ class _Keeper:
         evaluated = state if state.judged_step == state.step else self._evaluated(state)
         if evaluated is None:
             return self.stop(state)
-        self._identity.write_adapter(self._paths.output, self._trainee, self._chosen(evaluated), kind="adapter")
+        chosen = self._chosen(evaluated)
+        self._identity.write_adapter(self._paths.output, self._trainee, chosen, kind="adapter")
+        try:
+            self._on_event(self._examination.of(self._trainee, table=self._paths.table, should_stop=self._should_stop))
+        except ToldToStop:  # an older adapter that was best must not be kept as if it were the last step's
+            return self.stop(evaluated) if chosen is evaluated else Stopped(step=self._kept_step)
         return Finished(
             step=evaluated.step,
             trained_tokens=evaluated.trained_tokens,
             directory=str(self._paths.output),
+            table=str(self._paths.table),
             memory=self._measure(),
         )
 
@@ -231,12 +250,12 @@ def _require_rows_of(spec: TrainSpec, examples: TokenisedSet) -> None:
         raise WrongRows(f"the file holds {has} of answers, and the method {method} trains on {wants} pairs")
 
 
-def _open_validation(path: Path | None, spec: TrainSpec, tokens_at_once: int) -> tuple[MicroBatch, ...]:
+def _open_validation(path: Path | None, spec: TrainSpec) -> TokenisedSet | None:
     if path is None:
-        return ()
+        return None
     examples = TokenisedSet.read(path)
     _require_rows_of(spec, examples)
-    return micro_batches(examples, range(examples.examples), max_tokens=tokens_at_once)
+    return examples
 
 
 def _measured(device: torch.device, micro_batch_tokens: int, is_checkpointing: bool) -> MeasuredMemory:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,16 @@ class Trainee:
         return self._measured(batch, scale=scale)
 
     @torch.no_grad()
+    def token_losses(self, batch: MicroBatch, *, of_base: bool = False) -> tuple[Tensor, Tensor]:
+        """Of each labelled position, and of what comes after the last of them as padding: see `loss.token_losses`."""
+        with self.model.disable_adapter() if of_base else nullcontext():
+            head_VD, targets_N, hidden_ND, _ = self._forward(batch)
+        return token_losses(hidden_ND, head_VD, targets_N)
+
+    @torch.no_grad()
     def _measured(self, batch: MicroBatch, *, scale: float | None) -> Measured:
-        reference_N = self._losses_of_base(batch) if self.preference else None
+        # what this forward has kept is free again before the next begins
+        reference_N = self.token_losses(batch, of_base=True)[0] if self.preference else None
         head_VD, targets_N, hidden_ND, backward = self._forward(batch, noise_alpha=self.noise_alpha)
         d_hidden_ND = None if scale is None else torch.empty_like(hidden_ND)
         losses_N, is_first_N = token_losses(hidden_ND, head_VD, targets_N, d_hidden_ND=d_hidden_ND)
@@ -71,12 +79,6 @@ class Trainee:
         if d_hidden_ND is not None and scale is not None:
             backward(d_hidden_ND.mul_(scale) if weights_N is None else d_hidden_ND.mul_((weights_N * scale)[:, None]))
         return measured
-
-    def _losses_of_base(self, batch: MicroBatch) -> Tensor:
-        """Of each labelled position, without the adapter. What this forward has kept is free again before the next begins."""
-        with self.model.disable_adapter():
-            head_VD, targets_N, hidden_ND, _ = self._forward(batch)
-        return token_losses(hidden_ND, head_VD, targets_N)[0]
 
     def _forward(self, batch: MicroBatch, *, noise_alpha: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], None]]:
         """Head, targets, hidden states and the way back from these.
