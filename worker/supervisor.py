@@ -320,7 +320,7 @@ class _Attempt:
                 tables=tables,
             )
         )
-        log.info("job_succeeded", peak_bytes=finished.memory.peak_bytes, measured_as=finished.memory.measured_as)
+        log.info("job_trained", peak_bytes=finished.memory.peak_bytes, measured_as=finished.memory.measured_as)
 
     def _table(self, assignment: Assignment, name: str, content: bytes) -> Result:
         key = f"{assignment.prefix}/{name}"

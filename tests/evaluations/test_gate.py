@@ -2,19 +2,21 @@
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from openai import OpenAI
-from sqlalchemy import orm, select
+from sqlalchemy import func, orm, select, update
 from sqlalchemy.exc import IntegrityError
 
 from app.accounts.caller import Caller
+from app.files.service import expire
 from app.jobs import gates, states
 from app.jobs import service as jobs
-from app.models import Evaluation, Job, JobState, WebhookDelivery
+from app.models import Evaluation, EvaluationState, File, Job, JobState, WebhookDelivery
 from tests import make as rows
 from tests.evaluations import make
 from tests.evaluations.make import EXACT, ScriptedRunner
@@ -199,6 +201,23 @@ def test_a_model_is_compared_with_what_the_alias_stands_for_when_it_is_replaced(
     assert (done["against"], done["compared_with"], done["stage"], done["difference"]) == ("prod", early, "failed", 0.0)
     assert make.get(client, first_run)["status"] == "succeeded" and done["evaluation_run"] != first_run
     assert http.get("/v1/model_aliases/prod").json()["model"] == early
+
+
+def test_a_file_whose_time_is_over_is_kept_until_the_gate_is_decided(
+    http: httpx.Client, client: OpenAI, services: Services, named: str, trains: Trains, system_sessions: Sessions
+) -> None:
+    needed, other = make.get(client, named)["file"], make.upload(client, services, make.sums(2))
+    job_id = trains()
+    with system_sessions.begin() as session:
+        over = update(File).where(File.id.in_((needed, other)))
+        session.execute(over.values(expires_at=func.clock_timestamp() - timedelta(seconds=1)))
+        session.execute(update(Evaluation).where(Evaluation.file_id == needed).values(state=EvaluationState.SUCCEEDED))
+        expire(session)
+        assert session.scalars(select(File.id).where(File.id.in_((needed, other)))).all() == [needed]
+    http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
+    with system_sessions.begin() as session:
+        expire(session)
+        assert session.scalar(select(File.id).where(File.id == needed)) is None
 
 
 def test_what_a_killed_worker_left_is_found_and_concluded_once(
