@@ -190,7 +190,7 @@ def test_rows_of_another_method_are_refused(tiny: LoadedBase, tmp_path: Path, as
 
 def test_the_base_is_seen_without_its_adapter(trainee: Trainee, exact: LoadedBase) -> None:
     (batch,) = packed(exact, max_tokens=10_000)
-    found = trainee._losses_of_base(batch)
+    found, _ = trainee.token_losses(batch, of_base=True)
     assert isinstance(trainee.model, PeftModel)
     with trainee.model.disable_adapter():
         logits_TV = torch.cat(

@@ -39,7 +39,7 @@ def test_a_run_says_what_it_does_and_leaves_an_adapter(tiny: LoadedBase, tmp_pat
 
     assert [event.kind for event in runner.said] == [
         "started", "stepped", "stepped", "evaluated", "checkpointed", "stepped", "stepped", "evaluated", "checkpointed",
-        "stepped", "stepped", "evaluated", "finished",
+        "stepped", "stepped", "evaluated", "examined", "finished",
     ]  # fmt: skip
     started, examples = runner.said[0], make.examples(tiny.renderer)
     assert isinstance(started, Started) and (started.total_steps, started.resumed_from) == (6, 0)
