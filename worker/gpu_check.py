@@ -30,6 +30,7 @@ from worker import gpu
 from worker.inference import lora
 from worker.inference.runner import ModelRunner
 from worker.inference.sequence import Sequence, Slice
+from worker.inference.vocabulary import Vocabulary
 from worker.model import adapter, card
 from worker.model import base as bases
 from worker.training.run import Paths, run
@@ -271,14 +272,9 @@ def _served_logits(bench: Bench, tokens: tuple[int, ...]) -> Tensor:
     runner = ModelRunner(loaded.model)
     weights = lora.prepare(found, dtype=runner.lora_dtype, device=runner.device)
     request = GenerateRequest(request_id="gpu-check", prompt=tokens, sampling=Sampling(max_tokens=1, temperature=0))
-    sequence = Sequence(
-        request,
-        tokenizer=loaded.renderer.tokenizer,
-        stop_ids=loaded.renderer.stop_ids,
-        max_tokens=1,
-        emit=lambda _: None,
-        adapter=weights,
-    )
+    size = loaded.model.get_input_embeddings().num_embeddings
+    vocabulary = Vocabulary(loaded.renderer.tokenizer, size=size, stop_ids=loaded.renderer.stop_ids)
+    sequence = Sequence(request, vocabulary=vocabulary, max_tokens=1, emit=lambda _: None, adapter=weights)
     logits_BV, _ = runner.forward([Slice(sequence, 0, len(tokens))])
     return logits_BV[0].float().cpu()
 

@@ -6,7 +6,7 @@ Every call carries `Authorization: Bearer <engine token>`. An engine publishes i
 at `card_key` before its first heartbeat.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -43,13 +43,23 @@ class AdapterRef(_Message):
 
 
 class Sampling(_Message):
-    """Temperature 0 is greedy. `stop` strings end the answer and are not part of it."""
+    """Temperature 0 is greedy. `stop` strings end the answer and are not part of it.
+
+    Penalties and bias are added to the logits before anything else, as in the OpenAI API. `top_k` 0 keeps all. `top_logprobs`
+    says how many alternatives are told of each token; null tells nothing. An answer is held to `json_schema`, if there is one.
+    """
 
     max_tokens: int = Field(ge=1)
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_k: int = Field(default=0, ge=0)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[int, float] = {}
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    json_schema: dict[str, Any] | None = None
 
 
 class GenerateRequest(_Message):
@@ -61,10 +71,27 @@ class GenerateRequest(_Message):
     adapter: AdapterRef | None = None
 
 
+class TokenLogprob(_Message):
+    """The bytes of a token need not be whole characters. `logprob` is the model's own: before bias, penalties and temperature."""
+
+    bytes: tuple[int, ...]
+    logprob: float
+
+
+class ToldToken(TokenLogprob):
+    """A token of the answer, and the likeliest ones in its place, the likeliest first."""
+
+    top: tuple[TokenLogprob, ...] = ()
+
+
 class Chunk(_Message):
-    """New text since the last chunk, perhaps empty. `error` ends the stream in place of a `finish_reason`."""
+    """New text since the last chunk, perhaps empty. `error` ends the stream in place of a `finish_reason`.
+
+    `tokens` are told where logprobs were asked for; their text may be held back until it is known to be no stop string.
+    """
 
     text: str = ""
+    tokens: tuple[ToldToken, ...] = ()
     finish_reason: FinishReason | None = None
     completion_tokens: int = 0
     error: str | None = None

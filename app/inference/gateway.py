@@ -65,10 +65,21 @@ class Target:
 
 @dataclass
 class Meter:
-    """What a request has used so far."""
+    """What a request has used so far, in each of its answers."""
 
     prompt_tokens: int
-    completion_tokens: int = 0
+    by_answer: list[int]
+
+    @property
+    def answers(self) -> int:
+        return len(self.by_answer)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(self.by_answer)
+
+
+Answers = AsyncIterator[tuple[int, Chunk]]
 
 
 class Gateway:
@@ -136,15 +147,45 @@ class Gateway:
         raise BadRequest(message, param=prompt_param if room < 1 else limit_param, code="context_length_exceeded")
 
     @asynccontextmanager
-    async def open(self, caller: Caller, target: Target, request: GenerateRequest) -> AsyncIterator[AsyncIterator[Chunk]]:
-        """The chunks of an answer. Entering waits for an engine to accept; leaving early frees its work. Metered once."""
-        async with self._accepted(target, request) as response:
-            meter = Meter(len(request.prompt))
+    async def open(self, caller: Caller, target: Target, request: GenerateRequest, *, answers: int = 1) -> AsyncIterator[Answers]:
+        """The chunks of one or more answers to a prompt, each with the number of its answer.
+
+        Entering waits for an engine to accept; leaving early frees its work. Metered once, the prompt as one.
+        """
+        meter = Meter(len(request.prompt), [0] * answers)
+        opened = self._one(target, request, meter) if answers == 1 else self._several(target, request, meter)
+        async with opened as chunks:
             try:
-                yield _chunks(response, meter)
+                yield chunks
             finally:
                 with anyio.CancelScope(shield=True):  # the client may be gone: what was used is written down all the same
                     await self._write_down(_usage_of(caller, target, request.request_id, meter))
+
+    @asynccontextmanager
+    async def _one(self, target: Target, request: GenerateRequest, meter: Meter, *, number: int = 0) -> AsyncIterator[Answers]:
+        async with self._accepted(target, request) as response:
+            yield _chunks(response, meter, number)
+
+    @asynccontextmanager
+    async def _several(self, target: Target, request: GenerateRequest, meter: Meter) -> AsyncIterator[Answers]:
+        """All at once, their chunks as they come; the first failure is everyone's. Readers that are slow are waited for."""
+        told = asyncio.Queue[tuple[int, Chunk] | Exception](maxsize=4 * meter.answers)
+
+        async def follow(number: int) -> None:
+            try:
+                async with self._one(target, _variant(request, number), meter, number=number) as chunks:
+                    async for chunk in chunks:
+                        await told.put(chunk)
+            except Exception as error:  # whoever reads raises it
+                await told.put(error)
+
+        following = [asyncio.create_task(follow(number)) for number in range(meter.answers)]
+        try:
+            yield _merged(_raised(await told.get()), told, meter.answers)
+        finally:
+            for task in following:
+                task.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
 
     @asynccontextmanager
     async def _accepted(self, target: Target, request: GenerateRequest) -> AsyncIterator[httpx.Response]:
@@ -210,15 +251,39 @@ def _usage_of(caller: Caller, target: Target, request_id: str, meter: Meter) -> 
     }
 
 
-async def _chunks(response: httpx.Response, meter: Meter) -> AsyncIterator[Chunk]:
+def _variant(request: GenerateRequest, number: int) -> GenerateRequest:
+    """The same asked once more: with a seed, each answer has another and the whole can be had again."""
+    seed = request.sampling.seed
+    changes = {} if seed is None or number == 0 else {"seed": seed + number}
+    return request.model_copy(update={"sampling": request.sampling.model_copy(update=changes)})
+
+
+async def _merged(first: tuple[int, Chunk], told: "asyncio.Queue[tuple[int, Chunk] | Exception]", answers: int) -> Answers:
+    """From `first` on, until each answer is finished. Raises what one of them raised."""
+    number, chunk = first
+    while True:
+        yield number, chunk
+        answers -= chunk.finish_reason is not None
+        if not answers:
+            return
+        number, chunk = _raised(await told.get())
+
+
+def _raised(said: tuple[int, Chunk] | Exception) -> tuple[int, Chunk]:
+    if isinstance(said, Exception):
+        raise said
+    return said
+
+
+async def _chunks(response: httpx.Response, meter: Meter, number: int) -> Answers:
     """Raises EngineFailed when the stream ends without a finish."""
     try:
         async for line in response.aiter_lines():
             chunk = Chunk.model_validate_json(line)
-            meter.completion_tokens = max(meter.completion_tokens, chunk.completion_tokens)
+            meter.by_answer[number] = max(meter.by_answer[number], chunk.completion_tokens)
             if chunk.error is not None:
                 raise EngineFailed(500, chunk.error, type="server_error", code="engine_failed")
-            yield chunk
+            yield number, chunk
             if chunk.finish_reason:
                 return
     except httpx.HTTPError as error:

@@ -49,7 +49,11 @@ async def _answer(
     target, generate = await inference.prepare(gateway, caller, body, request.state.request_id)
     answer = inference.Answer(target, is_chat=is_chat)
     if body.stream:
-        opening = inference.answer_streamed(gateway, caller, target, generate, answer, includes_usage=body.includes_usage)
+        opening = inference.answer_streamed(
+            gateway, caller, target, generate, answer, answers=body.answers, includes_usage=body.includes_usage
+        )
         return await inference.unless_gone(request, opening) or Response(status_code=GONE)
-    whole = await inference.unless_gone(request, inference.answer_whole(gateway, caller, target, generate, answer))
+    whole = await inference.unless_gone(
+        request, inference.answer_whole(gateway, caller, target, generate, answer, answers=body.answers)
+    )
     return JSONResponse(whole) if whole else Response(status_code=GONE)

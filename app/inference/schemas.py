@@ -7,20 +7,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from app.core.chat import Message
 from app.core.engine import Sampling
 from app.core.errors import BadRequest
+from app.core.structure import SchemaRefused, grammar_of
 from app.schemas import Request
 
 # parameters of the API that this server knows and does not offer, with the values that ask for nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -40,6 +34,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _HARMLESS = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options")
 
 
+MAX_ANSWERS = 16  # n of a request
+MAX_BIASED = 300
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -56,6 +56,11 @@ class _Request(Request):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASED)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -77,6 +82,13 @@ class _Request(Request):
             raise ValueError("must not hold an empty string")
         return stop
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        if any(not token.isdecimal() for token in bias or ()):
+            raise ValueError("must map token ids, as decimal numbers, to biases")
+        return bias
+
     @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -90,6 +102,20 @@ class _Request(Request):
         """The parameter that says how long the answer may be."""
         return "max_tokens"
 
+    @property
+    def answers(self) -> int:
+        return self.n or 1
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many alternatives are told of each token; None tells nothing of any."""
+        raise NotImplementedError
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        """What the answer is held to."""
+        return None
+
     def sampling(self, max_tokens: int) -> Sampling:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Sampling(
@@ -98,6 +124,12 @@ class _Request(Request):
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
             stop=stop,
+            top_k=self.top_k or 0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            top_logprobs=self.told_logprobs,
+            json_schema=self.json_schema,
         )
 
 
@@ -129,11 +161,68 @@ class ChatMessage(BaseModel):
         return Message("system" if self.role == "developer" else self.role, text)
 
 
+class JsonSchema(BaseModel):
+    """`strict` or not, an answer is held to the schema."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}  # a field
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("must have json_schema with the type json_schema, and with no other")
+        try:
+            if self.schema_of_answer is not None:
+                grammar_of(self.schema_of_answer)
+        except SchemaRefused as error:
+            raise BadRequest(f"the JSON schema cannot be used: {error}", param="response_format.json_schema.schema") from None
+        return self
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        match self.type:
+            case "text":
+                return None
+            case "json_object":
+                return {"type": "object"}
+            case "json_schema":
+                assert self.json_schema is not None
+                return self.json_schema.schema_
+
+
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _alternatives_of_told(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+        return self
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        return self.response_format.schema_of_answer if self.response_format else None
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
@@ -154,6 +243,11 @@ class CompletionRequest(_Request):
     """`POST /v1/completions`: one prompt, as text or as token ids."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return self.logprobs
 
     @property
     def one_prompt(self) -> str | list[int]:

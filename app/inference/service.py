@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,10 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from app.accounts.caller import Caller
 from app.core import ids
-from app.core.engine import Chunk, GenerateRequest
+from app.core.engine import Chunk, GenerateRequest, ToldToken
 from app.core.errors import AppError, BadRequest
 from app.core.render import RenderError
-from app.inference.gateway import Gateway, Target
+from app.inference import logprobs
+from app.inference.gateway import Answers, Gateway, Target
 from app.inference.schemas import ChatRequest, CompletionRequest, Usage
 
 T = TypeVar("T")
@@ -26,12 +28,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Whole:
-    """All of an answer."""
+    """All of an answer. `tokens` where logprobs were asked for."""
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    tokens: tuple[ToldToken, ...] = ()
 
 
 class Answer:
@@ -39,6 +42,7 @@ class Answer:
 
     def __init__(self, target: Target, *, is_chat: bool) -> None:
         self._is_chat = is_chat
+        self._told_characters = Counter[int]()  # of each streamed answer's tokens
         self._common = {
             "id": ids.new("chatcmpl-" if is_chat else "cmpl-"),
             "created": int(time.time()),
@@ -48,26 +52,53 @@ class Answer:
             "system_fingerprint": None,
         }
 
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
-        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._is_chat else {"text": text}
+    def whole(self, answers: Sequence[Whole]) -> dict[str, Any]:
         kind = "chat.completion" if self._is_chat else "text_completion"
-        return self._object(kind, [{"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}], usage.model_dump())
+        usage = Usage.of(answers[0].prompt_tokens, sum(answer.completion_tokens for answer in answers))
+        choices = [
+            self._choice(
+                number,
+                {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+                if self._is_chat
+                else {"text": answer.text},
+                answer.finish_reason,
+                answer.tokens,
+            )
+            for number, answer in enumerate(answers)
+        ]
+        return self._object(kind, choices, usage.model_dump())
 
-    def opening(self) -> dict[str, Any] | None:
+    def opening(self, number: int) -> dict[str, Any] | None:
         """The chunk that names the speaker, for chats."""
-        return self._chunk({"delta": {"role": "assistant", "content": "", "refusal": None}}, None) if self._is_chat else None
+        return self._chunk(number, {"delta": {"role": "assistant", "content": "", "refusal": None}}) if self._is_chat else None
 
-    def piece(self, chunk: Chunk) -> dict[str, Any]:
-        if not self._is_chat:
-            return self._chunk({"text": chunk.text}, chunk.finish_reason)
-        return self._chunk({"delta": {"content": chunk.text} if chunk.text else {}}, chunk.finish_reason)
+    def piece(self, number: int, chunk: Chunk) -> dict[str, Any]:
+        said = {"delta": {"content": chunk.text} if chunk.text else {}} if self._is_chat else {"text": chunk.text}
+        return self._chunk(number, said, chunk.finish_reason, chunk.tokens)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return self._object("chat.completion.chunk" if self._is_chat else "text_completion", [], usage.model_dump())
 
-    def _chunk(self, said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    def _chunk(
+        self, number: int, said: dict[str, Any], finish_reason: str | None = None, tokens: Sequence[ToldToken] = ()
+    ) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._is_chat else "text_completion"
-        return self._object(kind, [{"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}], None)
+        return self._object(kind, [self._choice(number, said, finish_reason, tokens)], None)
+
+    def _choice(
+        self, number: int, said: dict[str, Any], finish_reason: str | None, tokens: Sequence[ToldToken]
+    ) -> dict[str, Any]:
+        return {"index": number, **said, "logprobs": self._logprobs(number, tokens), "finish_reason": finish_reason}
+
+    def _logprobs(self, number: int, tokens: Sequence[ToldToken]) -> dict[str, Any] | None:
+        if not tokens:
+            return None
+        if self._is_chat:
+            return logprobs.of_chat(tokens)
+        start = self._told_characters[number]
+        told = logprobs.of_text(tokens, start=start)
+        self._told_characters[number] = start + sum(map(len, told["tokens"]))
+        return told
 
     def _object(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         return {"object": kind, **self._common, "choices": choices, "usage": usage}
@@ -84,38 +115,56 @@ async def prepare(
         raise BadRequest("the prompt is empty", param=param)
     max_tokens = gateway.room_for(target, prompt, request.asked_tokens, prompt_param=param, limit_param=request.limit_param)
     sampling = request.sampling(max_tokens)
+    if any(token >= target.base.architecture.vocab for token in sampling.logit_bias):
+        raise BadRequest(f"a token id is outside the vocabulary of {target.base.id}", param="logit_bias")
     return target, GenerateRequest(request_id=request_id, prompt=tuple(prompt), sampling=sampling, adapter=target.adapter)
 
 
 async def answer_whole(
-    gateway: Gateway, caller: Caller, target: Target, generate: GenerateRequest, answer: Answer
+    gateway: Gateway, caller: Caller, target: Target, generate: GenerateRequest, answer: Answer, *, answers: int
 ) -> dict[str, Any]:
-    whole = await _collect(gateway, caller, target, generate)
-    return answer.whole(whole.text, whole.finish_reason, Usage.of(whole.prompt_tokens, whole.completion_tokens))
+    return answer.whole(await _collect(gateway, caller, target, generate, answers=answers))
 
 
 async def ask(gateway: Gateway, caller: Caller, request: ChatRequest) -> Whole:
     """The same for our own processes, which ask on a customer's behalf."""
     target, generate = await prepare(gateway, caller, request, ids.new("req_"))
-    return await _collect(gateway, caller, target, generate)
+    (whole,) = await _collect(gateway, caller, target, generate, answers=1)
+    return whole
 
 
-async def _collect(gateway: Gateway, caller: Caller, target: Target, generate: GenerateRequest) -> Whole:
-    texts, finish_reason, completion_tokens = list[str](), "stop", 0
-    async with gateway.open(caller, target, generate) as chunks:
-        async for chunk in chunks:
-            texts.append(chunk.text)
-            finish_reason, completion_tokens = chunk.finish_reason or finish_reason, chunk.completion_tokens
-    return Whole("".join(texts), finish_reason, len(generate.prompt), completion_tokens)
+async def _collect(gateway: Gateway, caller: Caller, target: Target, generate: GenerateRequest, *, answers: int) -> list[Whole]:
+    told: list[list[Chunk]] = [[] for _ in range(answers)]
+    async with gateway.open(caller, target, generate, answers=answers) as chunks:
+        async for number, chunk in chunks:
+            told[number].append(chunk)
+    return [
+        Whole(
+            text="".join(chunk.text for chunk in of_answer),
+            finish_reason=of_answer[-1].finish_reason or "stop",
+            prompt_tokens=len(generate.prompt),
+            completion_tokens=of_answer[-1].completion_tokens,
+            tokens=tuple(token for chunk in of_answer for token in chunk.tokens),
+        )
+        for of_answer in told
+    ]
 
 
 async def answer_streamed(
-    gateway: Gateway, caller: Caller, target: Target, generate: GenerateRequest, answer: Answer, *, includes_usage: bool
+    gateway: Gateway,
+    caller: Caller,
+    target: Target,
+    generate: GenerateRequest,
+    answer: Answer,
+    *,
+    answers: int,
+    includes_usage: bool,
 ) -> StreamingResponse:
     """Server-sent events. The engine has accepted when this returns, so that refusals still get a status of their own."""
     stack = AsyncExitStack()
-    chunks = await stack.enter_async_context(gateway.open(caller, target, generate))
-    return _EventStream(stack, _events(chunks, answer, len(generate.prompt), includes_usage=includes_usage))
+    chunks = await stack.enter_async_context(gateway.open(caller, target, generate, answers=answers))
+    events = _events(chunks, answer, len(generate.prompt), answers=answers, includes_usage=includes_usage)
+    return _EventStream(stack, events)
 
 
 class _EventStream(StreamingResponse):
@@ -131,18 +180,19 @@ class _EventStream(StreamingResponse):
 
 
 async def _events(
-    chunks: AsyncIterator[Chunk], answer: Answer, prompt_tokens: int, *, includes_usage: bool
+    chunks: Answers, answer: Answer, prompt_tokens: int, *, answers: int, includes_usage: bool
 ) -> AsyncIterator[bytes]:
     try:
-        if opening := answer.opening():
-            yield _event(opening)
-        completion_tokens = 0
-        async for chunk in chunks:
-            completion_tokens = chunk.completion_tokens
-            if chunk.text or chunk.finish_reason:
-                yield _event(answer.piece(chunk))
+        for number in range(answers):
+            if opening := answer.opening(number):
+                yield _event(opening)
+        completion_tokens = [0] * answers
+        async for number, chunk in chunks:
+            completion_tokens[number] = chunk.completion_tokens
+            if chunk.text or chunk.tokens or chunk.finish_reason:
+                yield _event(answer.piece(number, chunk))
         if includes_usage:
-            yield _event(answer.usage(Usage.of(prompt_tokens, completion_tokens)))
+            yield _event(answer.usage(Usage.of(prompt_tokens, sum(completion_tokens))))
     except AppError as error:
         yield _event(error.envelope())
     yield b"data: [DONE]\n\n"

@@ -1,6 +1,7 @@
 """The main job as a customer does it, on the tiny base: `tunesmith up`, the SDK, a webhook receiver, and nothing else."""
 
 import csv
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -146,13 +147,90 @@ def test_a_completion_continues_a_text(client: OpenAI, tuned: FineTuningJob) -> 
     assert "".join(chunk.choices[0].text for chunk in stream) == said.choices[0].text
 
 
+def test_several_answers_are_those_of_their_seeds(client: OpenAI, tuned: FineTuningJob) -> None:
+    asked: dict[str, Any] = {
+        "model": tuned.fine_tuned_model,
+        "messages": [{"role": "user", "content": "What comes after 5?"}],
+        "max_tokens": 8,
+        "temperature": 1.5,
+    }
+    alone = [client.chat.completions.create(**asked, seed=7 + more) for more in range(3)]
+    together = client.chat.completions.create(**asked, seed=7, n=3)
+    chunks = list(client.chat.completions.create(**asked, seed=7, n=3, stream=True, stream_options={"include_usage": True}))
+    streamed = ["", "", ""]
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        streamed[choice.index] += choice.delta.content or ""
+
+    assert [choice.index for choice in together.choices] == [0, 1, 2]
+    assert [choice.message.content for choice in together.choices] == [one.choices[0].message.content for one in alone]
+    assert streamed == [choice.message.content for choice in together.choices]
+    assert together.usage == chunks[-1].usage
+    assert together.usage and alone[0].usage and together.usage.prompt_tokens == alone[0].usage.prompt_tokens  # told once
+    assert together.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone if one.usage)
+
+
+def test_logprobs_are_told_of_each_token(client: OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": make.TINY,
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 5,
+        "temperature": 0,
+    }
+    said = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    plain = client.chat.completions.create(**asked)
+    stream = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2, stream=True)
+    told = said.choices[0].logprobs.content  # type: ignore[union-attr]
+    streamed = [token for chunk in stream if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content or ()]
+
+    assert told and all(token.logprob == token.top_logprobs[0].logprob <= 0 and len(token.top_logprobs) == 2 for token in told)
+    assert bytes(byte for token in told for byte in token.bytes or ()).decode(errors="replace") == said.choices[0].message.content
+    assert streamed == told
+    assert plain.choices[0].logprobs is None and plain.choices[0].message.content == said.choices[0].message.content
+
+    text = client.completions.create(model=make.TINY, prompt="hi", max_tokens=4, temperature=0, logprobs=1)
+    of_text = text.choices[0].logprobs
+    assert of_text is not None and of_text.tokens and of_text.text_offset
+    assert [len("".join(of_text.tokens[:at])) for at in range(len(of_text.tokens))] == of_text.text_offset
+    assert [list(top.values()) for top in of_text.top_logprobs or ()] == [[value] for value in of_text.token_logprobs or ()]
+
+
+def test_an_answer_is_held_to_its_schema(client: OpenAI, tuned: FineTuningJob) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"next": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["next"],
+        "additionalProperties": False,
+    }
+    for model in (make.TINY, str(tuned.fine_tuned_model)):
+        said = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "What comes after 5?"}],
+            max_tokens=60,
+            temperature=0,
+            response_format={"type": "json_schema", "json_schema": {"name": "next", "schema": schema, "strict": True}},
+        )
+        assert said.choices[0].finish_reason == "stop"
+        assert 0 <= json.loads(said.choices[0].message.content or "")["next"] <= 99
+
+
 @pytest.mark.parametrize(
     ("change", "param", "code"),
     [
         ({"model": "ft:nobody:none::x"}, "model", "model_not_found"),
-        ({"n": 2}, "n", "unsupported_parameter"),
-        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"n": 17}, "n", None),
+        ({"top_logprobs": 2}, "top_logprobs", None),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None),
+        ({"logit_bias": {"x": 1}}, "logit_bias", None),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", None),
+        ({"presence_penalty": 3}, "presence_penalty", None),
+        ({"response_format": {"type": "xml"}}, "response_format.type", None),
+        ({"response_format": {"type": "json_schema"}}, "response_format", None),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "objekt"}}}},
+            "response_format.json_schema.schema",
+            None,
+        ),
+        ({"audio": {}}, "audio", "unsupported_parameter"),
         ({"temprature": 1}, "temprature", "unknown_parameter"),
         ({"max_tokens": 100_000}, "max_tokens", "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "messages", "context_length_exceeded"),

@@ -13,11 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from app.core import ids
 from app.core.engine import AdapterRef, Chunk, GenerateRequest, Sampling
+from app.core.render import Renderer
 from app.core.spec import LoraSpec, OptimizerSpec, TrainSpec
 from app.core.storage import Storage
 from worker.inference.driver import EngineDriver
+from worker.inference.sequence import Choice, Slice
 from worker.inference.sequence import Sequence as Running
-from worker.inference.sequence import Slice
+from worker.inference.vocabulary import Vocabulary
 from worker.model import adapter
 from worker.model.base import LoadedBase
 
@@ -27,6 +29,12 @@ PROMPTS = ([72, 101, 108, 108, 111], [65], [84, 104, 101, 32] * 9, [49, 32, 43, 
 def request(prompt: Sequence[int] = PROMPTS[0], ref: AdapterRef | None = None, **sampling: Any) -> GenerateRequest:
     asked = Sampling(**{"max_tokens": 24, "temperature": 0, **sampling})
     return GenerateRequest(request_id=ids.new("req_"), prompt=tuple(prompt), sampling=asked, adapter=ref)
+
+
+def vocabulary(renderer: Renderer, *, stop_ids: Collection[int] | None = None, size: int | None = None) -> Vocabulary:
+    """A base's own, or one with other ends of a turn."""
+    ends = renderer.stop_ids if stop_ids is None else stop_ids
+    return Vocabulary(renderer.tokenizer, size=size or renderer.tokenizer.get_vocab_size(), stop_ids=ends)
 
 
 def peft_model(base: LoadedBase, *, rank: int, seed: int, targets: Collection[str] | None = None) -> PeftModel:
@@ -108,9 +116,9 @@ class SayingRunner:
         self.steps: list[list[tuple[str, int]]] = []
         self.freed: list[str] = []
 
-    def run(self, slices: Sequence[Slice]) -> list[tuple[Running, int | None]]:
+    def run(self, slices: Sequence[Slice]) -> list[tuple[Running, Choice | None]]:
         self.steps.append([(part.sequence.request_id, part.count) for part in slices])
-        return [(part.sequence, next(self._tokens)) for part in slices if part.is_last]
+        return [(part.sequence, Choice(next(self._tokens))) for part in slices if part.is_last]
 
     def free(self, sequence: Running) -> None:
         self.freed.append(sequence.request_id)

@@ -23,9 +23,7 @@ def sequence(oracle: LoadedBase) -> Add:
     def build(prompt: list[int] | None = None, **sampling: object) -> tuple[Sequence, list[Chunk]]:
         wanted, told = make.request(prompt or [1, 2, 3], **sampling), list[Chunk]()
         renderer, limit = oracle.renderer, wanted.sampling.max_tokens
-        return Sequence(
-            wanted, tokenizer=renderer.tokenizer, stop_ids=renderer.stop_ids, max_tokens=limit, emit=told.append
-        ), told
+        return Sequence(wanted, vocabulary=make.vocabulary(renderer), max_tokens=limit, emit=told.append), told
 
     return build
 

@@ -1,20 +1,27 @@
 """A row's choice is its own: its logits, its temperature, its seed."""
 
+import json
 from collections import Counter
 
 import pytest
 import torch
 
+from app.core.engine import Chunk
 from tests.inference import make
-from worker.inference.sampling import choose
-from worker.inference.sequence import Sequence
+from worker.inference import sampling
+from worker.inference.sequence import Choice, Sequence
 from worker.model.base import LoadedBase
 
 
 def sequence(base: LoadedBase, **sampling: object) -> Sequence:
     return Sequence(
-        make.request(**sampling), tokenizer=base.renderer.tokenizer, stop_ids=(), max_tokens=9, emit=lambda chunk: None
+        make.request(**sampling), vocabulary=make.vocabulary(base.renderer, stop_ids=()), max_tokens=9, emit=lambda chunk: None
     )
+
+
+def choose(logits_BV: torch.Tensor, sequences: list[Sequence]) -> list[int | None]:
+    """The tokens alone."""
+    return [choice and choice.token for choice in sampling.choose(logits_BV, sequences)]
 
 
 def logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -76,3 +83,97 @@ def test_a_row_that_is_not_finite_has_no_token(oracle: LoadedBase) -> None:
 
     chosen = choose(logits_BV, [sequence(oracle), sequence(oracle), sequence(oracle, temperature=1.0)])
     assert [token is None for token in chosen] == [False, True, False]
+
+
+def test_penalties_and_bias_are_added_to_the_logits(oracle: LoadedBase) -> None:
+    """Token 5 has been said three times, token 6 once."""
+    one = sequence(oracle, frequency_penalty=0.5, presence_penalty=0.25, logit_bias={7: 1.5})
+    for token in (5, 5, 5, 6):
+        one.accept(Choice(token))
+    adjusted_V = sampling._adjusted(torch.zeros(1000), one)
+
+    assert {token: float(adjusted_V[token]) for token in (5, 6, 7, 8)} == {5: -1.75, 6: -0.75, 7: 1.5, 8: 0.0}
+    assert choose(torch.zeros((1, 1000)), [one]) == [7]
+
+
+def test_a_penalty_counts_what_was_said_and_not_the_prompt(oracle: LoadedBase) -> None:
+    asked = Sequence(
+        make.request([9, 9, 9], frequency_penalty=2.0),
+        vocabulary=make.vocabulary(oracle.renderer, stop_ids=()),
+        max_tokens=9,
+        emit=lambda chunk: None,
+    )
+    logits_V = torch.zeros(1000)
+    logits_V[9] = 1.0
+
+    assert choose(logits_V[None], [asked]) == [9]
+    asked.accept(Choice(9))
+    assert choose(logits_V[None], [asked]) != [9]
+
+
+def test_top_k_keeps_the_likeliest(oracle: LoadedBase) -> None:
+    logits_V = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    one = sequence(oracle, temperature=1.0, top_k=2, seed=1)
+
+    assert {choose(logits_V[None], [one])[0] for _ in range(300)} == {1, 3}
+
+
+def test_logprobs_are_the_models_own(oracle: LoadedBase) -> None:
+    """Bias and temperature choose the token; what is told of it they do not change."""
+    logits_BV = logits(1)
+    one = sequence(oracle, top_logprobs=3, temperature=0.5, logit_bias={11: 100})
+    (choice,) = sampling.choose(logits_BV, [one])
+    expected_V = torch.log_softmax(logits_BV[0], -1)
+    likeliest = expected_V.argsort(descending=True)[:3].tolist()
+
+    assert choice is not None and choice.token == 11
+    assert choice.logprob == pytest.approx(float(expected_V[11]))
+    assert choice.top == tuple((token, pytest.approx(float(expected_V[token]))) for token in likeliest)
+    assert sampling.choose(logits_BV, [sequence(oracle, top_logprobs=0)])[0] == (
+        likeliest[0],
+        pytest.approx(float(expected_V[likeliest[0]])),
+        (),
+    )
+    assert sampling.choose(logits_BV, [sequence(oracle)])[0] == (likeliest[0], 0.0, ())
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "count": {"type": "integer", "minimum": 1, "maximum": 99}},
+    "required": ["name", "count"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_whatever_the_model_wants_the_answer_meets_its_schema(oracle: LoadedBase, temperature: float) -> None:
+    """Of noise: twenty answers, beside a row that is held to nothing."""
+    vocabulary, told = make.vocabulary(oracle.renderer), list[str]()
+    for seed in range(20):
+        chunks = list[Chunk]()
+        asked = make.request(json_schema=SCHEMA, temperature=temperature, seed=seed)
+        held = Sequence(asked, vocabulary=vocabulary, max_tokens=200, emit=chunks.append)
+        noise = torch.Generator().manual_seed(seed)
+        while not held.is_over:
+            logits_BV = torch.randn((2, vocabulary.size), generator=noise) * 3
+            free, choice = sampling.choose(logits_BV, [sequence(oracle), held])
+            assert free is not None and free.token == int(logits_BV[0].argmax())
+            assert choice is not None
+            held.accept(choice)
+        assert held.finish_reason == "stop"
+        told.append("".join(chunk.text for chunk in chunks))
+
+    for text in told:
+        answer = json.loads(text)
+        assert set(answer) == {"name", "count"} and 1 <= answer["count"] <= 99 and len(answer["name"]) <= 8
+    assert len(set(told)) > 10
+
+
+def test_a_token_is_spelled_in_bytes(oracle: LoadedBase) -> None:
+    vocabulary = make.vocabulary(oracle.renderer)
+    ids = oracle.renderer.tokenizer.encode("Grüße", add_special_tokens=False).ids
+
+    assert b"".join(vocabulary.spell(token) for token in ids) == "Grüße".encode()
+    assert vocabulary.spell(min(oracle.renderer.stop_ids)).decode() == oracle.renderer.tokenizer.id_to_token(
+        min(oracle.renderer.stop_ids)
+    )

@@ -8,7 +8,7 @@ import structlog
 
 from app.core.errors import Unavailable
 from worker.inference.scheduler import Scheduler
-from worker.inference.sequence import Sequence, Slice
+from worker.inference.sequence import Choice, Sequence, Slice
 
 log = structlog.get_logger()
 
@@ -16,7 +16,7 @@ log = structlog.get_logger()
 class Runner(Protocol):
     """The model, as the loop sees it. Only the loop's thread calls it."""
 
-    def run(self, slices: SequenceOf[Slice]) -> list[tuple[Sequence, int | None]]:
+    def run(self, slices: SequenceOf[Slice]) -> list[tuple[Sequence, Choice | None]]:
         """The next token of every sequence whose slice is its last; None where the model gave no distribution."""
         ...
 
@@ -99,14 +99,14 @@ class Engine:
                 self._fail([part.sequence for part in slices], "the engine could not compute an answer")
         return True
 
-    def _tell(self, answers: SequenceOf[tuple[Sequence, int | None]]) -> None:
-        for sequence, token in answers:
+    def _tell(self, answers: SequenceOf[tuple[Sequence, Choice | None]]) -> None:
+        for sequence, choice in answers:
             if sequence.is_over:  # cancelled while the step ran
                 continue
-            if token is None:
+            if choice is None:
                 sequence.fail("the model gave no usable distribution for the next token")
             else:
-                sequence.accept(token)
+                sequence.accept(choice)
 
     def _fail(self, sequences: SequenceOf[Sequence], message: str) -> None:
         for sequence in sequences:

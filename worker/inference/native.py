@@ -23,6 +23,7 @@ from worker.inference.lora import LoraWeights
 from worker.inference.runner import ModelRunner
 from worker.inference.scheduler import Scheduler
 from worker.inference.sequence import Sequence
+from worker.inference.vocabulary import Vocabulary
 from worker.model import adapter as directories
 from worker.model.adapter import AdapterRefused
 from worker.model.base import LoadedBase
@@ -36,7 +37,9 @@ class NativeDriver:
     """See EngineDriver. `close` ends its threads."""
 
     def __init__(self, engine: Engine, store: AdapterStore, renderer: Renderer, caps: Caps) -> None:
-        self._engine, self._store, self._renderer, self._caps = engine, store, renderer, caps
+        self._engine, self._store, self._caps = engine, store, caps
+        self._vocabulary = Vocabulary(renderer.tokenizer, size=caps.vocabulary, stop_ids=renderer.stop_ids)
+        self._vocabulary.prepare()
         engine.start()
 
     @property
@@ -62,8 +65,7 @@ class NativeDriver:
 
         sequence = Sequence(
             request,
-            tokenizer=self._renderer.tokenizer,
-            stop_ids=self._renderer.stop_ids,
+            vocabulary=self._vocabulary,
             max_tokens=min(request.sampling.max_tokens, self._room_after(request.prompt)),
             emit=emit,
             adapter=_held(request, lease),

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from worker.inference import sampling
 from worker.inference.cache import Segment, SequenceCache, attend
 from worker.inference.lora import LoraLayers, LoraWeights
-from worker.inference.sequence import Sequence, Slice
+from worker.inference.sequence import Choice, Sequence, Slice
 
 _ATTENTION = "tunesmith_ragged"
 
@@ -31,7 +31,7 @@ class ModelRunner:
         self._caches: dict[Sequence, SequenceCache] = {}
 
     @torch.inference_mode()
-    def run(self, slices: SequenceOf[Slice]) -> list[tuple[Sequence, int | None]]:
+    def run(self, slices: SequenceOf[Slice]) -> list[tuple[Sequence, Choice | None]]:
         """The next token of every sequence whose slice is its last; None where the model gave no distribution."""
         logits_BV, sequences = self.forward(slices)
         return list(zip(sequences, sampling.choose(logits_BV, sequences), strict=True)) if sequences else []

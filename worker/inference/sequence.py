@@ -1,15 +1,24 @@
 """One request on its way: the prompt, what has been said so far, and when it is over. No torch here."""
 
 import random
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from tokenizers import Tokenizer
-
-from app.core.engine import Chunk, FinishReason, GenerateRequest
+from app.core.engine import Chunk, FinishReason, GenerateRequest, TokenLogprob, ToldToken
 from worker.inference.detokenise import Detokeniser, StopStrings
+from worker.inference.vocabulary import Vocabulary
 
 Emit = Callable[[Chunk], None]
+
+
+class Choice(NamedTuple):
+    """A next token, and where it was asked for its log-probability and the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Sequence:
@@ -19,8 +28,7 @@ class Sequence:
         self,
         request: GenerateRequest,
         *,
-        tokenizer: Tokenizer,
-        stop_ids: Collection[int],
+        vocabulary: Vocabulary,
         max_tokens: int,
         emit: Emit,
         adapter: object | None = None,
@@ -31,8 +39,10 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self._has_failed = False
         self._prompt_tokens, self._max_tokens = len(request.prompt), max_tokens
-        self._stop_ids, self._emit = stop_ids, emit
-        self._text, self._stops = Detokeniser(tokenizer), StopStrings(request.sampling.stop)
+        self._vocabulary, self._emit = vocabulary, emit
+        self._text, self._stops = Detokeniser(vocabulary.tokenizer), StopStrings(request.sampling.stop)
+        self.said = Counter[int]()  # how often each token has been said in the answer
+        self.constraint = None if self.sampling.json_schema is None else vocabulary.constraint(self.sampling.json_schema)
         self._random = random.Random(request.sampling.seed)
 
     @property
@@ -52,10 +62,14 @@ class Sequence:
         """The next number in [0, 1) of this request's own source, so that neighbours in a batch change nothing."""
         return self._random.random()
 
-    def accept(self, token: int) -> None:
+    def accept(self, choice: Choice) -> None:
         """The model's next token. The one that ends the turn is counted but is no text."""
+        token = choice.token
         self.tokens.append(token)
-        is_end = token in self._stop_ids
+        self.said[token] += 1
+        is_end = token in self._vocabulary.stop_ids
+        if self.constraint and not is_end:
+            self.constraint.accept(token)
         text = self._stops.push("" if is_end else self._text.push(token))
         if is_end or self._stops.is_found:
             self.finish_reason = "stop"
@@ -66,7 +80,13 @@ class Sequence:
             text += self._stops.flush()
         if self._stops.is_found:  # the last held-back text may be what completes a stop string
             self.finish_reason = "stop"
-        self._emit(Chunk(text=text, finish_reason=self.finish_reason, completion_tokens=self.completion_tokens))
+        told = () if is_end or self.sampling.top_logprobs is None else (self._told(choice),)
+        self._emit(Chunk(text=text, tokens=told, finish_reason=self.finish_reason, completion_tokens=self.completion_tokens))
+
+    def _told(self, choice: Choice) -> ToldToken:
+        spell = self._vocabulary.spell
+        top = tuple(TokenLogprob(bytes=tuple(spell(token)), logprob=logprob) for token, logprob in choice.top)
+        return ToldToken(bytes=tuple(spell(choice.token)), logprob=choice.logprob, top=top)
 
     def fail(self, message: str) -> None:
         """End without an answer; what was said so far stands."""
