@@ -142,9 +142,17 @@ class Renderer:
     def template_sha256(self) -> str:
         return hashlib.sha256(self.template.encode()).hexdigest()
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def call_opening(self) -> str:
+        """How the assistant begins to call a tool: a tag, or the bracket that a whole answer of calls begins with."""
+        template = self.tools_template or ""
+        if "<tool_call>" in template:
+            return "<tool_call>"
+        return "[" if "[TOOL_CALLS]" in template else "{"  # the former is a control token, which no decoded text shows
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids up to and with the words that open the assistant's turn. Raises RenderError."""
-        text, _ = self._text(messages, (), opens_turn=True)
+        text, _ = self._text(messages, tools, opens_turn=True)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def plain(self, text: str) -> list[int]:

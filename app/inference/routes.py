@@ -27,13 +27,13 @@ InferenceGateway = Annotated[Gateway, Depends(get_gateway)]
 @router.post("/chat/completions", response_model=None)
 async def create_chat_completion(body: ChatRequest, request: Request, caller: Caller, gateway: InferenceGateway) -> Response:
     """Talk to a base model or to a model of yours."""
-    return await _answer(body, request, caller, gateway, is_chat=True)
+    return await _answer(body, request, caller, gateway)
 
 
 @router.post("/completions", response_model=None)
 async def create_completion(body: CompletionRequest, request: Request, caller: Caller, gateway: InferenceGateway) -> Response:
     """Continue a text."""
-    return await _answer(body, request, caller, gateway, is_chat=False)
+    return await _answer(body, request, caller, gateway)
 
 
 @internal.post("/engines", status_code=204)
@@ -43,11 +43,9 @@ def record_heartbeat(beat: Heartbeat, request: Request) -> None:
         engines.record(session, beat)
 
 
-async def _answer(
-    body: ChatRequest | CompletionRequest, request: Request, caller: Caller, gateway: Gateway, *, is_chat: bool
-) -> Response:
+async def _answer(body: ChatRequest | CompletionRequest, request: Request, caller: Caller, gateway: Gateway) -> Response:
     target, generate = await inference.prepare(gateway, caller, body, request.state.request_id)
-    answer = inference.Answer(target, is_chat=is_chat)
+    answer = inference.Answer(target, body)
     if body.stream:
         opening = inference.answer_streamed(
             gateway, caller, target, generate, answer, answers=body.answers, includes_usage=body.includes_usage

@@ -1,10 +1,11 @@
 """Requests and answers of the inference endpoints. What a base cannot do is refused by name, never ignored."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from app.core.chat import Message
+from app.core.chat import Message, ToolCall
 from app.core.engine import Sampling
 from app.core.errors import BadRequest
 from app.core.structure import SchemaRefused, grammar_of
@@ -15,9 +16,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -140,25 +138,92 @@ class TextPart(BaseModel):
     text: str
 
 
+class Called(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _object(cls, arguments: str) -> str:
+        try:
+            is_object = isinstance(json.loads(arguments), dict)
+        except ValueError:
+            is_object = False
+        if not is_object:
+            raise ValueError("must be a JSON object, written as a string")
+        return arguments
+
+
+class Call(BaseModel):
+    """A call that an earlier answer has made."""
+
+    model_config = ConfigDict(extra="ignore")  # the SDK's streams leave an index in it
+
+    id: str
+    type: Literal["function"] = "function"
+    function: Called
+
+
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: str | None = None
     refusal: None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _drop_absent(cls, message: Any) -> Any:
         """The SDK's own answers, sent back as history, carry many keys that are null."""
-        if not isinstance(message, dict):
-            return message
-        return {name: value for name, value in message.items() if value is not None or name == "content"}
+        return {name: value for name, value in message.items() if value is not None} if isinstance(message, dict) else message
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ChatMessage":
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"must have no tool_calls: only the assistant calls tools, not {self.role}")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("must have content")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("must have the tool_call_id of the call that it answers, if and only if its role is tool")
+        return self
 
     def to_message(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, text)
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+        return Message(
+            "system" if self.role == "developer" else self.role,
+            text,
+            tool_calls=tuple(
+                ToolCall(call.id, call.function.name, json.loads(call.function.arguments)) for call in self.tool_calls or ()
+            ),
+            tool_call_id=self.tool_call_id,
+        )
+
+
+class Function(BaseModel):
+    """`strict` promises nothing here."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: Function
+
+    def described(self) -> dict[str, Any]:
+        """As templates show it, and as training files do."""
+        return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
 
 
 class JsonSchema(BaseModel):
@@ -209,6 +274,17 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _free(cls, choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+        if choice not in (None, "none", "auto"):
+            message = "tool_choice must be none or auto: a model is not made to call a tool here; tell it to in a message"
+            raise BadRequest(message, param="tool_choice", code="unsupported_parameter")
+        return choice
 
     @model_validator(mode="after")
     def _alternatives_of_told(self) -> "ChatRequest":
@@ -219,6 +295,11 @@ class ChatRequest(_Request):
     @property
     def told_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """Those that the model is told of."""
+        return [] if self.tool_choice == "none" else [tool.described() for tool in self.tools or ()]
 
     @property
     def json_schema(self) -> dict[str, Any] | None:

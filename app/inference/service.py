@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from app.core.engine import Chunk, GenerateRequest, ToldToken
 from app.core.errors import AppError, BadRequest
 from app.core.render import RenderError
 from app.inference import logprobs
+from app.inference.calls import Speech
 from app.inference.gateway import Answers, Gateway, Target
 from app.inference.schemas import ChatRequest, CompletionRequest, Usage
 
@@ -38,13 +39,14 @@ class Whole:
 
 
 class Answer:
-    """How one endpoint writes its objects: the two differ in names only."""
+    """How one endpoint writes its objects: the two differ in names only. It is of one request."""
 
-    def __init__(self, target: Target, *, is_chat: bool) -> None:
-        self._is_chat = is_chat
+    def __init__(self, target: Target, request: ChatRequest | CompletionRequest) -> None:
+        self._is_chat = isinstance(request, ChatRequest)
         self._told_characters = Counter[int]()  # of each streamed answer's tokens
+        self._speeches = _speeches(target, request) if isinstance(request, ChatRequest) else {}
         self._common = {
-            "id": ids.new("chatcmpl-" if is_chat else "cmpl-"),
+            "id": ids.new("chatcmpl-" if self._is_chat else "cmpl-"),
             "created": int(time.time()),
             "model": target.model,
             "base_model": target.base.id,
@@ -55,29 +57,45 @@ class Answer:
     def whole(self, answers: Sequence[Whole]) -> dict[str, Any]:
         kind = "chat.completion" if self._is_chat else "text_completion"
         usage = Usage.of(answers[0].prompt_tokens, sum(answer.completion_tokens for answer in answers))
-        choices = [
-            self._choice(
-                number,
-                {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
-                if self._is_chat
-                else {"text": answer.text},
-                answer.finish_reason,
-                answer.tokens,
-            )
-            for number, answer in enumerate(answers)
-        ]
+        choices = [self._whole_choice(number, answer) for number, answer in enumerate(answers)]
         return self._object(kind, choices, usage.model_dump())
 
     def opening(self, number: int) -> dict[str, Any] | None:
         """The chunk that names the speaker, for chats."""
         return self._chunk(number, {"delta": {"role": "assistant", "content": "", "refusal": None}}) if self._is_chat else None
 
-    def piece(self, number: int, chunk: Chunk) -> dict[str, Any]:
-        said = {"delta": {"content": chunk.text} if chunk.text else {}} if self._is_chat else {"text": chunk.text}
-        return self._chunk(number, said, chunk.finish_reason, chunk.tokens)
+    def pieces(self, number: int, chunk: Chunk) -> Iterator[dict[str, Any]]:
+        """What is to be told of it, if anything: what may become a call is held back."""
+        text, calls, finish_reason = self._said(number, chunk.text, chunk.finish_reason)
+        if calls:
+            listed = [{"index": index, **call} for index, call in enumerate(calls)]
+            yield self._chunk(number, {"delta": {"tool_calls": listed}})
+        if text or chunk.tokens or finish_reason:
+            said = {"delta": {"content": text} if text else {}} if self._is_chat else {"text": text}
+            yield self._chunk(number, said, finish_reason, chunk.tokens)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         return self._object("chat.completion.chunk" if self._is_chat else "text_completion", [], usage.model_dump())
+
+    def _said(self, number: int, text: str, finish_reason: str | None) -> tuple[str, list[dict[str, Any]], str | None]:
+        """New text, and at the end the calls that were held back as text."""
+        speech = self._speeches.get(number)
+        if speech is None:
+            return text, [], finish_reason
+        told = speech.push(text)
+        if finish_reason is None:
+            return told, [], None
+        rest, calls = speech.end()
+        return told + rest, calls, "tool_calls" if calls else finish_reason
+
+    def _whole_choice(self, number: int, answer: Whole) -> dict[str, Any]:
+        text, calls, finish_reason = self._said(number, answer.text, answer.finish_reason)
+        if not self._is_chat:
+            return self._choice(number, {"text": text}, finish_reason, answer.tokens)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        return self._choice(number, {"message": message}, finish_reason, answer.tokens)
 
     def _chunk(
         self, number: int, said: dict[str, Any], finish_reason: str | None = None, tokens: Sequence[ToldToken] = ()
@@ -102,6 +120,13 @@ class Answer:
 
     def _object(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         return {"object": kind, **self._common, "choices": choices, "usage": usage}
+
+
+def _speeches(target: Target, request: ChatRequest) -> dict[int, Speech]:
+    """Of each answer, where tools were offered."""
+    names = {tool["function"]["name"] for tool in request.offered_tools}
+    most = 1 if request.parallel_tool_calls is False else None
+    return {number: Speech(target.renderer.call_opening, names, most=most) for number in range(request.answers if names else 0)}
 
 
 async def prepare(
@@ -189,8 +214,8 @@ async def _events(
         completion_tokens = [0] * answers
         async for number, chunk in chunks:
             completion_tokens[number] = chunk.completion_tokens
-            if chunk.text or chunk.tokens or chunk.finish_reason:
-                yield _event(answer.piece(number, chunk))
+            for piece in answer.pieces(number, chunk):
+                yield _event(piece)
         if includes_usage:
             yield _event(answer.usage(Usage.of(prompt_tokens, sum(completion_tokens))))
     except AppError as error:
@@ -218,7 +243,7 @@ async def _gone(request: Request) -> None:
 def _tokens_of(target: Target, request: ChatRequest | CompletionRequest) -> list[int]:
     if isinstance(request, ChatRequest):
         try:
-            return target.renderer.prompt([message.to_message() for message in request.messages])
+            return target.renderer.prompt([message.to_message() for message in request.messages], request.offered_tools)
         except RenderError as error:
             raise BadRequest(f"{target.base.id} cannot be told these messages: {error}", param="messages") from None
     prompt = request.one_prompt
