@@ -12,7 +12,7 @@ from app.accounts.keys import KeyRing
 from app.accounts.middleware import Authenticate
 from app.adapters import alias_routes as aliases
 from app.adapters import routes as adapters
-from app.core import catalog, judges, logging, storage
+from app.core import catalog, judges, logging, prices, storage
 from app.core.settings import Settings
 from app.evaluations import routes as evaluations
 from app.evaluations.asking import Asker
@@ -23,6 +23,7 @@ from app.inference.gateway import Gateway
 from app.inference.renderers import Renderers
 from app.jobs import routes as jobs
 from app.jobs.dry_run import DryRunner
+from app.sweeps import routes as sweeps
 from app.webhooks import routes as webhooks
 
 
@@ -43,6 +44,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     state.storage = storage.open_storage(settings.storage, for_requests=True)
     state.catalog = catalog.load(settings.catalog_file)
+    state.prices = prices.load(settings.price_file)
     state.dry_runner = DryRunner(state.sessions, state.storage, state.catalog, settings)
     state.gateway = Gateway(state.sessions, state.catalog, Renderers(state.storage), settings.inference, settings.engine_token)
     state.asker = Asker(state.gateway, judges.load(settings.evaluations.judges_file))
@@ -50,6 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         files.router,
         jobs.router,
         jobs.queues,
+        sweeps.router,
         evaluations.router,
         adapters.router,
         aliases.router,

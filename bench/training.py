@@ -245,7 +245,7 @@ def _ours(trainee: Trainee, examples: Any, spec: Any, steps: int, times: Times) 
 
     def run(step: Any) -> None:
         for batch in step.micro_batches:
-            trainee.backward(batch, scale=1 / step.labelled_tokens)
+            trainee.backward(batch, of=step.totals)
         optimizer.clip()
         optimizer.step(learning_rate(step.number, steps, spec.optimizer))
         optimizer.zero_grad()

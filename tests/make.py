@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Set
 from datetime import timedelta
 
 from sqlalchemy import func, orm, select
@@ -11,6 +12,7 @@ from app.core import catalog, data, ids, spec
 from app.core.events import MeasuredMemory
 from app.core.manifest import BaseEntry, Manifest
 from app.core.settings import EvaluationSettings, GpuSettings, LeaseSettings
+from app.core.spec import USUAL, QuantizationName
 from app.core.storage import Storage, Stored
 from app.evaluations import leases as evaluation_leases
 from app.evaluations import service as evaluations
@@ -24,7 +26,9 @@ from app.jobs.admission import Admission, Data
 from app.jobs.leases import Lease
 from app.jobs.preparing import Dataset, Datasets
 from app.jobs.schemas import JobCreate
-from app.models import Evaluation, EvaluationSample, EvaluationState, File, Job
+from app.models import Evaluation, EvaluationSample, EvaluationState, File, Job, Sweep
+from app.sweeps import service as sweeps
+from app.sweeps.schemas import SweepCreate
 
 TINY = "tiny-random-llama"
 LEASES = LeaseSettings()
@@ -60,6 +64,15 @@ def preference_file(rows: int = 12) -> bytes:
     return "\n".join(map(json.dumps, lines)).encode()
 
 
+def rated_file(rows: int = 12) -> bytes:
+    """A small valid file for KTO: of three answers one is called bad."""
+    said = ((f"What comes after {n}?", str(n + 1) if n % 3 else "Dunno.", n % 3 > 0) for n in range(rows))
+    return "\n".join(
+        json.dumps({"messages": json.loads(chat_line(question, answer))["messages"], "label": label})
+        for question, answer, label in said
+    ).encode()
+
+
 def uploaded_file(session: orm.Session, caller: Caller) -> File:
     """A file row as an upload leaves it."""
     stored = Stored(size_bytes=10, sha256="0" * 64)
@@ -80,21 +93,45 @@ def stored_file(session: orm.Session, caller: Caller, storage: Storage, content:
     return file
 
 
-def job(session: orm.Session, caller: Caller, *, training_file: File | None = None, **asked: object) -> Job:
+def job(
+    session: orm.Session,
+    caller: Caller,
+    *,
+    training_file: File | None = None,
+    quantizations: Set[QuantizationName] = frozenset({USUAL}),
+    **asked: object,
+) -> Job:
     """A job as its creation leaves it: its files are still to be looked at."""
     training_file = training_file or valid_file(session, caller)
     request = JobCreate.model_validate({"model": TINY, "training_file": training_file.id, **asked})
-    return jobs.create(session, caller, catalog.load(), request=request, tiers=CPU)
+    return jobs.create(session, caller, catalog.load(), request=request, tiers=CPU, quantizations=quantizations)
 
 
 def queued_job(session: orm.Session, caller: Caller, **asked: object) -> Job:
     """A job that a worker may take, in a queue of its own so that no other test's worker does."""
-    made = job(session, caller, **asked)
+    return prepared(session, job(session, caller, **asked))
+
+
+def prepared(session: orm.Session, made: Job) -> Job:
+    """The same of a job that there is."""
     datasets = Datasets(training=Dataset(key="nowhere", sha256="0" * 64))
-    preparing.finish(session, made.id, admitted=admitted(), datasets=datasets)
+    resolved = admitted(requested=spec.Requested.model_validate(made.request))
+    preparing.finish(session, made.id, admitted=resolved, datasets=datasets)
     made.queue = f"train.{made.id}"
     session.flush()
     return made
+
+
+def sweep(session: orm.Session, caller: Caller, **asked: object) -> Sweep:
+    """Of two learning rates, with part of the file held back."""
+    body: dict[str, object] = {
+        "model": TINY,
+        "training_file": valid_file(session, caller).id,
+        "training": {"validation_split": 2},
+        "grid": {"training.learning_rate": [1e-3, 1e-4]},
+    }
+    request = SweepCreate.model_validate(body | asked)
+    return sweeps.create(session, caller, catalog.load(), request=request, tiers=CPU)
 
 
 def evaluation(session: orm.Session, caller: Caller, model: str) -> tuple[Evaluation, str]:
@@ -114,11 +151,11 @@ def evaluation(session: orm.Session, caller: Caller, model: str) -> tuple[Evalua
     return made, session.scalars(select(EvaluationSample.id).where(EvaluationSample.evaluation_id == made.id)).one()
 
 
-def admitted(*, tokens: int = 600) -> Admission:
+def admitted(*, tokens: int = 600, requested: spec.Requested = spec.Requested()) -> Admission:
     """A dozen short rows of the tiny base, in the cpu tier."""
     data = Data(examples=12, dropped=0, tokens=tokens, trained_tokens=tokens // 2, longest=90)
     known = catalog.load()
-    return admission.admit(known[TINY], spec.Requested(), data, seed=1, among=CPU, gpu=GpuSettings(), catalog=known)
+    return admission.admit(known[TINY], requested, data, seed=1, among=CPU, gpu=GpuSettings(), catalog=known)
 
 
 def claim(session: orm.Session, of: Job, *, owner: str = "worker") -> Lease:
@@ -143,12 +180,12 @@ def checkpoint(session: orm.Session, lease: Lease, *, step: int = 1, metrics: di
     leases.checkpoint(session, lease, step=step, prefix=prefix, manifest=manifest(lease.job_id), metrics=metrics or {})
 
 
-def complete(session: orm.Session, lease: Lease) -> None:
+def complete(session: orm.Session, lease: Lease, *, metrics: dict[str, float] | None = None) -> None:
     leases.complete(
         session,
         lease,
         prefix=f"somewhere/{lease.job_id}/a{lease.attempt}",
-        manifest=manifest(lease.job_id),
+        manifest=manifest(lease.job_id).model_copy(update={"metrics": metrics or {}}),
         trained_tokens=100,
         memory=MeasuredMemory(peak_bytes=1, measured_as="rss", micro_batch_tokens=2048, is_checkpointing=False),
         tables=[

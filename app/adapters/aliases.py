@@ -101,7 +101,7 @@ def rollback(session: orm.Session, caller: Caller, catalog: Catalog, name: str, 
         raise Conflict(message, code="alias_at_first_version")
     made = ModelAliasChange.version == alias.previous_version, ModelAliasChange.action.in_(_MAKING)
     before = session.scalars(select(ModelAliasChange).where(*_of(caller, name), *made)).one()
-    if catalog.find(before.model) is None and adapters.find(session, caller, before.model, lock=True) is None:
+    if catalog.find(before.model) is None and adapters.find(session, caller, before.model, lock="share") is None:
         message = (
             f"version {before.version} of the alias {name!r} was {before.model}, which is gone; "
             f"POST /v1/model_aliases/{name} with another model moves it"
@@ -123,7 +123,7 @@ def _target(session: orm.Session, caller: Caller, catalog: Catalog, model: str) 
     """The name that an alias keeps. A tuned model cannot be deleted until the commit."""
     if base := catalog.find(model):
         return base.id
-    if adapter := adapters.find(session, caller, model, lock=True):
+    if adapter := adapters.find(session, caller, model, lock="share"):
         return adapter.name
     if session.scalar(_named(caller, model)):
         raise BadRequest(f"{model!r} is an alias itself; name the model that it stands for", param="model")

@@ -1,5 +1,7 @@
 """Published models: a public name, a row, an immutable directory in storage."""
 
+from typing import Literal
+
 from sqlalchemy import ColumnElement, Select, or_, orm, select
 from sqlalchemy import delete as delete_rows
 
@@ -10,6 +12,7 @@ from app.core.catalog import Catalog
 from app.core.engine import AdapterRef
 from app.core.errors import AppError, BadRequest, Conflict, NotFound
 from app.core.manifest import Manifest
+from app.core.spec import QuantizationSpec, Requested
 from app.models import Adapter, Job, JobCheckpoint, ModelAlias
 from app.models.jobs import UNFINISHED
 
@@ -30,6 +33,7 @@ def publish(
         project_id=job.project_id,
         name=name,
         base=job.base,
+        base_digest=manifest.base.digest,
         job_id=job.id,
         step=step,
         digest=manifest.digest,
@@ -45,17 +49,35 @@ def move(session: orm.Session, name: str, *, prefix: str, manifest: Manifest) ->
     """Let a name stand for another directory: engines know it by its digest, and so take the two for two."""
     adapter = session.scalars(select(Adapter).where(Adapter.name == name)).one()
     adapter.prefix, adapter.digest, adapter.size_bytes = prefix, manifest.digest, manifest.size_bytes
+    adapter.base_digest = manifest.base.digest
 
 
 def ref_of(adapter: Adapter) -> AdapterRef:
     """What an engine needs to load it."""
-    return AdapterRef(id=adapter.id, digest=adapter.digest, prefix=adapter.prefix, base=adapter.base)
+    return AdapterRef(
+        id=adapter.id, digest=adapter.digest, prefix=adapter.prefix, base=adapter.base, base_digest=adapter.base_digest
+    )
 
 
-def find(session: orm.Session, caller: Caller, name: str, *, lock: bool = False) -> Adapter | None:
-    """`lock` keeps it from being deleted until the commit."""
+def quantization_of(session: orm.Session, adapter: Adapter) -> QuantizationSpec:
+    """How the base was held that it was trained on."""
+    request = session.scalars(select(Job.request).where(Job.id == adapter.job_id)).one()
+    return Requested.model_validate(request).quantization
+
+
+def find(session: orm.Session, caller: Caller, name: str, *, lock: Literal["share", "update"] | None = None) -> Adapter | None:
+    """`lock`: until the commit nobody deletes it, or nobody else locks it."""
     query = _visible(caller).where(Adapter.name == name)
-    return session.scalar(query.with_for_update(read=True) if lock else query)
+    return session.scalar(query if lock is None else query.with_for_update(read=lock == "share"))
+
+
+def get(
+    session: orm.Session, caller: Caller, name: str, *, param: str | None = None, lock: Literal["share", "update"] | None = None
+) -> Adapter:
+    """Raises NotFound. `lock` as in `find`."""
+    if adapter := find(session, caller, name, lock=lock):
+        return adapter
+    raise missing(session, caller, name, param=param)
 
 
 def missing(session: orm.Session, caller: Caller, name: str, *, param: str | None = None) -> NotFound:
@@ -72,6 +94,13 @@ def missing(session: orm.Session, caller: Caller, name: str, *, param: str | Non
 
 def _publishes(job_id: str) -> str:
     return f"POST /v1/fine_tuning/jobs/{job_id}/publish makes it live"
+
+
+def find_start(session: orm.Session, job: Job) -> AdapterRef | None:
+    """The model that a job continues, if it does and the model is there."""
+    mine = select(Adapter).where(Adapter.organization_id == job.organization_id, Adapter.name == job.continue_from)
+    adapter = session.scalar(mine)
+    return ref_of(adapter) if adapter else None
 
 
 def list_published(session: orm.Session, caller: Caller) -> list[Adapter]:
@@ -92,6 +121,9 @@ def delete(session: orm.Session, caller: Caller, catalog: Catalog, name: str) ->
     if adapter is None:
         raise _unknown_or_alias(session, caller, name)
     _require_unpointed(session, adapter)
+    continues_it = (Job.organization_id == caller.organization_id, Job.continue_from == name, Job.state.in_(UNFINISHED))
+    if job_id := session.scalar(select(Job.id).where(*continues_it).limit(1)):
+        raise Conflict(f"job {job_id} continues {name}; cancel it or wait for its end", code="model_in_use")
     prefix = adapter.prefix
     if adapter.step is not None:
         of_step = (JobCheckpoint.job_id == adapter.job_id, JobCheckpoint.step == adapter.step)

@@ -6,8 +6,11 @@ from pydantic import BaseModel, ConfigDict
 
 from app.core import spec
 from app.core.catalog import Base
+from app.core.methods import REFERRING, Preferring
 from app.core.planner import Plan
 from app.core.spec import AUTO, Requested, TrainSpec
+
+_PAPERS: dict[Preferring, str] = {"dpo": "arXiv:2305.18290", "orpo": "arXiv:2403.07691", "kto": "arXiv:2402.01306"}
 
 
 class Chosen(BaseModel):
@@ -19,12 +22,14 @@ class Chosen(BaseModel):
     reason: str
 
 
-def explain(requested: Requested, resolved: TrainSpec, base: Base, plan: Plan, *, examples: int) -> dict[str, Chosen]:
+def explain(
+    requested: Requested, resolved: TrainSpec, base: Base, plan: Plan, *, examples: int, good: int = 0
+) -> dict[str, Chosen]:
     """By the API's names, those alone that were `auto`; and the tokens at once, which are always chosen here."""
     asked: dict[str, Any] = {**dict(requested.hyperparameters), **dict(requested.training)}
     chosen = {
         "n_epochs": Chosen(value=resolved.n_epochs, reason=_epochs(requested, examples)),
-        "batch_size": Chosen(value=resolved.batch_size, reason=_batch(examples)),
+        "batch_size": Chosen(value=resolved.batch_size, reason=_batch(requested, examples)),
         "learning_rate_multiplier": Chosen(value=1.0, reason="the learning rate is taken as it is"),
         "learning_rate": Chosen(value=resolved.optimizer.learning_rate, reason=_rate(requested, base)),
         "max_seq_length": Chosen(value=resolved.max_seq_length, reason=_length(base)),
@@ -33,21 +38,27 @@ def explain(requested: Requested, resolved: TrainSpec, base: Base, plan: Plan, *
         ),
     }
     if resolved.preference:
-        chosen["beta"] = Chosen(value=resolved.preference.beta, reason="as in the paper (arXiv:2305.18290)")
+        chosen["beta"] = Chosen(value=resolved.preference.beta, reason=f"as in the paper ({_PAPERS[resolved.preference.method]})")
         asked["beta"] = requested.beta
+    if resolved.preference and requested.method == "kto":
+        for name in ("desirable_weight", "undesirable_weight"):
+            asked[name] = getattr(requested, name)
+            chosen[name] = Chosen(value=getattr(resolved.preference, name), reason=_weight(requested, good, examples - good))
     tokens = Chosen(value=plan.micro_batch_tokens, reason=_tokens(plan))
     return {name: choice for name, choice in chosen.items() if asked[name] == AUTO} | {"micro_batch_tokens": tokens}
 
 
 def _epochs(requested: Requested, examples: int) -> str:
     seen = spec.EXAMPLES_SEEN
-    most = spec.MOST_EPOCHS if requested.method == "supervised" else spec.MOST_EPOCHS_COMPARING
+    most = spec.MOST_EPOCHS_REFERRING if requested.method in REFERRING else spec.MOST_EPOCHS
     return f"so that about {seen} examples are seen, in 1 to {most} epochs: {seen} / {examples} is {seen / examples:.1f}"
 
 
-def _batch(examples: int) -> str:
+def _batch(requested: Requested, examples: int) -> str:
     steps, most = spec.STEPS_OF_EPOCH, spec.LARGEST_BATCH
-    return f"so that an epoch has about {steps} steps, with 1 to {most} rows: {examples} / {steps} is {examples / steps:.1f}"
+    least, why = (spec.LEAST_BATCH_RATED, ", of which each step estimates its KL") if requested.method == "kto" else (1, "")
+    about = f"so that an epoch has about {steps} steps, with {least} to {most} rows{why}"
+    return f"{about}: {examples} / {steps} is {examples / steps:.1f}"
 
 
 def _rate(requested: Requested, base: Base) -> str:
@@ -56,10 +67,16 @@ def _rate(requested: Requested, base: Base) -> str:
         reason = f"{large:g} as in the QLoRA paper, for bases over a billion parameters"
     else:
         reason = f"{small:g} for bases under a billion parameters, which move less per step than the QLoRA paper's ({large:g})"
-    if requested.method != "supervised":
-        reason = f"{spec.RATE_COMPARING:g} times that of supervised training where answers are compared, which is {reason}"
+    if requested.method in REFERRING:
+        reason = f"{spec.RATE_REFERRING:g} times that of supervised training where the base judges answers, which is {reason}"
     multiplier = requested.hyperparameters.learning_rate_multiplier
     return reason if multiplier == AUTO else f"{reason}; times learning_rate_multiplier {multiplier:g}"
+
+
+def _weight(requested: Requested, good: int, bad: int) -> str:
+    if requested.desirable_weight != AUTO or requested.undesirable_weight != AUTO:
+        return "the other weight was given"
+    return f"so that {good} good and {bad} bad answers weigh the same, up to {spec.LARGEST_WEIGHT:g} for the rarer kind"
 
 
 def _length(base: Base) -> str:

@@ -29,7 +29,7 @@ class Chat:
     """One row of a training file. `tools` are those the row offers, as the API describes functions.
 
     With `rejected` the row compares: its last message is preferred to that one. With `text` it is no conversation: there are no
-    messages, and all of the text is learnt.
+    messages, and all of the text is learnt. With `is_good` its last answer has been rated, and is drawn nearer or pushed away.
     """
 
     messages: tuple[Message, ...]
@@ -37,6 +37,7 @@ class Chat:
     tools: tuple[dict[str, Any], ...] = ()
     rejected: Message | None = None
     text: str | None = None
+    is_good: bool | None = None
 
     @property
     def sides(self) -> tuple[tuple[Message, ...], ...]:

@@ -34,12 +34,14 @@ class SpeakerReport(_Frozen):
 
 
 class SetReport(_Frozen):
-    """A set of examples. `longest` is in tokens, as all lengths are."""
+    """A set of examples. `longest` is in tokens, as all lengths are; `rated_good` and `rated_bad` where answers are rated."""
 
     examples: int
     tokens: int
     trained_tokens: int
     longest: int
+    rated_good: int = 0
+    rated_bad: int = 0
 
 
 class FileReport(SetReport):

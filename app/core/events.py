@@ -33,8 +33,8 @@ class Started(_Event):
 
 
 class Stepped(_Event):
-    """One optimizer step. Loss is the mean over the step's labelled tokens, in nats, or over its pairs, of which accuracy is told
-    of the preferred answers' tokens. `tokens_left` come in later steps. `rewards` are by the names in docs/methods.md.
+    """One optimizer step. Loss is the mean over the step's labelled tokens, in nats, over its pairs or its rated answers: of what
+    tokens accuracy is told then is in docs/methods.md, as are the names of `rewards`. `tokens_left` come in later steps.
     """
 
     kind: Literal["stepped"] = "stepped"
@@ -52,7 +52,7 @@ class Stepped(_Event):
 
 
 class Evaluated(_Event):
-    """Loss on the validation file, over all of its labelled tokens, or all of its pairs."""
+    """Loss on the validation file, over all of its labelled tokens, pairs or rated answers."""
 
     kind: Literal["evaluated"] = "evaluated"
     step: int

@@ -102,7 +102,8 @@ def _not_rendered(chat: Chat, error: RenderError) -> Fitted:
 def _trained(example: Example, chat: Chat, length: int) -> Fitted:
     example.is_trained[0] = False  # nothing stands before it to predict it from
     if any(example.is_trained):
-        return Fitted(chat, example, length=length)
+        rating = 0 if chat.is_good is None else 1 if chat.is_good else -1
+        return Fitted(chat, replace(example, rating=rating), length=length)
     problem = Problem(line=chat.line, code="nothing_to_train", message="no token of the row is to be predicted")
     return Fitted(chat, None, problem, length)
 

@@ -27,6 +27,7 @@ class RowPreview(BaseModel):
     """One row: its tokens, and its text in pieces. A row that will be left out has none; `problem` says why.
 
     A row that compares two answers is two conversations: `rejected_pieces` are those of the second, and its tokens come last.
+    `label` is that of a row whose answer was rated.
 
     `length` is its tokens before anything was cut; the problem of a row that was is `row_truncated`.
     """
@@ -39,6 +40,7 @@ class RowPreview(BaseModel):
     tokens: tuple[int, ...]
     pieces: tuple[Piece, ...]
     rejected_pieces: tuple[Piece, ...] = ()
+    label: bool | None = None
     problem: Problem | None
 
 
@@ -64,6 +66,7 @@ def _shown(row: Fitted, renderer: Renderer) -> RowPreview:
         tokens=tuple(example.tokens) if example else (),
         pieces=sides[0],
         rejected_pieces=sides[1] if sides[1:] else (),
+        label=chat.is_good,
         problem=row.problem,
     )
 

@@ -63,12 +63,14 @@ class Example:
     """A rendered conversation. `is_trained[i]` says whether `tokens[i]` is to be predicted, `speakers[i]` whose it is.
 
     Two that are compared are one example: from `second` on it is the one that the other is preferred to. 0: there is none.
+    `rating` is 1 for an answer that was called good, -1 for a bad one, 0 for one that was not rated.
     """
 
     tokens: list[int]
     is_trained: list[bool]
     speakers: bytes
     second: int = 0
+    rating: int = 0
 
 
 @dataclass(frozen=True)

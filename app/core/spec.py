@@ -6,24 +6,30 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.core.catalog import Base
-from app.core.methods import MethodName, Preferring
+from app.core.methods import REFERRING, MethodName, Preferring
 
 LongRows = Literal["drop", "truncate"]
 Part = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(strict=True, ge=1)]  # of all rows, or rows
 
+Scheme = Literal["nf4", "fp4", "int8", "none"]
+FOUR_BIT = ("nf4", "fp4")
 OptimizerKind = Literal["adamw_8bit", "paged_adamw_8bit", "adamw_32bit"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Publish = Literal["last", "best"]
 Initialisation = Annotated[bool, Field(strict=True)] | Literal["gaussian", "orthogonal"]
 Beta = Annotated[float, Field(gt=0, le=10)]
+RatedWeight = Annotated[float, Field(gt=0, le=100)]
 
 AUTO: Final = "auto"
 Auto = Literal["auto"]
 Number = TypeVar("Number", int, float)
 
+OF_ANSWERS: Final = ("beta", "desirable_weight", "undesirable_weight")  # hyperparameters of methods that compare or rate
+
 # the rules of `auto`: see resolve, and app.core.auto for their reasons
 EXAMPLES_SEEN, MOST_EPOCHS = 800, 10
-MOST_EPOCHS_COMPARING, RATE_COMPARING, USUAL_BETA = 3, 0.1, 0.1  # where answers are compared
+MOST_EPOCHS_REFERRING, RATE_REFERRING = 3, 0.1  # of methods that judge by the base
+USUAL_BETA, LEAST_BATCH_RATED, LARGEST_WEIGHT = 0.1, 8, 10.0
 STEPS_OF_EPOCH, LARGEST_BATCH = 32, 16
 RATE_OF_LARGE, RATE_OF_SMALL = 2e-4, 1e-3
 LONGEST_UNASKED = 4096
@@ -70,16 +76,56 @@ class LoraSpec(_Frozen):
         return self
 
     @property
+    def scaling(self) -> float:
+        return scaling(self.alpha, self.rank, use_rslora=self.use_rslora)
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """The modules of a layer that it changes, by name."""
         return TARGETS if self.target_modules == "all-linear" else self.target_modules
 
 
-class QuantizationSpec(_Frozen):
-    """How the frozen base is held."""
+def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
+    """What the product of B and A is multiplied with."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
 
-    scheme: Literal["nf4"] = "nf4"
-    double_quant: bool = True
+
+class QuantizationSpec(_Frozen):
+    """How the linear layers of the frozen base are held; all else is 16-bit.
+
+    `nf4` and `fp4`: 4 bits, and a scale for each block of 64 weights; with `double_quant` the scales are quantized too
+    (arXiv:2305.14314). `int8`: 8 bits, and a scale for each output (arXiv:2208.07339). `none`: 16 bits, as published.
+    """
+
+    scheme: Scheme = "nf4"
+    double_quant: bool = Field(default_factory=lambda said: said.get("scheme") in FOUR_BIT)
+
+    @model_validator(mode="after")
+    def _has_blocks(self) -> "QuantizationSpec":
+        if self.double_quant and not self.is_4_bit:
+            raise ValueError(f"leave out double_quant with {self.scheme!r}: it is for the blocks of nf4 and fp4")
+        return self
+
+    @property
+    def is_4_bit(self) -> bool:
+        return self.scheme in FOUR_BIT
+
+    @property
+    def name(self) -> "QuantizationName":
+        """The word for it in settings, and in what engines announce."""
+        return next(name for name, quantization in QUANTIZATIONS.items() if quantization == self)
+
+
+QuantizationName = Literal["nf4", "nf4-single", "fp4", "fp4-single", "int8", "none"]
+QUANTIZATIONS: Final[dict[QuantizationName, QuantizationSpec]] = {
+    "nf4": QuantizationSpec(),
+    "nf4-single": QuantizationSpec(double_quant=False),
+    "fp4": QuantizationSpec(scheme="fp4"),
+    "fp4-single": QuantizationSpec(scheme="fp4", double_quant=False),
+    "int8": QuantizationSpec(scheme="int8"),
+    "none": QuantizationSpec(scheme="none"),
+}
+USUAL: Final[QuantizationName] = "nf4"
 
 
 class OptimizerSpec(_Frozen):
@@ -118,10 +164,31 @@ class Judging(_Frozen):
 
 
 class PreferenceSpec(_Frozen):
-    """Answers are compared, not copied. `beta`: how much it costs to leave the base."""
+    """Answers are compared or rated, not only copied. `beta`: how much it costs to leave the base; with ORPO, which has no such
+    cost, how much the comparison weighs beside what is copied. The weights are those of rated answers, good and bad.
+    """
 
     method: Preferring
     beta: Beta
+    desirable_weight: RatedWeight = _later(1.0)
+    undesirable_weight: RatedWeight = _later(1.0)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether answers are judged by what the base says of them without the adapter."""
+        return self.method in REFERRING
+
+    @property
+    def copies_preferred(self) -> bool:
+        """Whether the preferred conversation is learnt too, all of it up to the end of its answer."""
+        return self.method == "orpo"
+
+
+class Start(_Frozen):
+    """A model whose weights a run begins with, in place of a fresh adapter's. `digest` is that of its manifest."""
+
+    model: str
+    digest: str
 
 
 class TrainSpec(Judging):
@@ -143,6 +210,16 @@ class TrainSpec(Judging):
     optimizer: OptimizerSpec
     neftune_noise_alpha: float = _later(0.0, ge=0, le=100)
     preference: PreferenceSpec | None = _later(None)
+    continue_from: Start | None = _later(None)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the weights that it begins with are in memory to its end: answers are compared with theirs."""
+        return self.preference is not None and self.preference.has_reference and self.continue_from is not None
+
+    @property
+    def method(self) -> MethodName:
+        return self.preference.method if self.preference else "supervised"
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole run: the last batch of an epoch may be smaller."""
@@ -186,10 +263,13 @@ class Requested(_Frozen):
 
     method: MethodName = "supervised"
     hyperparameters: Hyperparameters = Hyperparameters()
-    beta: Auto | Beta = AUTO  # of methods that compare answers
+    beta: Auto | Beta = AUTO  # of methods that compare or rate answers
+    desirable_weight: Auto | RatedWeight = _later(AUTO)  # of those that rate them
+    undesirable_weight: Auto | RatedWeight = _later(AUTO)
     adapter: LoraSpec = LoraSpec()
     quantization: QuantizationSpec = QuantizationSpec()
     training: TrainingOptions = TrainingOptions()
+    continue_from: Start | None = _later(None)
 
 
 def max_seq_length(requested: Requested, base: Base) -> int:
@@ -197,17 +277,19 @@ def max_seq_length(requested: Requested, base: Base) -> int:
     return min(base.context_length, _given(requested.training.max_seq_length, LONGEST_UNASKED))
 
 
-def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longest: int) -> TrainSpec:
-    """Turn every `auto` into a number. `longest` is the longest example's length in tokens.
+def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longest: int, good: int = 0) -> TrainSpec:
+    """Turn every `auto` into a number. `longest` is the longest example's length in tokens; `good` are those rated so.
 
-    Epochs: about 800 examples seen, between 1 and 10 epochs, or 3 where answers are compared. Batch: a 1/32 of the examples,
-    between 1 and 16. Rate: 2e-4 as in the QLoRA paper, and more for bases under a billion parameters, which move less per step;
-    a tenth of it where answers are compared. Beta: 0.1, as in the papers.
+    Epochs: about 800 examples seen, between 1 and 10 epochs, or 3 with methods that judge by the base. Batch: a 1/32 of the
+    examples, between 1 and 16, and from 8 where rows are rated. Rate: 2e-4 as in the QLoRA paper, and more for bases under a
+    billion parameters, which move less per step; a tenth of it with methods that judge by the base. Beta: 0.1, as in the papers.
+    Weights: 1, and more for the rarer rating, so that both kinds weigh the same (KTO's equation 8), up to 10.
     """
     asked, options = requested.hyperparameters, requested.training
-    most_epochs = MOST_EPOCHS if requested.method == "supervised" else MOST_EPOCHS_COMPARING
+    most_epochs = MOST_EPOCHS_REFERRING if requested.method in REFERRING else MOST_EPOCHS
+    least_batch = LEAST_BATCH_RATED if requested.method == "kto" else 1
     n_epochs = _given(asked.n_epochs, min(most_epochs, max(1, round(EXAMPLES_SEEN / examples))))
-    batch_size = _given(asked.batch_size, min(LARGEST_BATCH, max(1, examples // STEPS_OF_EPOCH)))
+    batch_size = _given(asked.batch_size, min(LARGEST_BATCH, max(least_batch, examples // STEPS_OF_EPOCH)))
     total_steps = n_epochs * math.ceil(examples / batch_size)
     checkpoints = JUDGED_CHECKPOINTS if options.judges else CHECKPOINTS
     return TrainSpec(
@@ -233,7 +315,8 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
         early_stopping=options.early_stopping,
         publish=options.publish,
         neftune_noise_alpha=options.neftune_noise_alpha,
-        preference=_preference(requested),
+        preference=_preference(requested, good, examples - good),
+        continue_from=requested.continue_from,
     )
 
 
@@ -242,15 +325,29 @@ def is_large(base: Base) -> bool:
     return base.architecture.linear_parameters > 1e9
 
 
-def _preference(requested: Requested) -> PreferenceSpec | None:
+def _preference(requested: Requested, good: int, bad: int) -> PreferenceSpec | None:
     if requested.method == "supervised":
         return None
-    return PreferenceSpec(method=requested.method, beta=_given(requested.beta, USUAL_BETA))
+    desirable, undesirable = _weights(requested, good, bad) if requested.method == "kto" else (1.0, 1.0)
+    return PreferenceSpec(
+        method=requested.method,
+        beta=_given(requested.beta, USUAL_BETA),
+        desirable_weight=desirable,
+        undesirable_weight=undesirable,
+    )
+
+
+def _weights(requested: Requested, good: int, bad: int) -> tuple[float, float]:
+    """Where one is given, nobody but its owner knows what the other is to balance."""
+    asked = requested.desirable_weight, requested.undesirable_weight
+    if asked != (AUTO, AUTO) or not (good and bad):
+        return _given(asked[0], 1.0), _given(asked[1], 1.0)
+    return min(LARGEST_WEIGHT, max(1.0, bad / good)), min(LARGEST_WEIGHT, max(1.0, good / bad))
 
 
 def _learning_rate(requested: Requested, base: Base) -> float:
     usual = RATE_OF_LARGE if is_large(base) else RATE_OF_SMALL
-    usual *= 1.0 if requested.method == "supervised" else RATE_COMPARING
+    usual *= RATE_REFERRING if requested.method in REFERRING else 1.0
     multiplier = _given(requested.hyperparameters.learning_rate_multiplier, 1.0)
     return min(1.0, _given(requested.training.learning_rate, usual) * multiplier)
 

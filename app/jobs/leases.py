@@ -161,7 +161,7 @@ def complete(
     if job.desired == Desired.CANCEL:
         states.move(session, job, JobState.CANCELLED, "The job was cancelled")
         return
-    job.trained_tokens = trained_tokens
+    job.trained_tokens, job.valid_loss = trained_tokens, manifest.metrics.get("valid_loss")
     job.plan = {**(job.plan or {}), "measured_peak_bytes": memory.peak_bytes, "measured": memory.model_dump(mode="json")}
     job.result_file_id, *job.further_result_file_ids = [files.add_result(session, job, table).id for table in tables]
     gates.trained(session, job, prefix=prefix, manifest=manifest)

@@ -121,7 +121,7 @@ def finish(
     job.plan = plan = admitted.shown()
     job.datasets = datasets.model_dump(mode="json")
     job.data_report = report.model_dump(mode="json") if report else None
-    job.queue, job.total_tokens = admitted.queue, admitted.total_tokens
+    job.queue, job.total_tokens = admitted.queue, admitted.work_tokens
     job.queued_at = job.not_before = func.clock_timestamp()
     if reused:
         message = f"Tokenised before, and used again: {' and '.join(reused)}"

@@ -10,6 +10,7 @@ from app.core.errors import BadRequest
 from app.core.methods import METHODS, MethodName
 from app.core.quality_gate import QualityGate
 from app.core.statistics import LEVEL
+from app.jobs.integrations import Integration
 from app.jobs.queue import Place, Queue
 from app.models import Job, JobCheckpoint, JobEvent, JobState
 from app.schemas import Failure, Request, without_nul
@@ -42,18 +43,29 @@ class Preference(Request):
     hyperparameters: PreferenceHyperparameters | None = None
 
 
+class RatedHyperparameters(PreferenceHyperparameters):
+    desirable_weight: spec.Auto | spec.RatedWeight = spec.AUTO
+    undesirable_weight: spec.Auto | spec.RatedWeight = spec.AUTO
+
+
+class Rated(Request):
+    hyperparameters: RatedHyperparameters | None = None
+
+
 class Method(Request):
     """A client may send several of the objects: the one `type` names counts."""
 
     type: str
     supervised: Supervised | None = None
     dpo: Preference | None = None
+    orpo: Preference | None = None
+    kto: Rated | None = None
     reinforcement: dict[str, Any] | None = None
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """Those that the client named."""
-        of_type: Supervised | Preference | None = getattr(self, self.type)
+        of_type: Supervised | Preference | Rated | None = getattr(self, self.type)
         return of_type.hyperparameters.model_dump(exclude_unset=True) if of_type and of_type.hyperparameters else {}
 
 
@@ -80,7 +92,8 @@ class QualityGateCreate(Request):
 class JobCreate(Request):
     """What `POST /v1/fine_tuning/jobs` takes.
 
-    `adapter`, `quantization`, `training`, `quality_gate`, `alias` and `dry_run` are ours.
+    `adapter`, `quantization`, `training`, `quality_gate`, `alias`, `continue_from` and `dry_run` are ours.
+    `model` is a base, or one of your own models: then it is what `continue_from` says.
     """
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -91,12 +104,13 @@ class JobCreate(Request):
     metadata: Metadata | None = None
     method: Method | None = None
     hyperparameters: spec.Hyperparameters | None = None
-    integrations: list[dict[str, Any]] | None = None
+    integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
     adapter: spec.LoraSpec = spec.LoraSpec()
     quantization: spec.QuantizationSpec = spec.QuantizationSpec()
     training: spec.TrainingOptions = spec.TrainingOptions()
     quality_gate: QualityGateCreate | None = None
     alias: AliasName | None = None
+    continue_from: Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(without_nul)] | None = None
     dry_run: bool = False
 
     @model_validator(mode="after")
@@ -104,10 +118,9 @@ class JobCreate(Request):
         if self.method and self.method.type not in METHODS:
             message = f"method {self.method.type[:32]!r} is not offered here; use one of {', '.join(METHODS)}"
             raise BadRequest(message, param="method.type", code="unsupported_method")
-        if self.integrations:
-            raise BadRequest(
-                "integrations are not offered here; remove the field", param="integrations", code="unsupported_parameter"
-            )
+        types = [integration.type for integration in self.integrations or ()]
+        if twice := next((type for type in types if types.count(type) > 1), None):
+            raise BadRequest(f"the integration {twice!r} is there twice; send one of each type", param="integrations")
         if self.validation_file and self.training.validation_split is not None:
             message = "validation_file and training.validation_split both say what to validate with; send one of them"
             raise BadRequest(message, param="training.validation_split")
@@ -115,9 +128,6 @@ class JobCreate(Request):
             param = "training.early_stopping" if self.training.early_stopping else "training.publish"
             message = f"{param} goes by the validation loss; send a validation_file or training.validation_split too"
             raise BadRequest(message, param=param)
-        if not self.quantization.double_quant:
-            message = "engines hold their bases with double quantization, and an adapter must meet the base it was trained on"
-            raise BadRequest(message, param="quantization.double_quant", code="unsupported_parameter")
         return self
 
     @model_validator(mode="after")
@@ -141,11 +151,11 @@ class JobCreate(Request):
     def requested(self) -> spec.Requested:
         """The settings, wherever the client put them: in `method`, or in the older `hyperparameters`."""
         old, of_method = self._hyperparameters()
-        beta = of_method.pop("beta", spec.AUTO)
+        of_answers = {name: of_method.pop(name) for name in spec.OF_ANSWERS if name in of_method}
         return spec.Requested(
             method=self.method_name,
             hyperparameters=spec.Hyperparameters.model_validate(old | of_method),
-            beta=beta,
+            **of_answers,
             adapter=self.adapter,
             quantization=self.quantization,
             training=self.training,
@@ -167,6 +177,7 @@ class PlaceOut(BaseModel):
 class JobOut(BaseModel):
     """The SDK's FineTuningJob, and what we add: the real base, the resolved settings, progress, the place in the queue.
 
+    `integrations` holds what the SDK's type knows, `trackers` all that were asked for.
     `auto` tells of each setting that was left to us its `value` and the `reason`; null until the files have been looked at.
     `held_out` and `examined` tell what the run has come to, once it has: docs/metrics.md. One of a page leaves `examined` out.
     """
@@ -188,11 +199,14 @@ class JobOut(BaseModel):
     finished_at: int | None
     trained_tokens: int | None
     estimated_finish: int | None
-    integrations: list[Any] | None = None
+    integrations: list[Any] | None
+    trackers: list[Any]
     metadata: dict[str, str] | None
     user_provided_suffix: str | None
     paused: bool
     base_model: str
+    continue_from: str | None
+    sweep: str | None
     adapter: dict[str, Any]
     quantization: dict[str, Any]
     training: dict[str, Any]
@@ -214,10 +228,11 @@ class JobOut(BaseModel):
         requested = spec.Requested.model_validate(job.request)
         resolved = spec.TrainSpec.model_validate(job.spec) if job.spec else None
         hyperparameters = shown_hyperparameters(requested, resolved)
+        trackers = job.integrations or []
         return cls(
             id=job.id,
             created_at=unix(job.created_at),
-            status=_SHOWN_AS.get(job.state, job.state),
+            status=status_of(job.state),
             model=job.requested_model,
             organization_id=job.organization_id,
             result_files=[job.result_file_id, *(job.further_result_file_ids or [])] if job.result_file_id else [],
@@ -231,10 +246,14 @@ class JobOut(BaseModel):
             finished_at=unix(job.finished_at),
             trained_tokens=job.trained_tokens,
             estimated_finish=unix(place.ends_at if place else job.estimated_finish_at),
+            integrations=[one for one in trackers if one["type"] == "wandb"] or None,
+            trackers=trackers,
             metadata=job.user_metadata,
             user_provided_suffix=job.suffix,
             paused=job.state == JobState.PAUSED,
             base_model=job.base,
+            continue_from=job.continue_from,
+            sweep=job.sweep_id,
             adapter=dict(requested.adapter),
             quantization=dict(requested.quantization),
             training=shown_training(requested, resolved),
@@ -342,6 +361,11 @@ class CheckpointOut(BaseModel):
         )
 
 
+def status_of(state: str) -> str:
+    """In the API's words."""
+    return _SHOWN_AS.get(state, state)
+
+
 def told_plan(plan: dict[str, Any] | None) -> dict[str, Any]:
     """`plan` and `auto` of what Admission.shown gave."""
     if plan is None:
@@ -366,7 +390,9 @@ def shown_hyperparameters(requested: spec.Requested, resolved: spec.TrainSpec | 
         if shown["learning_rate_multiplier"] == spec.AUTO:
             shown["learning_rate_multiplier"] = 1.0
     if requested.method != "supervised":
-        shown["beta"] = resolved.preference.beta if resolved and resolved.preference else requested.beta
+        told = resolved.preference if resolved and resolved.preference else requested
+        names = spec.OF_ANSWERS if requested.method == "kto" else ("beta",)
+        shown |= {name: getattr(told, name) for name in names}
     return shown
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import timedelta
 
 from sqlalchemy import Select, func, orm, select
@@ -13,9 +13,10 @@ from app.core import ids
 from app.core.catalog import Catalog
 from app.core.errors import NotFound
 from app.core.settings import EvaluationSettings, GpuSettings
+from app.core.spec import USUAL, QuantizationName
 from app.evaluations import leases as evaluations
 from app.files import service as files
-from app.jobs import admission, gates, states
+from app.jobs import admission, gates, starting, states, tracking
 from app.jobs.schemas import JobCreate
 from app.models import Desired, File, FileStatus, Job, JobCheckpoint, JobEvent, JobState
 
@@ -32,11 +33,13 @@ def create(
     tiers: frozenset[str],
     gpu: GpuSettings = GpuSettings(),
     limits: EvaluationSettings = EvaluationSettings(),
+    quantizations: Set[QuantizationName] = frozenset({USUAL}),
     is_retry: bool = False,
+    sweep_id: str | None = None,
 ) -> Job:
     """Queue a fine-tuning job. `is_retry`: the SDK repeats a request it got no answer to; the first one's job is the answer."""
-    base = catalog.resolve(request.model)
-    queue = admission.first_queue(base, request.requested(), among=tiers, gpu=gpu, catalog=catalog)
+    base, requested = starting.understand(session, caller, catalog, request)
+    queue = admission.first_queue(base, requested, among=tiers, gpu=gpu, catalog=catalog, quantizations=quantizations)
     method = request.method_name
     training_file = files.get_for_training(session, caller, request.training_file, method=method, param="training_file")
     validation_file = None
@@ -53,10 +56,13 @@ def create(
         base=base.id,
         training_file_id=training_file.id,
         validation_file_id=validation_file.id if validation_file else None,
+        continue_from=requested.continue_from.model if requested.continue_from else None,
+        sweep_id=sweep_id,
         suffix=request.suffix,
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
         user_metadata=request.metadata,
-        request=request.requested().model_dump(mode="json"),
+        integrations=[one.model_dump(mode="json", exclude_none=True) for one in request.integrations or ()] or None,
+        request=requested.model_dump(mode="json"),
         request_sha256=_digest_of(request),
         queue=queue,
         quality_gate=gate.model_dump(mode="json") if gate else None,
@@ -67,6 +73,7 @@ def create(
     if is_retry and (made := _made_just_now(session, job)):
         return made
     states.begin(session, job, f"Created fine-tuning job: {job.id}")
+    tracking.begin(session, job)
     outbox.ring(session, files.CPU_QUEUE)
     session.refresh(job)
     return job
@@ -78,6 +85,11 @@ def get(session: orm.Session, caller: Caller, job_id: str) -> Job:
     raise NotFound(
         f"the job {job_id!r} does not exist or is not yours; GET /v1/fine_tuning/jobs lists them", code="job_not_found"
     )
+
+
+def find_all(session: orm.Session, caller: Caller, ids: Sequence[str]) -> Sequence[Job]:
+    """Those that are the caller's."""
+    return session.scalars(_visible(caller).where(Job.id.in_(ids))).all()
 
 
 def list_page(

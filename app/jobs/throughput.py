@@ -2,7 +2,7 @@
 
 from sqlalchemy import delete, func, orm, select
 
-from app.core import ids
+from app.core import ids, methods
 from app.models import Job, Throughput
 
 REMEMBERED = 20  # finished jobs of a base and a queue
@@ -12,7 +12,8 @@ def record(session: orm.Session, job: Job) -> None:
     """Of a job that has succeeded: its tokens over the time that workers have had it, start, evaluation and upload included."""
     if not job.trained_tokens or not job.worker_seconds:
         return
-    took = {"tokens": job.trained_tokens, "worker_seconds": job.worker_seconds}
+    method = ((job.spec or {}).get("preference") or {}).get("method", "supervised")
+    took = {"tokens": round(job.trained_tokens * methods.work(method)), "worker_seconds": job.worker_seconds}
     session.add(Throughput(id=ids.new("tp_"), queue=job.queue, base=job.base, **took))
     session.flush()
     mine = select(Throughput.id).where(Throughput.queue == job.queue, Throughput.base == job.base)
@@ -21,7 +22,8 @@ def record(session: orm.Session, job: Job) -> None:
 
 
 def tokens_per_second(session: orm.Session, *, queue: str, base: str) -> float | None:
-    """All tokens of the last few finished jobs over all their time, so that small ones, which mostly start, weigh little.
+    """All tokens of the last few finished jobs over all their time, so that small ones, which mostly start, weigh little. Those
+    of other methods count as many as supervised training would have done meanwhile.
 
     None where there is none.
     """

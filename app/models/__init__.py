@@ -7,9 +7,10 @@ from app.models.derived import Derived
 from app.models.engines import Engine
 from app.models.evaluations import Evaluation, EvaluationSample, EvaluationState
 from app.models.files import File, FileStatus
-from app.models.jobs import Desired, Job, JobCheckpoint, JobEvent, JobState
+from app.models.jobs import Desired, Job, JobCheckpoint, JobEvent, JobFollower, JobState
 from app.models.outbox import OutboxMessage
 from app.models.queues import QueueClock, QueueShare, Throughput
+from app.models.sweeps import Sweep
 from app.models.usage import UsageRecord
 from app.models.webhooks import WebhookDelivery, WebhookEndpoint
 
@@ -28,6 +29,7 @@ __all__ = [
     "Job",
     "JobCheckpoint",
     "JobEvent",
+    "JobFollower",
     "JobState",
     "ModelAlias",
     "ModelAliasChange",
@@ -36,6 +38,7 @@ __all__ = [
     "Project",
     "QueueClock",
     "QueueShare",
+    "Sweep",
     "Table",
     "Throughput",
     "UsageRecord",

@@ -10,6 +10,7 @@ from app.models.base import Id, Owned, Table
 class Adapter(Owned, Table):
     """A model: a public name for an immutable directory in storage. `step` is set for checkpoints only.
 
+    `base_digest` is the one of its manifest; null, for models of before it was kept here, is a base held as usual.
     One that is not live answers nobody but the evaluation that its job's quality gate waits for.
     """
 
@@ -19,6 +20,7 @@ class Adapter(Owned, Table):
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     name: Mapped[str] = mapped_column(Id, unique=True)
     base: Mapped[str]
+    base_digest: Mapped[str | None]
     job_id: Mapped[str] = mapped_column(Id)
     step: Mapped[int | None]
     digest: Mapped[str]

@@ -39,7 +39,8 @@ class Desired(StrEnum):
 class Job(Owned, Table):
     """A fine-tuning job. Postgres is the queue: workers claim rows, and hold them by lease and attempt number.
 
-    `total_tokens` are those of all epochs, `worker_seconds` what all attempts have taken. Of the running one are `claimed_at` and
+    `valid_loss` is that of the published adapter. `total_tokens` are those of all epochs, or of a supervised job that takes as
+    long; `worker_seconds` what all attempts have taken. Of the running one are `claimed_at` and
     `charged_seconds`, what its organization was charged in advance.
     """
 
@@ -55,6 +56,8 @@ class Job(Owned, Table):
         Index("ix_jobs_to_prepare", "not_before", postgresql_where="state = 'validating_files'"),
         Index("ix_jobs_training_file_id", "training_file_id"),
         Index("ix_jobs_evaluating", "id", postgresql_where="state = 'evaluating'"),
+        Index("ix_jobs_sweep_id", "sweep_id", postgresql_where="sweep_id IS NOT NULL"),
+        Index("ix_jobs_continue_from", "continue_from", postgresql_where="continue_from IS NOT NULL"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -67,9 +70,12 @@ class Job(Owned, Table):
     base: Mapped[str]
     training_file_id: Mapped[str] = mapped_column(Id)
     validation_file_id: Mapped[str | None] = mapped_column(Id)
+    continue_from: Mapped[str | None] = mapped_column(Id)
+    sweep_id: Mapped[str | None] = mapped_column(Id)
     suffix: Mapped[str | None]
     seed: Mapped[int]
     user_metadata: Mapped[dict[str, Any] | None]
+    integrations: Mapped[list[Any] | None]
     request: Mapped[dict[str, Any]]
     request_sha256: Mapped[str]
     spec: Mapped[dict[str, Any] | None]
@@ -95,6 +101,7 @@ class Job(Owned, Table):
 
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     fine_tuned_model: Mapped[str | None]
+    valid_loss: Mapped[float | None]
     result_file_id: Mapped[str | None] = mapped_column(Id)
     further_result_file_ids: Mapped[list[Any] | None]
     held_out: Mapped[dict[str, Any] | None]
@@ -138,3 +145,25 @@ class JobCheckpoint(Owned, Table):
     metrics: Mapped[dict[str, Any]]
     fine_tuned_model: Mapped[str]
     has_state: Mapped[bool] = mapped_column(server_default=true())
+
+
+class JobFollower(Owned, Table):
+    """How far a tracker has been told of a job. `next_attempt_at` is null once it has been told everything, or was given up.
+
+    A claim counts `claims` up: whoever comes with an older count writes nothing. `failures` are those since the last success.
+    """
+
+    __tablename__ = "job_followers"
+    __table_args__ = (
+        UniqueConstraint("job_id", "type"),
+        Index("ix_job_followers_due", "type", "next_attempt_at", postgresql_where="next_attempt_at IS NOT NULL"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id"))
+    type: Mapped[str]
+    step: Mapped[int] = mapped_column(default=-1)
+    run: Mapped[dict[str, Any] | None]
+    claims: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    next_attempt_at: Mapped[datetime | None] = mapped_column(server_default=func.clock_timestamp())

@@ -8,7 +8,7 @@ from alembic import op
 from sqlalchemy.dialects import postgresql
 
 revision = "0007g"
-down_revision = "0007"
+down_revision = "0007t"
 branch_labels = None
 depends_on = None
 

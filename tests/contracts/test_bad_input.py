@@ -14,6 +14,7 @@ from openai import OpenAI
 from sqlalchemy import orm, text
 
 from app.accounts.caller import Caller
+from app.adapters import service as adapters
 from app.core import catalog
 from app.core.engine import Heartbeat
 from app.core.settings import Settings
@@ -49,6 +50,8 @@ FILES = {
     "format-mixed": "keep one format per file",
     "sharegpt-unknown-speaker": "human, user, gpt",
     "preference-output-text": "a list of one assistant message",
+    "rated-label-word": "write true for a good answer, false for a bad one",
+    "rated-ends-with-user": "end with the answer that the label rates",
 }
 CORPUS = Path(__file__).parents[1] / "data"
 EXPECTED = tomllib.loads((CORPUS / "expected.toml").read_text())
@@ -134,6 +137,13 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
         "training.publish",
         "send a validation_file or training.validation_split",
     ),
+    "a base that no engine holds": (
+        {"quantization": {"scheme": "int8"}},
+        400,
+        "quantization.scheme",
+        "int8 added to TUNESMITH_TRAINING__QUANTIZATIONS",
+    ),
+    "blocks of int8": ({"quantization": {"scheme": "int8", "double_quant": True}}, 400, "quantization", "leave out double_quant"),
     "another quantization": ({"quantization": {"scheme": "int3"}}, 400, "quantization.scheme", "nf4"),
     "a sequence of 4 tokens": ({"training": {"max_seq_length": 4}}, 400, "training.max_seq_length", "8"),
     "rows cut elsewhere": ({"training": {"long_rows": "right"}}, 400, "training.long_rows", "'drop' or 'truncate'"),
@@ -147,13 +157,25 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
         "training.validation_split",
         "send one of them",
     ),
-    "reinforcement": ({"method": {"type": "reinforcement"}}, 400, "method.type", "supervised, dpo"),
+    "reinforcement": ({"method": {"type": "reinforcement"}}, 400, "method.type", "supervised, dpo, orpo, kto"),
     "a method that is none": ({"method": {"type": "hyperparameters"}}, 400, "method.type", "supervised, dpo"),
     "a beta of 0": (
         {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}},
         400,
         "method.dpo.hyperparameters.beta",
         "greater than 0",
+    ),
+    "a weight of 0": (
+        {"method": {"type": "kto", "kto": {"hyperparameters": {"desirable_weight": 0}}}},
+        400,
+        "method.kto.hyperparameters.desirable_weight",
+        "greater than 0",
+    ),
+    "a weight of pairs": (
+        {"method": {"type": "orpo", "orpo": {"hyperparameters": {"undesirable_weight": 1}}}},
+        400,
+        "method.orpo.hyperparameters.undesirable_weight",
+        "remove it",
     ),
     "a beta of supervised training": (
         {"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}}},
@@ -162,7 +184,15 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
         "remove it",
     ),
     "a method without type": ({"method": {"supervised": {}}}, 400, "method.type", "required"),
-    "an integration": ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "remove"),
+    "an integration": (
+        {"integrations": [{"type": "mlflow", "mlflow": {"experiment": "e"}}]},
+        400,
+        "integrations.0.type",
+        "leave the integration out",
+    ),
+    "an integration twice": ({"integrations": [{"type": "tensorboard"}] * 2}, 400, "integrations", "send one of each"),
+    "an unknown integration": ({"integrations": [{"type": "comet"}]}, 400, "integrations.0.type", "'wandb', 'mlflow' or"),
+    "an integration without its object": ({"integrations": [{"type": "wandb"}]}, 400, "integrations.0", "hold an object 'wandb'"),
     "a long suffix": ({"suffix": "x" * 65}, 400, "suffix", "suffix must be at most 64 characters long"),
     "a suffix with a colon": ({"suffix": "a:b"}, 400, "suffix", "suffix must match the pattern ^[A-Za-z0-9._-]+$"),
     "a negative seed": ({"seed": -1}, 400, "seed", "0"),
@@ -292,7 +322,7 @@ def test_a_bad_file_is_told_line_code_and_remedy(client: OpenAI, services: Servi
     assert refusal.value.param == "training_file"
 
 
-@pytest.mark.parametrize("name", ["preference-plain"])
+@pytest.mark.parametrize("name", ["preference-plain", "rated-plain"])
 @pytest.mark.parametrize("is_read_first", [True, False])
 def test_rows_that_a_method_does_not_train_on_are_refused_with_those_that_it_does(
     client: OpenAI, services: Services, name: str, is_read_first: bool
@@ -432,3 +462,21 @@ def test_a_base_whose_engine_fell_silent_is_waited_for(
     with system_sessions.begin() as session:
         session.execute(text("UPDATE engines SET heartbeat_at = heartbeat_at - interval '5 minutes' WHERE id = 'late'"))
     assert chat(http, "qwen2.5-14b-instruct").headers["x-should-retry"] == "false"  # nothing restarts for so long
+
+
+@pytest.mark.usefixtures("engine_of_tiny")
+def test_a_model_that_no_engine_holds_its_base_for_is_refused_with_how_to_serve_it(
+    http: httpx.Client, organization: Caller, system_sessions: orm.sessionmaker[orm.Session]
+) -> None:
+    beat = Heartbeat(engine_id="fp4", url="http://x", base=make.TINY, base_digest="f", quantization="fp4", running=0, waiting=0)
+    names = []
+    with system_sessions.begin() as session:
+        engines.record(session, beat)
+        for asked in ({"scheme": "int8"}, {"scheme": "fp4"}):
+            job = make.job(session, organization, quantizations={"int8", "fp4"}, quantization=asked)
+            names.append(adapters.name_of(job))
+            adapters.publish(session, job, name=names[-1], step=None, prefix="nowhere", manifest=make.manifest(job.id))
+
+    refused(chat(http, names[0]), 503, "model", "held in int8, and engines hold it in fp4, nf4 only")
+    refused(chat(http, names[0]), 503, "model", "TUNESMITH_INFERENCE__QUANTIZATION=int8")
+    refused(chat(http, names[1]), 503, "model", "was trained on other weights")

@@ -13,12 +13,12 @@ AUTOMATIC = {"n_epochs", "batch_size", "learning_rate_multiplier", "learning_rat
 
 
 def explained(
-    requested: spec.Requested, *, base: catalog.Base = SMALL, examples: int = 400, tier: str = "cpu"
+    requested: spec.Requested, *, base: catalog.Base = SMALL, examples: int = 400, good: int = 0, tier: str = "cpu"
 ) -> tuple[spec.TrainSpec, dict[str, Chosen]]:
-    resolved = spec.resolve(requested, base, seed=1, examples=examples, longest=90)
+    resolved = spec.resolve(requested, base, seed=1, examples=examples, longest=90, good=good)
     run = Run(model=base.architecture, lora=resolved.lora, longest_tokens=90, mean_tokens=60, batch_size=resolved.batch_size)
     plan = planner.plan(run, [tiers.room(tier, GpuSettings())])
-    return resolved, auto.explain(requested, resolved, base, plan, examples=examples)
+    return resolved, auto.explain(requested, resolved, base, plan, examples=examples, good=good)
 
 
 def test_every_automatic_setting_is_told_as_it_was_resolved() -> None:
@@ -32,6 +32,19 @@ def test_every_automatic_setting_is_told_as_it_was_resolved() -> None:
     assert told["checkpoint_every_steps"].value == resolved.checkpoint_every_steps
     assert told["checkpoint_every_steps"].reason == "4 in the 68 steps"
     assert told["max_seq_length"].value == resolved.max_seq_length
+
+
+def test_what_kto_chooses_is_told_too() -> None:
+    _, told = explained(spec.Requested(method="kto"), good=100)
+
+    assert told.keys() == AUTOMATIC | {"micro_batch_tokens", "beta", "desirable_weight", "undesirable_weight"}
+    assert told["desirable_weight"].value == 3.0 and "100 good and 300 bad answers" in told["desirable_weight"].reason
+    assert told["beta"] == Chosen(value=0.1, reason="as in the paper (arXiv:2402.01306)")
+    assert "with 8 to 16 rows" in told["batch_size"].reason
+    assert told["learning_rate"].reason.startswith("0.1 times that of supervised training where the base judges answers")
+    given = explained(spec.Requested(method="kto", desirable_weight=2.0), good=100)[1]
+    assert "desirable_weight" not in given
+    assert given["undesirable_weight"] == Chosen(value=1.0, reason="the other weight was given")
 
 
 def test_what_was_asked_for_is_not_explained() -> None:

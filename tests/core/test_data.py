@@ -121,6 +121,24 @@ def test_a_preference_compares_two_last_messages_and_all_before_is_context() -> 
     assert read.tools == (tool,)
 
 
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_rating_is_of_the_last_answer_and_all_before_is_context(is_good: bool) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    turns = [USER, ASSISTANT, {"role": "user", "content": "c"}]
+    asked = tuple(Message(role, content, 0) for role, content in (("user", "a"), ("assistant", "b"), ("user", "c")))
+    expected = Chat((*asked, Message("assistant", "b")), 1, (tool,), is_good=is_good)
+
+    assert only({"messages": [*turns, ASSISTANT | {"weight": 0}], "tools": [tool], "label": is_good}) == expected
+    assert only({"prompt": turns, "completion": [ASSISTANT], "tools": [tool], "label": is_good}) == expected
+    assert only({"prompt": "a", "completion": "b", "label": is_good}) == Chat(
+        (Message("user", "a"), Message("assistant", "b")), 1, is_good=is_good
+    )
+
+
+def test_a_label_of_another_kind_is_a_column_of_completions() -> None:
+    assert only({"prompt": "a", "completion": "b", "label": 1}) == Chat((Message("user", "a"), Message("assistant", "b")), 1)
+
+
 def test_a_text_is_no_conversation() -> None:
     assert only({"text": " as it is\n", "source": "a column"}) == Chat((), 1, text=" as it is\n")
 

@@ -1,6 +1,7 @@
 """What the API shows of the first rows is what will be trained on."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ def test_a_preview_of_a_pair_shows_both_sides(tiny: Renderer) -> None:
         assert "".join(piece.text for piece in pieces if not piece.trained).count("user\nb") == 1
     both = "".join(piece.text for piece in (*shown.pieces, *shown.rejected_pieces))
     assert both == tiny.tokenizer.decode(list(shown.tokens), skip_special_tokens=False)
+
+
+def test_a_preview_tells_how_a_row_was_rated(tiny: Renderer) -> None:
+    rated = [replace(ROW, is_good=is_good) for is_good in (True, False, None)]
+
+    assert [shown.label for shown in preview(rated, tiny, 256)] == [True, False, None]
 
 
 @pytest.fixture(scope="module")

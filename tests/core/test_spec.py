@@ -79,7 +79,7 @@ def test_one_example_is_enough() -> None:
     assert spec.resolve(spec.Requested(), BASE, seed=1, examples=1, longest=90).total_steps(1) >= 1
 
 
-def test_a_method_that_compares_answers_moves_less() -> None:
+def test_a_method_that_judges_by_the_base_moves_less() -> None:
     supervised, dpo, asked = (
         spec.resolve(requested, BASE, seed=1, examples=100, longest=90)
         for requested in (spec.Requested(), spec.Requested(method="dpo"), spec.Requested(method="dpo", beta=0.5))
@@ -89,6 +89,38 @@ def test_a_method_that_compares_answers_moves_less() -> None:
     assert asked.preference.beta == 0.5
     assert (supervised.n_epochs, dpo.n_epochs) == (8, 3)
     assert dpo.optimizer.learning_rate == pytest.approx(supervised.optimizer.learning_rate / 10)
+
+
+def test_orpo_moves_as_supervised_training_does() -> None:
+    supervised, orpo = (
+        spec.resolve(spec.Requested(method=method), BASE, seed=1, examples=100, longest=90) for method in ("supervised", "orpo")
+    )
+
+    assert orpo == supervised.model_copy(update={"preference": spec.PreferenceSpec(method="orpo", beta=0.1)})
+
+
+@pytest.mark.parametrize(
+    ("asked", "good", "weights"),
+    [
+        ({}, 50, (1.0, 1.0)),
+        ({}, 20, (4.0, 1.0)),
+        ({}, 80, (1.0, 4.0)),
+        ({}, 2, (10.0, 1.0)),
+        ({}, 0, (1.0, 1.0)),
+        ({"undesirable_weight": 2.0}, 20, (1.0, 2.0)),
+    ],
+)
+def test_the_rarer_rating_weighs_more(asked: dict[str, float], good: int, weights: tuple[float, float]) -> None:
+    requested = spec.Requested.model_validate({"method": "kto", **asked})
+    resolved = spec.resolve(requested, BASE, seed=1, examples=100, longest=90, good=good)
+
+    assert resolved.preference is not None and (resolved.n_epochs, resolved.batch_size) == (3, 8)
+    assert (resolved.preference.desirable_weight, resolved.preference.undesirable_weight) == weights
+
+
+def test_what_is_asked_of_other_methods_is_stored_as_the_last_release_knows_it() -> None:
+    """It refuses settings that it does not know, and may be the one that prepares the job."""
+    assert not {"desirable_weight", "undesirable_weight"} & spec.Requested(method="dpo").model_dump().keys()
 
 
 def test_a_supervised_spec_says_what_the_last_release_said() -> None:

@@ -191,6 +191,13 @@ def test_time_is_told_where_it_was_measured(house: House) -> None:
     assert told.time is not None and told.plan is not None
     tokens = told.plan["tokens_per_epoch"] * told.hyperparameters["n_epochs"]
     assert (told.time.seconds, told.time.tokens_per_second) == (tokens / 50, 50)
+    rated = house.dry_run(house.file(make.rated_file(24)), method={"type": "kto"})
+    assert rated.time is not None and rated.plan is not None
+    tokens = rated.plan["tokens_per_epoch"] * rated.hyperparameters["n_epochs"]
+    assert (rated.time.seconds, rated.time.tokens_per_second) == (tokens / 25, 25)  # twice as many forwards
+    assert rated.preview is not None and [row.label for row in rated.preview] == [False, True, True, False, True]
+    assert rated.hyperparameters["undesirable_weight"] == 2.0 and rated.auto is not None
+    assert rated.auto["undesirable_weight"]["value"] == 2.0
 
 
 def test_the_price_is_that_of_the_operators_book(house: House, tmp_path: Path) -> None:
@@ -255,6 +262,16 @@ def _large(house: House) -> Base:
     architecture = large.model_copy(update={"vocab": tiny.architecture.vocab})
     changes: dict[str, Any] = {"id": "large-dry-llama", "tier": "16", "context_length": 32_768, "architecture": architecture}
     return tiny.model_copy(update=changes)
+
+
+def test_a_model_that_is_continued_gives_its_base_and_shape(house: House) -> None:
+    with house.to.sessions.begin() as session:
+        lease = make.claim(session, tuned := make.queued_job(session, house.caller, adapter={"rank": 8}))
+        make.complete(session, lease)
+    told = house.dry_run(house.file(FILE), model=tuned.fine_tuned_model)
+
+    assert (told.ok, told.model, told.base_model) == (True, tuned.fine_tuned_model, make.TINY)
+    assert (told.continue_from, told.adapter["rank"]) == (tuned.fine_tuned_model, 8)
 
 
 def test_a_base_nobody_has_loaded_is_worth_another_try(house: House) -> None:

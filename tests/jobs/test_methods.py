@@ -17,6 +17,7 @@ from tests.jobs.test_datasets import Prepared, prepared, services, stored
 __all__ = ["prepared", "services", "stored"]  # fixtures
 
 DPO = {"type": "dpo"}
+RATED = [json.loads(line) for line in make.rated_file(12).splitlines()]
 PAIRS = [json.loads(line) for line in make.preference_file(12).splitlines()]
 
 
@@ -34,6 +35,21 @@ def test_a_split_never_parts_a_pair(prepared: Prepared, stored: Any) -> None:
 
     assert (training.pairs, validation.pairs) == (training.examples, validation.examples) == (9, 3)
     assert sorted([*training.lines_E, *validation.lines_E]) == list(range(1, 13))
+
+
+def test_ratings_are_stored_counted_and_weighed(prepared: Prepared, stored: Any) -> None:
+    job: Job = prepared(*RATED, method={"type": "kto"}, training={"validation_split": 3})
+    training, validation = stored(job)
+    assert job.plan is not None and job.spec is not None and job.data_report is not None
+    told, parts = job.data_report["training"], job.data_report["split"]
+
+    assert (training.rated, validation.rated) == (training.examples, validation.examples) == (9, 3)
+    assert (told["rated_good"], told["rated_bad"]) == (8, 4)
+    good = parts["kept"]["rated_good"]
+    assert good == (training.ratings_E > 0).sum() and parts["kept"]["rated_bad"] == 9 - good
+    assert parts["held_back"]["rated_good"] == (validation.ratings_E > 0).sum() == 8 - good
+    assert job.spec["preference"] == {"method": "kto", "beta": 0.1, "undesirable_weight": good / (9 - good)}
+    assert job.plan["auto"]["undesirable_weight"]["value"] == good / (9 - good) != 1
 
 
 def test_the_two_sides_of_a_pair_are_no_duplicates(prepared: Prepared) -> None:
@@ -65,8 +81,10 @@ def test_texts_are_trained_on_whole_and_told_as_rows_and_examples(prepared: Prep
 @pytest.mark.parametrize(
     ("content", "method", "advice"),
     [
-        (make.preference_file(), "supervised", "set method.type to 'dpo'"),
+        (make.preference_file(), "supervised", "set method.type to 'dpo' or 'orpo'"),
         (make.chat_file(), "dpo", "set method.type to 'supervised'"),
+        (make.chat_file(), "kto", "set method.type to 'supervised'"),
+        (make.rated_file(), "orpo", "set method.type to 'kto'"),
     ],
 )
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
@@ -79,7 +97,7 @@ def test_a_file_for_another_method_is_refused_with_that_method(
             files.finish_validation(session, file.id, examine(body.splitlines()))
         return file.id
 
-    fitting = make.preference_file() if method == "dpo" else make.chat_file()
+    fitting = {"supervised": make.chat_file(), "kto": make.rated_file()}.get(method, make.preference_file())
     asked = {"training_file": uploaded(fitting), param: uploaded(content)}
     with pytest.raises(openai.BadRequestError, match=advice) as refusal:
         client.fine_tuning.jobs.create(model=make.TINY, method={"type": method}, **asked)  # type: ignore[arg-type]

@@ -387,6 +387,16 @@ def test_the_last_few_finished_jobs_tell_how_fast_it_goes(line: Line) -> None:
     assert throughput.expected_seconds(line.session, asked) == 200
 
 
+def test_a_job_that_rates_answers_says_how_fast_a_supervised_one_is(line: Line) -> None:
+    """Six forwards for each token, where that takes three."""
+    line.session.execute(delete(Throughput).where(Throughput.queue == line.name))
+    job = line.add(line.organization(), 1, trained_tokens=1000, worker_seconds=100.0)
+    job.spec = {"preference": {"method": "kto"}}
+    throughput.record(line.session, job)
+
+    assert throughput.tokens_per_second(line.session, queue=line.name, base=make.TINY) == 20
+
+
 def test_small_jobs_which_mostly_start_say_little_of_a_large_one(line: Line) -> None:
     mine = line.organization()
     for tokens, seconds in ((1_000_000, 1000.0), *((10, 20.0) for _ in range(5))):

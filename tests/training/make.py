@@ -59,6 +59,15 @@ def preferences(renderer: Renderer, count: int = 12) -> TokenisedSet:
     return tokenise(pairs(count), renderer, max_seq_length=CONTEXT)
 
 
+def rated(count: int = 12) -> list[Chat]:
+    """The same answers, of which two in three were called good."""
+    return [replace(chat, is_good=n % 3 > 0) for n, chat in enumerate(chats(count))]
+
+
+def ratings(renderer: Renderer, count: int = 12) -> TokenisedSet:
+    return tokenise(rated(count), renderer, max_seq_length=CONTEXT)
+
+
 @dataclass
 class Runner:
     """One run's folders; `go` may be called again, as a worker that takes the job over would."""
@@ -69,6 +78,7 @@ class Runner:
     said: list[events.Event] = field(default_factory=list)
     listener: OnEvent = lambda event: None
     examples: Callable[..., TokenisedSet] = examples
+    start: Path | None = None
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +87,7 @@ class Runner:
         self.paths = Paths(
             dataset=self.folder / "training.safetensors",
             validation=self.folder / "validation.safetensors" if self.has_validation else None,
+            start=self.start,
             output=self.folder / "adapter",
             checkpoints=self.folder / "checkpoints",
             cache=self.folder,

@@ -1,13 +1,14 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.tokens.tokenise import TokenisedSet
 from tests.training import make
 from worker.model.base import LoadedBase
-from worker.training.data import TrainData, micro_batches
+from worker.training.data import Step, TrainData, micro_batches
 
 
 def of_lengths(lengths: list[int]) -> TokenisedSet:
@@ -16,7 +17,8 @@ def of_lengths(lengths: list[int]) -> TokenisedSet:
     is_trained = np.ones(offsets[-1], dtype=np.bool_)
     is_trained[offsets[:-1]] = False
     lines, seconds = np.arange(len(lengths), dtype=np.int32), np.zeros(len(lengths), dtype=np.int32)
-    return TokenisedSet(np.arange(offsets[-1], dtype=np.int32), is_trained, offsets, lines, seconds)
+    ratings = np.zeros(len(lengths), dtype=np.int8)
+    return TokenisedSet(np.arange(offsets[-1], dtype=np.int32), is_trained, offsets, lines, seconds, ratings)
 
 
 @settings(deadline=None)
@@ -57,3 +59,41 @@ def test_what_is_left_is_what_the_later_steps_hold(tiny: LoadedBase) -> None:
 
     for done in range(data.total_steps + 1):
         assert data.tokens_after(done) == sum(step.tokens for step in data.steps_after(done))
+
+
+def answers_of(step: Step) -> list[tuple[list[int], list[int]]]:
+    """Questions and answers, by document, of a step's mismatched ones."""
+    told = list[tuple[list[int], list[int]]]()
+    for batch in step.mismatched:
+        documents = np.split(batch.tokens_T, np.cumsum(batch.lengths)[:-1])
+        for tokens, labelled in zip(documents, batch.labelled_B, strict=True):
+            told.append((tokens[: len(tokens) - labelled].tolist(), tokens[len(tokens) - labelled :].tolist()))
+    return told
+
+
+@pytest.mark.parametrize("budget", [8, 1000])
+def test_each_question_meets_the_answer_of_the_row_before_it(tiny: LoadedBase, budget: int) -> None:
+    asked = make.spec(batch_size=5, n_epochs=2, micro_batch_tokens=budget, preference={"method": "kto", "beta": 0.1})
+    examples = make.ratings(tiny.renderer, 11)
+    whole = TrainData(examples, asked)
+    order_E = np.random.default_rng([asked.seed, 1]).permutation(11).tolist()
+    steps = list(whole.steps_after(3))
+
+    assert [len(answers_of(step)) for step in steps] == [5, 5, 1]
+    befores = [[order_E[4], *order_E[:4]], [order_E[9], *order_E[5:9]], [order_E[9]]]  # one alone: the row before it
+    for step, asking, before in zip(steps, (order_E[:5], order_E[5:10], order_E[10:]), befores, strict=True):
+        expected = [(question_of(examples, e), answer_of(examples, b)) for e, b in zip(asking, before, strict=True)]
+        cut = [(question, answer[: examples.longest - len(question)]) for question, answer in expected]
+        assert sorted(answers_of(step)) == sorted(cut)
+    assert next(TrainData(make.ratings(tiny.renderer, 1), asked).steps_after(0)).mismatched == ()
+    assert next(TrainData(make.examples(tiny.renderer), asked).steps_after(0)).mismatched == ()
+
+
+def question_of(examples: TokenisedSet, e: int) -> list[int]:
+    span = slice(examples.offsets_E1[e], examples.offsets_E1[e + 1])
+    return list(examples.tokens_N[span][: np.argmax(examples.is_trained_N[span])].tolist())
+
+
+def answer_of(examples: TokenisedSet, e: int) -> list[int]:
+    span = slice(examples.offsets_E1[e], examples.offsets_E1[e + 1])
+    return list(examples.tokens_N[span][examples.is_trained_N[span]].tolist())

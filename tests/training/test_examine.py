@@ -146,7 +146,16 @@ def test_which_are_looked_at_goes_by_the_seed() -> None:
     assert len({tokens(seed) for seed in range(5)}) > 1
 
 
-def of_lengths(lengths: list[int]) -> TokenisedSet:
+def test_of_rated_answers_the_good_ones_are_looked_at() -> None:
+    """A bad answer is hard because it was pushed away."""
+    asked = make.spec(n_epochs=10)  # a tenth of it is the whole file
+    training, held_out = of_lengths([10, 20, 40], [1, -1, 1]), of_lengths([3, 5], [-1, 1])
+
+    assert Examination(training, held_out, asked, max_tokens=100).tokens == 10 + 40 + 2 * 5
+    assert Examination(of_lengths([10, 20], [-1, -1]), None, asked, max_tokens=100).tokens == 30  # there are no others
+
+
+def of_lengths(lengths: list[int], ratings: list[int] | None = None) -> TokenisedSet:
     total = sum(lengths)
     return TokenisedSet(
         tokens_N=np.zeros(total, np.int32),
@@ -154,6 +163,7 @@ def of_lengths(lengths: list[int]) -> TokenisedSet:
         offsets_E1=np.concatenate([[0], np.cumsum(lengths)]),
         lines_E=np.arange(1, len(lengths) + 1, dtype=np.int32),
         seconds_E=np.zeros(len(lengths), np.int32),
+        ratings_E=np.array(ratings or [0] * len(lengths), np.int8),
     )
 
 

@@ -10,6 +10,7 @@ from tests.training import make
 from tests.training.test_trainee import excite, packed
 from worker.model.base import LoadedBase
 from worker.training import neftune
+from worker.training.data import Totals
 from worker.training.trainee import adapted
 
 
@@ -30,7 +31,7 @@ def test_an_evaluation_hears_no_noise_and_a_seed_gives_the_same(tiny: LoadedBase
             excite(trainee)
             trainee.model.train(training)
             torch.manual_seed(seed)
-            return sum(float(trainee.loss(batch).loss_sum) for batch in packed(tiny, max_tokens=160))
+            return sum(float(trainee.loss(batch, of=Totals.of([batch])).loss_sum) for batch in packed(tiny, max_tokens=160))
 
     plain, noisy = make.spec(), make.spec(neftune_noise_alpha=20)
     assert losses(noisy, training=False, seed=1) == losses(plain, training=False, seed=1)

@@ -27,7 +27,7 @@ from tests.training.make import Runner
 from worker.model import adapter
 from worker.model.base import LoadedBase
 from worker.training import __main__ as command
-from worker.training.data import MicroBatch
+from worker.training.data import MicroBatch, Totals
 from worker.training.failures import Diverged, NothingToTrain, failed
 from worker.training.loss import Measured
 from worker.training.trainee import Trainee, adapted
@@ -282,9 +282,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, is_poisoned: Callable[[int], bool]) 
     """Make the loss of some micro-batches, counted from 1, infinite."""
     calls, honest = [], Trainee.backward
 
-    def backward(trainee: Trainee, batch: MicroBatch, *, scale: float) -> Measured:
+    def backward(trainee: Trainee, batch: MicroBatch, *, of: Totals) -> Measured:
         calls.append(1)
-        found = honest(trainee, batch, scale=scale)
+        found = honest(trainee, batch, of=of)
         return replace(found, loss_sum=found.loss_sum * math.inf) if is_poisoned(len(calls)) else found
 
     monkeypatch.setattr(Trainee, "backward", backward)

@@ -20,7 +20,7 @@ from worker.model import base as bases
 from worker.model.base import LoadedBase
 from worker.training import fused
 from worker.training import loss as losses
-from worker.training.data import MicroBatch, TrainData, micro_batches
+from worker.training.data import MicroBatch, Totals, TrainData, micro_batches
 from worker.training.evaluate import evaluate
 from worker.training.optim import Optimizer
 from worker.training.stock import StockDecoder
@@ -54,10 +54,10 @@ def hidden_of(trainee: Trainee, batch: MicroBatch) -> Tensor:
 
 def gradient_of(trainee: Trainee, batches: tuple[MicroBatch, ...]) -> tuple[float, Tensor]:
     """Loss and gradient of one step, as the loop takes them."""
-    labelled = sum(len(batch.labelled_N) for batch in batches)
+    totals = Totals.of(batches)
     for parameter in trainee.parameters:
         parameter.grad = torch.zeros_like(parameter)
-    loss = sum(float(trainee.backward(batch, scale=1 / labelled).loss_sum) for batch in batches) / labelled
+    loss = sum(float(trainee.backward(batch, of=totals).loss_sum) for batch in batches) / totals.weight
     return loss, torch.cat([parameter.grad.flatten() for parameter in trainee.parameters])
 
 
@@ -122,7 +122,7 @@ def test_an_evaluation_computes_the_same_loss_without_its_gradient(
     trainee: Trainee, exact: LoadedBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (together,) = packed(exact, max_tokens=10_000)
-    trained = float(trainee.backward(together, scale=1.0).loss_sum) / len(together.labelled_N)
+    trained = float(trainee.backward(together, of=Totals.of([together])).loss_sum) / len(together.labelled_N)
     monkeypatch.setattr(losses, "cross_entropy_backward", None)
     evaluated = evaluate(trainee, [together], step=1, should_stop=lambda: False)
 
@@ -213,7 +213,7 @@ def test_after_warming_up_nothing_is_left_to_compile(tiny: LoadedBase) -> None:
     compiled = counters["stats"]["unique_graphs"]
     with adapted(tiny, make.spec(max_seq_length=700)) as trainee:
         for lengths in ((600, 90, 80, 7), (257,), (33, 32, 31)):
-            trainee.backward(meaningless(lengths), scale=1.0)
-            trainee.backward(meaningless(lengths[::-1]), scale=1.0)
+            for batch in (meaningless(lengths), meaningless(lengths[::-1])):
+                trainee.backward(batch, of=Totals.of([batch]))
 
     assert counters["stats"]["unique_graphs"] == compiled

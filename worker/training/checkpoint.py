@@ -55,7 +55,8 @@ class TrainState(BaseModel):
 
     def advanced(self, step: Step, metrics: dict[str, float]) -> "TrainState":
         tokens = self.trained_tokens + step.tokens
-        changes = {"step": step.number, "trained_tokens": tokens, "skipped_in_a_row": 0, "metrics": {**self.metrics, **metrics}}
+        evaluated = {name: value for name, value in self.metrics.items() if name.startswith("valid_")}
+        changes = {"step": step.number, "trained_tokens": tokens, "skipped_in_a_row": 0, "metrics": {**evaluated, **metrics}}
         return self.model_copy(update=changes)
 
     def slowed(self, rate_scale: float) -> "TrainState":

@@ -140,7 +140,8 @@ class Examination:
     def __init__(self, training: TokenisedSet, validation: TokenisedSet | None, spec: TrainSpec, *, max_tokens: int) -> None:
         self._training, self._validation, self._max_tokens = training, validation, max_tokens
         self._chosen_E = _chosen(training, spec)
-        held_out = validation.tokens if validation else 0
+        self._held_out_E = _to_learn(validation) if validation else np.arange(0)
+        held_out = int(validation.lengths_E[self._held_out_E].sum()) if validation else 0
         self.tokens = 2 * held_out + int(training.lengths_E[self._chosen_E].sum())
 
     def of(self, trainee: Trainee, *, table: Path, should_stop: ShouldStop) -> Examined:
@@ -172,11 +173,11 @@ class Examination:
 
     def _of_validation(self, ask: Callable[..., PerExample]) -> Part | None:
         examples = self._validation
-        if examples is None or not examples.examples:
+        all_E = self._held_out_E
+        if examples is None or not len(all_E):
             return None
-        all_E = np.arange(examples.examples)
         adapter, base = (ask(examples, all_E, of_base=of_base) for of_base in (False, True))
-        return Part("validation", examples, all_E, adapter, all_E, base)
+        return Part("validation", examples, all_E, adapter, np.arange(len(all_E)), base)
 
 
 def measure(
@@ -211,10 +212,17 @@ def measure(
 
 def _chosen(training: TokenisedSet, spec: TrainSpec) -> NDArray[np.int64]:
     """Drawn by the seed: at least one, at most so many that their tokens are a tenth of those trained on."""
-    order_E = np.random.default_rng([spec.seed, spec.n_epochs]).permutation(training.examples)  # epochs draw with less than that
+    rng = np.random.default_rng([spec.seed, spec.n_epochs])  # epochs draw with less than that
+    order_E = rng.permutation(_to_learn(training))
     tokens_E = np.cumsum(training.lengths_E[order_E])
     within = int(np.searchsorted(tokens_E, SHARE_OF_RUN * spec.n_epochs * training.tokens, side="right"))
     return np.sort(order_E[: min(MOST_EXAMPLES, max(1, within))])
+
+
+def _to_learn(examples: TokenisedSet) -> NDArray[np.int64]:
+    """All but answers that were called bad: they are hard when all went well. Where no other is, these."""
+    good_E = np.flatnonzero(examples.ratings_E >= 0)
+    return good_E if len(good_E) else np.arange(examples.examples)
 
 
 def _held_out(part: Part) -> HeldOut:

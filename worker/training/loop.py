@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -43,16 +44,19 @@ def train(
     for step in data.steps_after(state.step):
         started_at = time.monotonic()
         torch.manual_seed(spec.seed + step.number)  # dropout: that of this step, whatever ran before it
-        measured, totals = Measured.nothing(optimizer.device), step.totals
+        kl = trainee.kl(step.mismatched, should_stop=should_stop)
+        if kl is None:
+            return state
+        measured, totals = Measured.nothing(optimizer.device), replace(step.totals, kl=kl)
         for batch in step.micro_batches:
             if should_stop():
                 optimizer.zero_grad()
                 return state
-            measured += trainee.backward(batch, scale=1 / totals.weight)  # one mean over the step, however it was cut up
+            measured += trainee.backward(batch, of=totals)  # one mean over the step, however it was cut up
 
         tokens_left -= step.tokens
         train_loss, accuracy = float(measured.loss_sum) / totals.weight, float(measured.correct) / totals.judged_tokens
-        rewards = preference.means(measured.rewards, totals)
+        rewards = preference.means(spec.preference, measured.rewards, totals)
         norm = optimizer.clip()
         if not (math.isfinite(norm) and math.isfinite(train_loss)):
             optimizer.zero_grad()

@@ -17,8 +17,8 @@ _LOGITS_AT_ONCE = 2**25  # 64 MiB in 16 bits
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one micro-batch. `loss_sum` is over its labelled tokens in nats, or over its pairs; `correct` tokens are the model's
-    first choice. `rewards`, where answers are compared: sums over preferred ones, over the others, and of the pairs won.
+    """Of one micro-batch. `loss_sum` is over its labelled tokens in nats, over its pairs, or over its rated answers; `correct`
+    tokens are the model's first choice. `rewards`, where answers are compared or rated: what `preference.means` makes means of.
     """
 
     loss_sum: Tensor

@@ -8,19 +8,21 @@ from pathlib import Path
 
 import torch
 
-from app.core import catalog
+from app.core import catalog, manifest
 from app.core.events import Checkpointed, Finished, MeasuredMemory, Noted, Started, Stopped
 from app.core.manifest import Damaged
 from app.core.spec import TrainSpec
 from app.core.tokens.tokenise import TokenisedSet
+from worker.model import adapter
 from worker.model import base as bases
+from worker.model.adapter import AdapterRefused, AdapterWeights
 from worker.model.base import LoadedBase
 from worker.training import checkpoint, loop
 from worker.training.checkpoint import Identity, TrainState
-from worker.training.data import MicroBatch, TrainData, micro_batches
+from worker.training.data import Step, TrainData, micro_batches, mismatched
 from worker.training.evaluate import evaluate
 from worker.training.examine import Examination, ToldToStop
-from worker.training.failures import Diverged, NothingToTrain, WrongRows
+from worker.training.failures import Diverged, NothingToTrain, StartRefused, WrongRows
 from worker.training.loop import OnEvent, ShouldStop
 from worker.training.optim import Optimizer
 from worker.training.trainee import Trainee, adapted
@@ -32,7 +34,7 @@ _ROLLED_BACK = 0.5  # of the learning rate
 class Paths:
     """Tokenised sets to read, an adapter directory and checkpoints to write, prepared bases to keep.
 
-    `table` is written beside the adapter: see `Examination.of`.
+    `start` is the directory of the adapter that the spec continues. `table` is written beside the adapter: see `Examination.of`.
     """
 
     dataset: Path
@@ -40,6 +42,7 @@ class Paths:
     checkpoints: Path
     cache: Path
     validation: Path | None = None
+    start: Path | None = None
 
     @property
     def table(self) -> Path:
@@ -75,7 +78,7 @@ def run(
         Identity(spec, loaded, examples.sha256),
         paths,
         TrainData(examples, spec, micro_batch_tokens=tokens_at_once),
-        micro_batches(held_out, range(held_out.examples), max_tokens=tokens_at_once) if held_out else (),
+        _as_step(held_out, spec, tokens_at_once),
         Examination(examples, held_out, spec, max_tokens=tokens_at_once),
         on_event,
         should_stop,
@@ -97,7 +100,7 @@ def _attempt(
     identity: Identity,
     paths: Paths,
     data: TrainData,
-    validation: tuple[MicroBatch, ...],
+    validation: Step,
     examination: Examination,
     on_event: OnEvent,
     should_stop: ShouldStop,
@@ -107,7 +110,8 @@ def _attempt(
 ) -> Finished | Stopped:
     """From the newest checkpoint, or from the start, to the end, or to where it is told to stop. Raises Diverged."""
     spec = identity.spec
-    with adapted(identity.base, spec, is_checkpointing=is_checkpointing) as trainee:
+    with adapted(identity.base, spec, is_checkpointing=is_checkpointing) as fresh:
+        trainee = fresh.started_from(_open_start(identity, paths.start)) if spec.continue_from else fresh
         optimizer = Optimizer(trainee.parameters, spec.optimizer, faster=trainee.fast_parameters)
         measure = partial(_measured, optimizer.device, data.micro_batch_tokens, is_checkpointing)
         keeper = _Keeper(identity, paths, trainee, optimizer, validation, examination, measure, on_event, should_stop)
@@ -118,7 +122,7 @@ def _attempt(
                 resumed_from=state.step,
                 trainable_parameters=optimizer.parameters,
                 checkpoint_every_steps=spec.checkpoint_every_steps,
-                evaluation_tokens=sum(len(batch.tokens_T) for batch in validation),
+                evaluation_tokens=validation.tokens,
                 examination_tokens=examination.tokens,
             )
         )
@@ -143,7 +147,7 @@ class _Keeper:
         paths: Paths,
         trainee: Trainee,
         optimizer: Optimizer,
-        validation: tuple[MicroBatch, ...],
+        validation: Step,
         examination: Examination,
         measure: Callable[[], MeasuredMemory],
         on_event: OnEvent,
@@ -214,9 +218,10 @@ class _Keeper:
 
     def _evaluated(self, state: TrainState) -> TrainState | None:
         """With the metrics of the validation file, if there is one; None when told to stop on the way."""
-        if not self._validation:
+        batches, mismatched = self._validation.micro_batches, self._validation.mismatched
+        if not batches:
             return state
-        event = evaluate(self._trainee, self._validation, step=state.step, should_stop=self._should_stop)
+        event = evaluate(self._trainee, batches, mismatched=mismatched, step=state.step, should_stop=self._should_stop)
         if event is None:
             return None
         self._on_event(event)
@@ -243,11 +248,29 @@ def _stopped_early(state: TrainState, spec: TrainSpec, total_steps: int) -> str:
 
 
 def _require_rows_of(spec: TrainSpec, examples: TokenisedSet) -> None:
-    """Answers that are compared must never be taken for answers to learn. Raises WrongRows."""
-    if examples.examples and bool(examples.pairs) != bool(spec.preference):
-        has, wants = ("pairs", "no") if examples.pairs else ("no pairs", "such")
-        method = spec.preference.method if spec.preference else "supervised"
-        raise WrongRows(f"the file holds {has} of answers, and the method {method} trains on {wants} pairs")
+    """Answers that are compared or rated must never be taken for answers to learn. Raises WrongRows."""
+    held = "pairs of answers" if examples.pairs else "rated answers" if examples.rated else "answers to learn"
+    method = spec.preference.method if spec.preference else "supervised"
+    wanted = {"supervised": "answers to learn", "dpo": "pairs of answers", "orpo": "pairs of answers", "kto": "rated answers"}
+    if examples.examples and held != wanted[method]:
+        raise WrongRows(f"the file holds {held}, and the method {method} trains on {wanted[method]}")
+
+
+def _open_start(identity: Identity, directory: Path | None) -> AdapterWeights:
+    """Exactly the adapter that the spec names, and only as the spec has it. Raises StartRefused."""
+    start, lora = identity.spec.continue_from, identity.spec.lora
+    assert start is not None
+    try:
+        if directory is None:
+            raise AdapterRefused("it has been deleted")
+        if manifest.read(directory).digest != start.digest:
+            raise AdapterRefused("its files are not those that were there when the job was created")
+        weights = adapter.open(directory, base=identity.base, max_rank=lora.rank)
+        if not weights.is_shaped_as(lora):
+            raise AdapterRefused("it has another shape than the job's adapter")
+    except (AdapterRefused, Damaged) as error:
+        raise StartRefused(f"the model {start.model} cannot be continued: {error}") from error
+    return weights
 
 
 def _open_validation(path: Path | None, spec: TrainSpec) -> TokenisedSet | None:
@@ -256,6 +279,18 @@ def _open_validation(path: Path | None, spec: TrainSpec) -> TokenisedSet | None:
     examples = TokenisedSet.read(path)
     _require_rows_of(spec, examples)
     return examples
+
+
+def _as_step(validation: TokenisedSet | None, spec: TrainSpec, tokens_at_once: int) -> Step:
+    """All of it as one step that is never made."""
+    if validation is None:
+        return Step(0, ())
+    every_E, last = range(validation.examples), validation.examples - 1
+    return Step(
+        0,
+        micro_batches(validation, every_E, max_tokens=tokens_at_once, preference=spec.preference),
+        mismatched(validation, every_E, last, max_tokens=tokens_at_once),
+    )
 
 
 def _measured(device: torch.device, micro_batch_tokens: int, is_checkpointing: bool) -> MeasuredMemory:

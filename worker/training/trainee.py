@@ -1,9 +1,9 @@
 """The frozen base with an adapter to be trained on it, and its forward."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from app.core.spec import OptimizerSpec, PreferenceSpec, TrainSpec
 from worker.model.adapter import AdapterWeights
 from worker.model.base import LoadedBase
 from worker.training import decoder, neftune, preference
-from worker.training.data import MicroBatch
+from worker.training.data import MicroBatch, Totals
 from worker.training.decoder import Decoder
 from worker.training.failures import BaseUnsupported
 from worker.training.loss import NO_TARGET, Measured, token_losses
@@ -27,13 +27,18 @@ _TOKENS, _LABELLED = 128, 64  # what numbers of them are rounded up to
 
 @dataclass(frozen=True)
 class Trainee:
-    """`model` is PEFT's around the base's own. Without `preference` what is labelled is learnt."""
+    """`model` is PEFT's around the base's own. Without `preference` what is labelled is learnt.
+
+    `start` is what the parameters were when answers began to be compared with those of a tuned model; empty where they are
+    compared with those of the base.
+    """
 
     model: Any
     base: LoadedBase
     decoder: Decoder | StockDecoder
     preference: PreferenceSpec | None = None
     noise_alpha: float = 0.0  # NEFTune's, while training
+    start: tuple[Tensor, ...] = ()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -50,13 +55,13 @@ class Trainee:
         device: torch.device = self.model.device
         return device
 
-    def loss(self, batch: MicroBatch) -> Measured:
-        """Summed over the labelled positions of one micro-batch, or over its pairs."""
-        return self._measured(batch, scale=None)
+    def loss(self, batch: MicroBatch, *, of: Totals) -> Measured:
+        """Summed over the labelled positions of one micro-batch, its pairs or its rated answers: a part `of` all."""
+        return self._measured(batch, of, has_backward=False)
 
-    def backward(self, batch: MicroBatch, *, scale: float) -> Measured:
-        """The same loss; the gradient of `scale` times it is added to the parameters' own."""
-        return self._measured(batch, scale=scale)
+    def backward(self, batch: MicroBatch, *, of: Totals) -> Measured:
+        """The same loss; the gradient of its part of the mean `of` all is added to the parameters' own."""
+        return self._measured(batch, of, has_backward=True)
 
     @torch.no_grad()
     def token_losses(self, batch: MicroBatch, *, of_base: bool = False) -> tuple[Tensor, Tensor]:
@@ -65,20 +70,56 @@ class Trainee:
             head_VD, targets_N, hidden_ND, _ = self._forward(batch)
         return token_losses(hidden_ND, head_VD, targets_N)
 
+    def kl(self, mismatched: Sequence[MicroBatch], *, should_stop: Callable[[], bool]) -> float | None:
+        """By how many nats the adapter has made answers to other questions likelier, on average, and 0 where it has not: KTO's
+        estimate of how far it is from the base, as TRL makes it. None when told to stop on the way.
+        """
+        gained, documents = torch.zeros((), device=self.device), 0
+        for batch in mismatched:
+            if should_stop():
+                return None
+            gained += (self._losses_of_reference(batch) - self.token_losses(batch)[0])[: len(batch.labelled_N)].sum()
+            documents += len(batch.lengths)
+        return max(float(gained) / documents, 0.0) if documents else 0.0  # in this order, so that a NaN stays one
+
     @torch.no_grad()
-    def _measured(self, batch: MicroBatch, *, scale: float | None) -> Measured:
+    def _measured(self, batch: MicroBatch, of: Totals, *, has_backward: bool) -> Measured:
+        has_reference = self.preference is not None and self.preference.has_reference
         # what this forward has kept is free again before the next begins
-        reference_N = self.token_losses(batch, of_base=True)[0] if self.preference else None
+        reference_N = self._losses_of_reference(batch) if has_reference else None
         head_VD, targets_N, hidden_ND, backward = self._forward(batch, noise_alpha=self.noise_alpha)
-        d_hidden_ND = None if scale is None else torch.empty_like(hidden_ND)
+        d_hidden_ND = torch.empty_like(hidden_ND) if has_backward else None
         losses_N, is_first_N = token_losses(hidden_ND, head_VD, targets_N, d_hidden_ND=d_hidden_ND)
-        if self.preference and reference_N is not None:
-            measured, weights_N = preference.judge(self.preference, batch, losses_N, is_first_N, reference_N)
+        if self.preference:
+            measured, weights_N = preference.judge(self.preference, batch, of, losses_N, is_first_N, reference_N)
         else:
             measured, weights_N = Measured(losses_N.sum(), is_first_N.sum()), None
-        if d_hidden_ND is not None and scale is not None:
+        if d_hidden_ND is not None:
+            scale = 1 / of.weight
             backward(d_hidden_ND.mul_(scale) if weights_N is None else d_hidden_ND.mul_((weights_N * scale)[:, None]))
         return measured
+
+    def _losses_of_reference(self, batch: MicroBatch) -> Tensor:
+        """Of each labelled position, as the run found the model."""
+        if not self.start:
+            return self.token_losses(batch, of_base=True)[0]
+        with self._at_start():
+            return self.token_losses(batch)[0]
+
+    @contextmanager
+    def _at_start(self) -> Iterator[None]:
+        """With the adapter that the run began with, and without dropout."""
+        parameters, is_training = self.parameters, self.model.training
+        trained = [parameter.data for parameter in parameters]
+        self.model.eval()
+        try:
+            for parameter, at_start in zip(parameters, self.start, strict=True):
+                parameter.data = at_start
+            yield
+        finally:
+            for parameter, now in zip(parameters, trained, strict=True):
+                parameter.data = now
+            self.model.train(is_training)
 
     def _forward(self, batch: MicroBatch, *, noise_alpha: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], None]]:
         """Head, targets, hidden states and the way back from these.
@@ -102,6 +143,11 @@ class Trainee:
         with neftune.noised(self.base.model.get_input_embeddings(), lengths, alpha=alpha):
             hidden_ND, backward = self.decoder.forward(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
         return head_VD, targets_N, hidden_ND, backward
+
+    def started_from(self, weights: AdapterWeights) -> "Trainee":
+        """The same with a tuned model's weights in place of fresh ones; where answers are compared, with that model's."""
+        self.load(weights)
+        return replace(self, start=tuple(one.detach().clone() for one in self.parameters)) if self.preference else self
 
     @torch.no_grad()
     def load(self, weights: AdapterWeights) -> None:
@@ -177,8 +223,10 @@ def warm_up(base: LoadedBase) -> None:
     with adapted(base, spec) as trainee:
         # one document of a length and several, first in the pack and later, in one block of attention's queries and in two
         for lengths in ((300, 40, 40), (60, 60)):
-            trainee.backward(meaningless(lengths), scale=1.0)
-        trainee.loss(meaningless((100, 40, 40)))  # as an evaluation does: without the logits' gradient
+            batch = meaningless(lengths)
+            trainee.backward(batch, of=Totals.of([batch]))
+        batch = meaningless((100, 40, 40))
+        trainee.loss(batch, of=Totals.of([batch]))  # as an evaluation does: without the logits' gradient
 
 
 def meaningless(lengths: tuple[int, ...]) -> MicroBatch:
@@ -190,4 +238,5 @@ def meaningless(lengths: tuple[int, ...]) -> MicroBatch:
         lengths=lengths,
         labelled_N=np.arange(total - 1),
         targets_N=np.zeros(total - 1, np.int64),
+        is_answer_N=np.ones(total - 1, np.bool_),
     )

@@ -23,22 +23,22 @@ def check(row: dict[str, Any], found: Findings) -> None:
         found.say("nothing_to_train", "no assistant message has weight 1", "messages")
 
 
-def check_conversation(holder: dict[str, Any], found: Findings, *at: Step) -> list[str]:
+def check_conversation(holder: dict[str, Any], found: Findings, *at: Step, key: str = "messages") -> list[str]:
     """What is wrong with messages and tools, wherever they stand. Returns the roles of the messages, if all have one."""
-    listed = holder.get("messages")
+    listed = holder.get(key)
     if not isinstance(listed, list) or not listed:
-        found.say("messages_missing", "`messages` must be a list of at least one message", *at, "messages")
+        found.say("messages_missing", f"`{key}` must be a list of at least one message", *at, key)
         return []
     before = found.problem_count
     names = tools.check(holder["tools"], found, *at, "tools") if holder.get("tools") is not None else set[str]()
     is_parallel = holder.get("parallel_tool_calls")
     if not isinstance(is_parallel, bool | None):
         found.say("tools_invalid", "parallel_tool_calls must be true or false", *at, "parallel_tool_calls")
-    roles = messages.check_each(listed, found, *at, "messages")
+    roles = messages.check_each(listed, found, *at, key)
     if "tool" in roles or (roles and any("tool_calls" in message for message in listed)):
-        tools.check_answers(listed, found, *at, "messages")
+        tools.check_answers(listed, found, *at, key)
         if found.problem_count == before:
-            tools.check_use(listed, names, is_parallel=is_parallel is not False, found=found, at=(*at, "messages"))
+            tools.check_use(listed, names, is_parallel=is_parallel is not False, found=found, at=(*at, key))
     return roles
 
 

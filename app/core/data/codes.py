@@ -59,6 +59,10 @@ CODES: dict[str, Code] = {
     "name_invalid": _problem("a name that is no short text", "write it as a string of at most 64 characters, or remove it"),
     "assistant_missing": _problem("a conversation without an answer", "add an assistant message"),
     "output_invalid": _problem("an answer to compare that is not one assistant message", "write a list of one assistant message"),
+    "label_invalid": _problem("a label that is neither true nor false", "write true for a good answer, false for a bad one"),
+    "rating_misplaced": _problem(
+        "a rated conversation that does not end with an answer", "end with the answer that the label rates"
+    ),
     # tools
     "tools_invalid": _problem("a tool that is no function of the API's form", "describe it as the API does: docs/data.md"),
     "tool_calls_invalid": _problem("a tool call without id, name or arguments", "write it as the API's answers do: docs/data.md"),

@@ -17,7 +17,7 @@ def check(row: dict[str, Any], found: Findings) -> None:
         found.say("unknown_key", f"unknown key {key!r}; a row holds `input`, `preferred_output`, `non_preferred_output`", key)
     _check_input(row.get("input"), found)
     for key in OUTPUTS:
-        _check_output(row.get(key), found, key)
+        check_output(row.get(key), found, key)
     if row.get("preferred_output") == row.get("non_preferred_output"):
         found.say("outputs_equal", "both answers are the same", "non_preferred_output")
 
@@ -38,7 +38,8 @@ def _check_input(asked: Any, found: Findings) -> None:
     chats.check_conversation(asked, found, "input")
 
 
-def _check_output(output: Any, found: Findings, key: str) -> None:
+def check_output(output: Any, found: Findings, key: str) -> None:
+    """Say what is wrong with an answer that stands apart from its conversation."""
     if not isinstance(output, list) or len(output) != 1:
         found.say("output_invalid", f"{key} must be a list of one assistant message", key)
         return

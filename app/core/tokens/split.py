@@ -42,13 +42,22 @@ def _ranks(examples: TokenReader, seed: int) -> NDArray[np.uint64]:
 
 
 def _write(examples: TokenReader, chosen_E: NDArray[np.bool_], into: Path) -> SetReport:
-    tokens = trained = longest = 0
+    tokens = trained = longest = good = bad = 0
     with TokenWriter(into) as writer:
         for block in examples.blocks(examples=_ROWS_AT_ONCE, tokens=_TOKENS_AT_ONCE):
             part = block.only(chosen_E[block.first : block.first + len(block.lengths_B)])
             writer.append_block(part)
             tokens += len(part.tokens_N)
             trained += int(part.is_trained_N.sum())
+            good += int((part.ratings_B > 0).sum())
+            bad += int((part.ratings_B < 0).sum())
             longest = max(longest, int(part.lengths_B.max(initial=0)))
         writer.finish(tokenise.NOTHING_LOST)  # the halves lost nothing: what was left out is told of the whole
-    return SetReport(examples=int(chosen_E.sum()), tokens=tokens, trained_tokens=trained, longest=longest)
+    return SetReport(
+        examples=int(chosen_E.sum()),
+        tokens=tokens,
+        trained_tokens=trained,
+        longest=longest,
+        rated_good=good,
+        rated_bad=bad,
+    )

@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from app.core.render import Example
 
-FORMAT = 3  # another number makes every file anew
+FORMAT = 4  # another number makes every file anew
 _KINDS: dict[str, tuple[DTypeLike, str]] = {  # the widest first, so that each array is aligned
     "offsets_E1": (np.int64, "I64"),
     "tokens_N": (np.int32, "I32"),
@@ -26,6 +26,7 @@ _KINDS: dict[str, tuple[DTypeLike, str]] = {  # the widest first, so that each a
     "seconds_E": (np.int32, "I32"),
     "is_trained_N": (np.bool_, "BOOL"),
     "speakers_N": (np.uint8, "U8"),
+    "ratings_E": (np.int8, "I8"),
 }
 
 
@@ -55,6 +56,7 @@ class TokenWriter:
         self._put("is_trained_N", list(chain.from_iterable(example.is_trained for example in examples)))
         self._put("lines_E", lines)
         self._put("seconds_E", [example.second for example in examples])
+        self._put("ratings_E", [example.rating for example in examples])
         self._parts["speakers_N"].write(b"".join(example.speakers for example in examples))
 
     def append_block(self, block: "Block") -> None:
@@ -64,6 +66,7 @@ class TokenWriter:
         self._put("is_trained_N", block.is_trained_N)
         self._put("lines_E", block.lines_B)
         self._put("seconds_E", block.seconds_B)
+        self._put("ratings_E", block.ratings_B)
         self._put("speakers_N", block.speakers_N)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
@@ -102,6 +105,7 @@ class Block:
     speakers_N: NDArray[np.uint8]
     lines_B: NDArray[np.int32]
     seconds_B: NDArray[np.int32]
+    ratings_B: NDArray[np.int8]
 
     @property
     def lengths_B(self) -> NDArray[np.int64]:
@@ -123,6 +127,7 @@ class Block:
             speakers_N=self.speakers_N[chosen_N],
             lines_B=self.lines_B[chosen_B],
             seconds_B=self.seconds_B[chosen_B],
+            ratings_B=self.ratings_B[chosen_B],
         )
 
 
@@ -163,8 +168,10 @@ class TokenReader:
         tokens_N, is_trained_N, speakers_N = (
             self._read(name, start, count) for name in ("tokens_N", "is_trained_N", "speakers_N")
         )
-        lines_B, seconds_B = (self._read(name, first, len(offsets_B1) - 1) for name in ("lines_E", "seconds_E"))
-        return Block(first, offsets_B1 - start, tokens_N, is_trained_N, speakers_N, lines_B, seconds_B)
+        lines_B, seconds_B, ratings_B = (
+            self._read(name, first, len(offsets_B1) - 1) for name in ("lines_E", "seconds_E", "ratings_E")
+        )
+        return Block(first, offsets_B1 - start, tokens_N, is_trained_N, speakers_N, lines_B, seconds_B, ratings_B)
 
     def _read(self, name: str, start: int, count: int) -> NDArray[Any]:
         kind = np.dtype(_KINDS[name][0])

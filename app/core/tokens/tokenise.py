@@ -24,7 +24,7 @@ from app.core.spec import LongRows
 from app.core.tokens.token_file import TokenWriter
 
 _ARRAYS = ("tokens_N", "is_trained_N", "offsets_E1", "lines_E")
-_SECONDS = "seconds_E"
+_LATER = {"seconds_E": np.int32, "ratings_E": np.int8}  # that earlier releases did not write: all 0 then
 _DROPPED, _TRUNCATED = "dropped", "truncated"
 CHUNK_BYTES = 256 * 1024
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 512 * 1024  # an encoding takes hundreds of times the room of its text
@@ -35,6 +35,7 @@ class TokenisedSet:
     """Examples one after the other: example e is `tokens_N[offsets_E1[e] : offsets_E1[e + 1]]`, from line `lines_E[e]`.
 
     Where `seconds_E[e]` is not 0, the example is a pair: from there on it is the document that the other is preferred to.
+    `ratings_E[e]` is 1 for an answer that was called good, -1 for a bad one, 0 for one that was not rated.
 
     `is_trained_N[i]` says that token i is to be predicted; it is never the first of its document. `dropped` holds at most
     `MAX_LISTED` of the `dropped_count` rows that are not here, each with its reason; `truncated` of those whose beginning is not.
@@ -45,6 +46,7 @@ class TokenisedSet:
     offsets_E1: NDArray[np.int64]
     lines_E: NDArray[np.int32]
     seconds_E: NDArray[np.int32]
+    ratings_E: NDArray[np.int8]
     dropped: tuple[Problem, ...] = ()
     dropped_count: int = 0
     truncated: tuple[Problem, ...] = ()
@@ -74,6 +76,10 @@ class TokenisedSet:
     def pairs(self) -> int:
         return int(np.count_nonzero(self.seconds_E))
 
+    @property
+    def rated(self) -> int:
+        return int(np.count_nonzero(self.ratings_E))
+
     def lengths_of(self, example: int) -> tuple[int, ...]:
         """Those of its documents."""
         length, second = int(self.lengths_E[example]), int(self.seconds_E[example])
@@ -85,13 +91,14 @@ class TokenisedSet:
         digest = hashlib.sha256()
         for name in _ARRAYS:
             digest.update(getattr(self, name).tobytes())
-        if self.pairs:  # else it is what it was before there were any
-            digest.update(self.seconds_E.tobytes())
+        for name in _LATER:
+            if (array := getattr(self, name)).any():  # else it is what it was before there was such an array
+                digest.update(array.tobytes())
         return digest.hexdigest()
 
     def write(self, path: Path) -> None:
         metadata = _metadata(self.dropped, self.dropped_count, self.truncated, self.truncated_count)
-        save_file({name: getattr(self, name) for name in (*_ARRAYS, _SECONDS)}, path, metadata=metadata)
+        save_file({name: getattr(self, name) for name in (*_ARRAYS, *_LATER)}, path, metadata=metadata)
 
     @classmethod
     def read(cls, path: Path) -> "TokenisedSet":
@@ -100,8 +107,9 @@ class TokenisedSet:
             dropped, dropped_count = _told(file.metadata().get(_DROPPED, _NOTHING))
             truncated, truncated_count = _told(file.metadata().get(_TRUNCATED, _NOTHING))  # release 0.1.0 cut nothing
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-            has_seconds = _SECONDS in file.keys()  # noqa: SIM118  # release 0.1.0 had none
-            arrays[_SECONDS] = file.get_tensor(_SECONDS) if has_seconds else np.zeros_like(arrays["lines_E"])
+            held = set(file.keys())
+            for name, kind in _LATER.items():
+                arrays[name] = file.get_tensor(name) if name in held else np.zeros(len(arrays["lines_E"]), kind)
         return cls(
             **arrays,
             dropped=dropped,
@@ -165,6 +173,7 @@ class _Tally:
     rows_cut: int = 0
     trained_tokens: int = 0
     longest: int = 0
+    ratings: Counter[int] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
@@ -191,6 +200,7 @@ class _Tally:
         self.examples += 1
         self.longest = max(self.longest, len(example.tokens))
         self.trained_tokens += sum(example.is_trained)
+        self.ratings[example.rating] += 1
         for number, speaker in enumerate(SPEAKERS):
             self.tokens[speaker] += example.speakers.count(number)
         self.messages.update(message.role for side in row.chat.sides for message in side)
@@ -202,6 +212,8 @@ class _Tally:
             tokens=self.tokens.total(),
             trained_tokens=self.trained_tokens,
             longest=self.longest,
+            rated_good=self.ratings[1],
+            rated_bad=self.ratings[-1],
             max_seq_length=max_seq_length,
             long_rows=long_rows,
             rows_too_long=sum(rows for length, rows in self.lengths.items() if length > max_seq_length),

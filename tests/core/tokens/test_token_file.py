@@ -1,6 +1,7 @@
 """Token sets on disk, written and read a piece at a time."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,13 @@ LENGTHS = [3, 1, 40, 2, 7, 7]
 def examples() -> list[Example]:
     rng = np.random.default_rng(1)
     return [
-        Example(rng.integers(0, 9, n).tolist(), (rng.random(n) < 0.5).tolist(), bytes(rng.integers(0, 4, n).tolist()), n // 2)
+        Example(
+            rng.integers(0, 9, n).tolist(),
+            (rng.random(n) < 0.5).tolist(),
+            bytes(rng.integers(0, 4, n).tolist()),
+            n // 2,
+            n % 3 - 1,
+        )
         for n in LENGTHS
     ]
 
@@ -42,6 +49,7 @@ def test_a_trainer_reads_it_whole(path: Path) -> None:
     assert read.lengths_E.tolist() == LENGTHS
     assert read.lines_E.tolist() == [5, 6, 8, 9, 10, 12]
     assert read.seconds_E.tolist() == [n // 2 for n in LENGTHS]
+    assert read.ratings_E.tolist() == [n % 3 - 1 for n in LENGTHS]
     assert [read.lengths_of(e) for e in range(3)] == [(1, 2), (1,), (20, 20)]
 
 
@@ -51,7 +59,8 @@ def test_a_set_of_the_last_release_has_no_pairs_and_keeps_its_digest(path: Path,
     save_file(old, tmp_path / "old.safetensors", metadata={"dropped": '{"count": 0, "listed": []}'})
     alone = TokenisedSet.read(tmp_path / "old.safetensors")
 
-    assert (alone.pairs, read.pairs) == (0, 5)
+    assert (alone.pairs, read.pairs, alone.rated, read.rated) == (0, 5, 0, 2)
+    assert replace(read, ratings_E=-read.ratings_E).sha256 != read.sha256
     assert alone.sha256 == hashlib.sha256(b"".join(array.tobytes() for array in old.values())).hexdigest() != read.sha256
 
 
@@ -64,10 +73,9 @@ def test_blocks_hold_every_example_once_within_their_bounds(path: Path, most_exa
             assert block.lines_B.tolist() == [5, 6, 8, 9, 10, 12][len(seen) : len(seen) + len(block.lengths_B)]
             assert len(block.lengths_B) <= most_examples
             assert len(block.tokens_N) <= most_tokens or len(block.lengths_B) == 1
-            for start, end, second in zip(block.offsets_B1, block.offsets_B1[1:], block.seconds_B, strict=False):
-                span = slice(start, end)
+            for span, second, rating in zip(block.spans(), block.seconds_B, block.ratings_B, strict=True):
                 tokens, flags = block.tokens_N[span].tolist(), block.is_trained_N[span].tolist()
-                seen.append(Example(tokens, flags, block.speakers_N[span].tobytes(), int(second)))
+                seen.append(Example(tokens, flags, block.speakers_N[span].tobytes(), int(second), int(rating)))
 
     assert seen == made
 
