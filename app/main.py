@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from app import db, handlers, health, manual
 from app.accounts.keys import KeyRing
 from app.accounts.middleware import Authenticate
+from app.adapters import alias_routes as aliases
 from app.adapters import routes as adapters
 from app.core import catalog, judges, logging, prices, storage
 from app.core.settings import Settings
@@ -54,6 +55,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         sweeps.router,
         evaluations.router,
         adapters.router,
+        aliases.router,
         inference.router,
         webhooks.router,
         inference.internal,

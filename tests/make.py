@@ -195,6 +195,13 @@ def complete(session: orm.Session, lease: Lease, *, metrics: dict[str, float] | 
     )
 
 
+def tuned_model(session: orm.Session, caller: Caller) -> str:
+    """The name of a model that a job has made."""
+    made = queued_job(session, caller)
+    complete(session, claim(session, made))
+    return str(made.fine_tuned_model)
+
+
 def manifest(of: str = "") -> Manifest:
     return Manifest(
         kind="adapter",

@@ -328,7 +328,7 @@ class _Attempt:
                 tables=stored,
             )
         )
-        log.info("job_succeeded", peak_bytes=finished.memory.peak_bytes, measured_as=finished.memory.measured_as)
+        log.info("job_trained", peak_bytes=finished.memory.peak_bytes, measured_as=finished.memory.measured_as)
 
     def _result(self, assignment: Assignment, name: str, content: bytes) -> Result:
         key = f"{assignment.prefix}/{name}"

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from pydantic import ValidationError
 from sqlalchemy import ColumnElement, func, or_, orm, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from app.accounts.caller import Caller
 from app.core import ids
-from app.core.errors import AppError, BadRequest
+from app.core.errors import AppError
 from app.core.settings import EvaluationSettings, LeaseSettings
 from app.evaluations import service as evaluations
 from app.evaluations.schemas import EvaluationCreate
@@ -64,7 +63,7 @@ def claim(session: orm.Session, *, owner: str, settings: LeaseSettings, limits: 
         return None
     evaluation, file = row
     try:
-        request = _request_of(evaluation)
+        request = evaluations.request_of(evaluation)
         _count_death(evaluation, settings)
         files.require_valid(file, param="file")
         evaluations.require_possible(file, request, limits)
@@ -80,7 +79,7 @@ def claim(session: orm.Session, *, owner: str, settings: LeaseSettings, limits: 
         evaluation.started_at = func.clock_timestamp()
     return Claimed(
         Lease(evaluation.id, evaluation.attempt, owner),
-        Caller(evaluation.api_key_id, evaluation.organization_id, evaluation.project_id, evaluation.organization_slug),
+        _owner(evaluation),
         request,
         str(file.report["format"]),
         file.storage_key,
@@ -196,12 +195,14 @@ def _free(since: Any) -> tuple[ColumnElement[bool], ...]:
     return Evaluation.state.in_(UNDECIDED), Evaluation.not_before <= since, is_let_go
 
 
-def _request_of(evaluation: Evaluation) -> EvaluationCreate:
-    """Raises AppError for what another release has written, so that it ends its own evaluation and holds up no other."""
-    try:
-        return EvaluationCreate.model_validate(evaluation.request)
-    except ValidationError:
-        raise BadRequest("another release has made this evaluation; make it again", code="evaluation_outdated") from None
+def _owner(evaluation: Evaluation) -> Caller:
+    return Caller(
+        evaluation.api_key_id,
+        evaluation.organization_id,
+        evaluation.project_id,
+        evaluation.organization_slug,
+        candidate_of=evaluation.job_id,
+    )
 
 
 def _count_death(evaluation: Evaluation, settings: LeaseSettings) -> None:

@@ -137,13 +137,15 @@ class EvaluationCreate(Request):
 class EvaluationOut(BaseModel):
     """An evaluation. `status` is queued, running, succeeded, failed or cancelled; `status_details` says what it waits for.
 
-    `samples` is rows × models, null until the file has been read; `results` is there once it has succeeded.
+    `samples` is rows × models, null until the file has been read; `results` is there once it has succeeded. `job_id` names
+    the job whose quality gate it decides.
     """
 
     id: str
     object: Literal["evaluation"] = "evaluation"
     created_at: int
     name: str | None
+    job_id: str | None
     status: str
     status_details: str | None
     file: str
@@ -163,6 +165,7 @@ class EvaluationOut(BaseModel):
             id=evaluation.id,
             created_at=unix(evaluation.created_at),
             name=evaluation.name,
+            job_id=evaluation.job_id,
             status=evaluation.state,
             status_details=evaluation.status_details,
             file=evaluation.file_id,

@@ -2,11 +2,12 @@
 
 from collections.abc import Container, Sequence
 
+from pydantic import ValidationError
 from sqlalchemy import ARRAY, Select, Text, cast, func, orm, select
 
 from app import outbox, pages
 from app.accounts.caller import Caller
-from app.adapters import service as adapters
+from app.adapters import names
 from app.core import ids
 from app.core.catalog import Catalog
 from app.core.errors import BadRequest, Conflict, NotFound
@@ -30,12 +31,16 @@ def create(
 ) -> Evaluation:
     """Queue an evaluation. The file may still be on its way through validation."""
     file = files.get_for_evaluation(session, caller, request.file, param="file")
-    for model in request.models:
-        _require_model(session, caller, catalog, model, param="models")
+    request = _pinned(session, caller, catalog, request)
     for param, judge in request.judges():
         if judge not in judges:
-            _require_model(session, caller, catalog, judge, param=param)
+            names.resolve(session, caller, catalog, judge, param=param)
     require_possible(file, request, settings)
+    return add(session, caller, request)
+
+
+def add(session: orm.Session, caller: Caller, request: EvaluationCreate, *, job_id: str | None = None) -> Evaluation:
+    """Queue an evaluation of which all is known to be there. With `job_id` it decides the quality gate of that job."""
     evaluation = Evaluation(
         id=ids.new("eval_"),
         organization_id=caller.organization_id,
@@ -43,7 +48,8 @@ def create(
         api_key_id=caller.key_id,
         organization_slug=caller.organization_slug,
         name=request.name,
-        file_id=file.id,
+        job_id=job_id,
+        file_id=request.file,
         request=request.model_dump(mode="json"),
     )
     session.add(evaluation)
@@ -70,11 +76,20 @@ def require_possible(file: File, request: EvaluationCreate, settings: Evaluation
     request.require_fits(str(file.report["format"]))
 
 
-def get(session: orm.Session, caller: Caller, evaluation_id: str) -> Evaluation:
+def request_of(evaluation: Evaluation) -> EvaluationCreate:
+    """Raises AppError for what another release has written, so that it ends its own evaluation and holds up no other."""
+    try:
+        return EvaluationCreate.model_validate(evaluation.request)
+    except ValidationError:
+        raise BadRequest("another release has made this evaluation; make it again", code="evaluation_outdated") from None
+
+
+def get(session: orm.Session, caller: Caller, evaluation_id: str, *, param: str | None = None) -> Evaluation:
     if evaluation := session.scalar(_visible(caller).where(Evaluation.id == evaluation_id)):
         return evaluation
     raise NotFound(
         f"the evaluation {evaluation_id!r} does not exist or is not yours; GET /v1/evaluations lists them",
+        param=param,
         code="evaluation_not_found",
     )
 
@@ -127,10 +142,12 @@ def end(evaluation: Evaluation, state: EvaluationState) -> None:
     evaluation.finished_at = func.clock_timestamp()
 
 
-def _require_model(session: orm.Session, caller: Caller, catalog: Catalog, model: str, *, param: str) -> None:
-    if catalog.find(model) is None and adapters.find(session, caller, model) is None:
-        message = f"the model {model!r} does not exist or is not yours; GET /v1/models lists them"
-        raise NotFound(message, param=param, code="model_not_found")
+def _pinned(session: orm.Session, caller: Caller, catalog: Catalog, request: EvaluationCreate) -> EvaluationCreate:
+    """With each alias as the model behind it: an alias that is moved meanwhile would mix the answers of two."""
+    models = [names.resolve(session, caller, catalog, model, param="models").model for model in request.models]
+    if len(set(models)) < len(models):
+        raise BadRequest("models holds a model and an alias of it; name each model once", param="models")
+    return request.model_copy(update={"models": models})
 
 
 def _visible(caller: Caller) -> Select[Evaluation]:

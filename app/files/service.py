@@ -224,8 +224,9 @@ def postpone(session: orm.Session, file_id: str) -> None:
 
 
 def _jobs_on(file_id: Any) -> Select[str]:
-    """Ids of unfinished jobs that name the file."""
-    names_it = or_(Job.training_file_id == file_id, Job.validation_file_id == file_id)
+    """Ids of unfinished jobs that name the file, or an evaluation of it for their quality gate."""
+    of_gate = select(Evaluation.file_id).where(Evaluation.id == Job.quality_gate["evaluation"].astext).scalar_subquery()
+    names_it = or_(Job.training_file_id == file_id, Job.validation_file_id == file_id, of_gate == file_id)
     return select(Job.id).where(names_it, Job.state.in_(UNFINISHED))
 
 

@@ -16,11 +16,12 @@ from starlette.concurrency import run_in_threadpool
 
 from app import db
 from app.accounts.caller import Caller
+from app.adapters import names
 from app.adapters import service as adapters
 from app.core import ids
 from app.core.catalog import Base, Catalog
 from app.core.engine import AdapterRef, Chunk, GenerateRequest
-from app.core.errors import AppError, BadRequest, NotFound, Unavailable
+from app.core.errors import AppError, BadRequest, Unavailable
 from app.core.render import Renderer
 from app.core.settings import InferenceSettings
 from app.inference import engines
@@ -51,9 +52,11 @@ class BaseNotServed(AppError):
 
 @dataclass(frozen=True)
 class Target:
-    """A model name, understood: its base, its adapter if it has one, and the engines that can answer."""
+    """A model name, understood: its base, its adapter if it has one, and the engines that can answer. `model` is the one behind
+    `alias`, where it was asked for by that."""
 
     model: str
+    alias: str | None
     base: Base
     adapter: AdapterRef | None
     engines: Sequence[Engine]
@@ -109,16 +112,11 @@ class Gateway:
 
     def _target(self, caller: Caller, model: str) -> Target:
         with db.organization_session(self._sessions, caller.organization_id) as session:
-            adapter = None
-            if (base := self._catalog.find(model)) is None:
-                adapter = adapters.find(session, caller, model)
-                base = self._catalog.find(adapter.base) if adapter else None
-            if base is None:
-                message = f"the model {model!r} does not exist or is not yours; GET /v1/models lists them"
-                raise NotFound(message, param="model", code="model_not_found")
-            ref = adapters.ref_of(adapter) if adapter else None
-            serving = self._serving(session, base, adapter)
-        return Target(model, base, ref, serving, self._renderers.get(base.id, serving[0].base_digest))
+            named = names.resolve(session, caller, self._catalog, model, param="model")
+            ref = adapters.ref_of(named.adapter) if named.adapter else None
+            serving = self._serving(session, named.base, named.adapter)
+        renderer = self._renderers.get(named.base.id, serving[0].base_digest)
+        return Target(named.model, named.alias, named.base, ref, serving, renderer)
 
     def _serving(self, session: orm.Session, base: Base, adapter: Adapter | None) -> Sequence[Engine]:
         """The engines that can answer. Raises Unavailable when they are away, BaseNotServed when there are none."""

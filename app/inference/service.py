@@ -50,6 +50,7 @@ class Answer:
             "created": int(time.time()),
             "model": target.model,
             "base_model": target.base.id,
+            **({"alias": target.alias} if target.alias else {}),
             "system_fingerprint": None,
         }
 

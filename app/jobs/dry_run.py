@@ -25,7 +25,7 @@ from app.core.tokens import keys
 from app.files import derived, glance
 from app.files import service as files
 from app.files.glance import Glance, Sample, Wanted
-from app.jobs import admission, queue, starting, throughput
+from app.jobs import admission, gates, queue, starting, throughput
 from app.jobs.admission import Admission, Data
 from app.jobs.queue import Place
 from app.jobs.schemas import JobCreate, PlaceOut, shown_hyperparameters, shown_method, shown_training, told_plan
@@ -163,6 +163,7 @@ class DryRunner:
         admission.first_queue(
             base, requested, among=training.tiers, gpu=gpu, catalog=self._catalog, quantizations=training.quantizations
         )
+        gates.plan(session, caller, self._catalog, base=base, request=request, limits=self._settings.evaluations)
         named = {"training_file": request.training_file, "validation_file": request.validation_file}
         found = {param: files.get(session, caller, file_id, param=param) for param, file_id in named.items() if file_id}
         for param, file in found.items():

@@ -16,7 +16,7 @@ from app.core.manifest import Manifest
 from app.core.settings import LeaseSettings
 from app.files import service as files
 from app.files.service import Result
-from app.jobs import checkpoints, events, states, throughput, turns
+from app.jobs import checkpoints, events, gates, states, throughput, turns
 from app.models import Desired, Job, JobCheckpoint, JobState
 from app.webhooks.emit import EventType
 
@@ -151,7 +151,9 @@ def complete(
     memory: MeasuredMemory,
     tables: Sequence[Result],
 ) -> None:
-    """The job has succeeded: its model, its result files and its webhooks appear in this one transaction.
+    """The job is trained: its model, its result files and its webhooks appear in this one transaction.
+
+    With a quality gate the model is not live before that is passed, and the job has not succeeded.
 
     A cancel that came first wins: then the job is cancelled and nothing is published.
     """
@@ -159,21 +161,17 @@ def complete(
     if job.desired == Desired.CANCEL:
         states.move(session, job, JobState.CANCELLED, "The job was cancelled")
         return
-    job.fine_tuned_model = adapters.name_of(job)
     job.trained_tokens, job.valid_loss = trained_tokens, manifest.metrics.get("valid_loss")
     job.plan = {**(job.plan or {}), "measured_peak_bytes": memory.peak_bytes, "measured": memory.model_dump(mode="json")}
     job.result_file_id, *job.further_result_file_ids = [files.add_result(session, job, table).id for table in tables]
-    adapter = adapters.publish(session, job, name=job.fine_tuned_model, step=None, prefix=prefix, manifest=manifest)
-    events.append(session, job, f"New fine-tuned model created: {job.fine_tuned_model}")
-    states.move(session, job, JobState.SUCCEEDED, "The job has successfully completed")
+    gates.trained(session, job, prefix=prefix, manifest=manifest)
     throughput.record(session, job)
-    outbox.put(session, outbox.Topic.PREFETCH, adapters.ref_of(adapter).model_dump(mode="json"))
 
 
 def fail(session: orm.Session, lease: Lease, *, code: str, message: str, param: str | None = None) -> None:
     """The job cannot succeed as it was asked: no retry."""
     job = holding(session, lease)
-    _fail(session, job, code=code, message=message, param=param)
+    states.fail(session, job, code=code, message=message, param=param)
 
 
 def release(session: orm.Session, lease: Lease, *, reason: str, code: str | None = None, settings: LeaseSettings) -> None:
@@ -218,7 +216,7 @@ def _give_back(session: orm.Session, job: Job, *, reason: str, code: str | None 
     job.failures += 1
     if job.failures >= settings.max_attempts:
         message = f"{reason}; given up after {job.failures} attempts. Nothing was charged; create the job again"
-        _fail(session, job, code="infra_exhausted", message=message, param=None)
+        states.fail(session, job, code="infra_exhausted", message=message, param=None)
         return
     backoff_seconds = FULL_DISK_BACKOFF_SECONDS if code == DISK_FULL else BACKOFF_SECONDS
     job.not_before = _in(backoff_seconds * 2 ** (job.failures - 1))
@@ -243,11 +241,6 @@ def _requeue(
 ) -> None:
     states.move(session, job, JobState.QUEUED, message, level=level, data=data)
     outbox.ring(session, job.queue)
-
-
-def _fail(session: orm.Session, job: Job, *, code: str, message: str, param: str | None) -> None:
-    job.error = {"code": code, "message": message, "param": param}
-    states.move(session, job, JobState.FAILED, message, level="error", data=job.error)
 
 
 def _in(seconds: float) -> ColumnElement[Any]:

@@ -89,7 +89,7 @@ def claim(session: orm.Session) -> ToPrepare | None:
             if file is not None:
                 files.require_trainable(file, requested.method, param=param)
         except Conflict as refused:
-            _reject(session, job, code=str(refused.code), message=str(refused), param=param)
+            states.fail(session, job, code=str(refused.code), message=str(refused), param=param)
             return claim(session)
     return ToPrepare(
         id=job.id,
@@ -138,7 +138,7 @@ def finish(
 def reject(session: orm.Session, job_id: str, *, code: str, message: str, param: str) -> None:
     """The data cannot be trained on with this base and these settings."""
     if job := _validating(session, job_id):
-        _reject(session, job, code=code, message=message, param=param)
+        states.fail(session, job, code=code, message=message, param=param)
 
 
 def postpone(session: orm.Session, job_id: str) -> None:
@@ -157,13 +157,8 @@ def failed(session: orm.Session, job_id: str, *, reason: str, settings: LeaseSet
         job.not_before = func.clock_timestamp() + POSTPONED * job.failures
     else:
         message = f"the job could not be prepared: {reason}"
-        _reject(session, job, code="preparation_failed", message=message, param=None)
+        states.fail(session, job, code="preparation_failed", message=message, param=None)
 
 
 def _validating(session: orm.Session, job_id: str) -> Job | None:
     return session.scalar(select(Job).where(Job.id == job_id, Job.state == JobState.VALIDATING_FILES).with_for_update())
-
-
-def _reject(session: orm.Session, job: Job, *, code: str, message: str, param: str | None) -> None:
-    job.error = {"code": code, "message": message, "param": param}
-    states.move(session, job, JobState.FAILED, message, level="error", data=job.error)

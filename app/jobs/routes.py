@@ -47,6 +47,7 @@ def create_job(
             request=body,
             tiers=training.tiers,
             gpu=settings.gpu,
+            limits=settings.evaluations,
             quantizations=training.quantizations,
             is_retry=is_retry,
         )
@@ -100,6 +101,12 @@ def pause_job(job_id: str, session: Session, caller: Caller) -> JobOut:
 def resume_job(job_id: str, session: Session, caller: Caller) -> JobOut:
     """Let a paused job go on from its last checkpoint."""
     return _shown(session, jobs.resume(session, caller, job_id))
+
+
+@router.post("/jobs/{job_id}/publish")
+def publish_job(job_id: str, session: Session, caller: Caller) -> JobOut:
+    """Make a model live that did not pass its quality gate. The job stays failed."""
+    return _shown(session, jobs.publish(session, caller, job_id))
 
 
 @router.get("/jobs/{job_id}/events")

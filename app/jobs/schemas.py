@@ -1,18 +1,25 @@
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, field_validator, model_validator
 
+from app.adapters.aliases import AliasName
 from app.core import spec
 from app.core.clock import unix
 from app.core.data_report import brief
 from app.core.errors import BadRequest
 from app.core.methods import METHODS, MethodName
+from app.core.quality_gate import QualityGate
+from app.core.statistics import LEVEL
 from app.jobs.integrations import Integration
 from app.jobs.queue import Place, Queue
 from app.models import Job, JobCheckpoint, JobEvent, JobState
 from app.schemas import Failure, Request, without_nul
 
 MAX_LISTED = 100  # jobs of a queue
+_SHOWN_AS: dict[str, str] = {
+    JobState.PAUSED: JobState.QUEUED,
+    JobState.EVALUATING: JobState.RUNNING,
+}  # a seventh word breaks strict clients
 
 
 Metadata = Annotated[
@@ -62,9 +69,30 @@ class Method(Request):
         return of_type.hyperparameters.model_dump(exclude_unset=True) if of_type and of_type.hyperparameters else {}
 
 
-class JobCreate(Request):
-    """What `POST /v1/fine_tuning/jobs` takes. `adapter`, `quantization`, `training`, `continue_from` and `dry_run` are ours.
+class QualityGateCreate(Request):
+    """The model goes live only if it beats `against`, by default its base, by `margin` on the rows of an evaluation there is.
 
+    `grader` is the one of the evaluation that decides. With a `confidence` the lower end of the interval has to reach the margin.
+    """
+
+    evaluation: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    grader: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    against: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+    confidence: float | None = None
+
+    @field_validator("confidence")
+    @classmethod
+    def _of_the_intervals(cls, confidence: float | None) -> float | None:
+        if confidence not in (None, LEVEL):
+            raise ValueError(f"must be null or {LEVEL}, the level of the intervals")
+        return confidence
+
+
+class JobCreate(Request):
+    """What `POST /v1/fine_tuning/jobs` takes.
+
+    `adapter`, `quantization`, `training`, `quality_gate`, `alias`, `continue_from` and `dry_run` are ours.
     `model` is a base, or one of your own models: then it is what `continue_from` says.
     """
 
@@ -80,6 +108,8 @@ class JobCreate(Request):
     adapter: spec.LoraSpec = spec.LoraSpec()
     quantization: spec.QuantizationSpec = spec.QuantizationSpec()
     training: spec.TrainingOptions = spec.TrainingOptions()
+    quality_gate: QualityGateCreate | None = None
+    alias: AliasName | None = None
     continue_from: Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(without_nul)] | None = None
     dry_run: bool = False
 
@@ -189,6 +219,8 @@ class JobOut(BaseModel):
     step: int
     attempt: int
     queue: PlaceOut | None
+    quality_gate: QualityGate | None
+    alias: str | None
 
     @classmethod
     def of(cls, job: Job, place: Place | None = None, *, is_listed: bool = False) -> "JobOut":
@@ -233,6 +265,8 @@ class JobOut(BaseModel):
             step=job.step,
             attempt=job.attempt,
             queue=PlaceOut.of(place) if place else None,
+            quality_gate=QualityGate.model_validate(job.quality_gate) if job.quality_gate else None,
+            alias=job.alias,
         )
 
 
@@ -329,7 +363,7 @@ class CheckpointOut(BaseModel):
 
 def status_of(state: str) -> str:
     """In the API's words."""
-    return JobState.QUEUED if state == JobState.PAUSED else state
+    return _SHOWN_AS.get(state, state)
 
 
 def told_plan(plan: dict[str, Any] | None) -> dict[str, Any]:

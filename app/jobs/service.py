@@ -12,11 +12,11 @@ from app.accounts.caller import Caller
 from app.core import ids
 from app.core.catalog import Catalog
 from app.core.errors import NotFound
-from app.core.settings import GpuSettings
+from app.core.settings import EvaluationSettings, GpuSettings
 from app.core.spec import USUAL, QuantizationName
 from app.evaluations import leases as evaluations
 from app.files import service as files
-from app.jobs import admission, starting, states, tracking
+from app.jobs import admission, gates, starting, states, tracking
 from app.jobs.schemas import JobCreate
 from app.models import Desired, File, FileStatus, Job, JobCheckpoint, JobEvent, JobState
 
@@ -32,6 +32,7 @@ def create(
     request: JobCreate,
     tiers: frozenset[str],
     gpu: GpuSettings = GpuSettings(),
+    limits: EvaluationSettings = EvaluationSettings(),
     quantizations: Set[QuantizationName] = frozenset({USUAL}),
     is_retry: bool = False,
     sweep_id: str | None = None,
@@ -44,6 +45,7 @@ def create(
     validation_file = None
     if request.validation_file:
         validation_file = files.get_for_training(session, caller, request.validation_file, method=method, param="validation_file")
+    gate = gates.plan(session, caller, catalog, base=base, request=request, limits=limits)
     job = Job(
         id=ids.new("ftjob-"),
         organization_id=caller.organization_id,
@@ -63,6 +65,8 @@ def create(
         request=requested.model_dump(mode="json"),
         request_sha256=_digest_of(request),
         queue=queue,
+        quality_gate=gate.model_dump(mode="json") if gate else None,
+        alias=request.alias,
     )
     # a repeated request may come while the first is still at work: they take turns
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(caller.key_id + job.request_sha256, 0))))
@@ -117,12 +121,17 @@ def list_checkpoints(
 
 
 def cancel(session: orm.Session, caller: Caller, job_id: str) -> Job:
-    """Stop a job: a waiting one at once, a running one as soon as its worker hears of it. Twice is the same as once."""
+    """Stop a job: a waiting one at once, and one whose model is evaluated; a running one as soon as its worker hears of it.
+
+    Twice is the same as once.
+    """
     job = _locked(session, caller, job_id)
     if job.state == JobState.CANCELLED:
         return job
     _require_unfinished(job, "cancelled")
     job.desired = Desired.CANCEL
+    if job.state == JobState.EVALUATING:
+        gates.stop(session, job)
     if job.state != JobState.RUNNING:
         states.move(session, job, JobState.CANCELLED, "The job was cancelled")
     return _as_stored(session, job)
@@ -132,6 +141,8 @@ def pause(session: orm.Session, caller: Caller, job_id: str) -> Job:
     """Halt a job: a waiting one at once, a running one with a checkpoint as soon as its worker hears of it. Twice is once."""
     job = _locked(session, caller, job_id)
     _require_unfinished(job, "paused")
+    if job.state == JobState.EVALUATING:
+        raise states.IllegalMove(f"job {job.id} is trained, and its model is evaluated: there is nothing to pause; cancel it")
     job.desired = Desired.PAUSE
     if job.state == JobState.QUEUED:
         states.move(session, job, JobState.PAUSED, states.PAUSED)
@@ -147,6 +158,13 @@ def resume(session: orm.Session, caller: Caller, job_id: str) -> Job:
         job.queued_at = job.not_before = func.clock_timestamp()
         states.move(session, job, JobState.QUEUED, "The job was resumed")
         outbox.ring(session, job.queue)
+    return _as_stored(session, job)
+
+
+def publish(session: orm.Session, caller: Caller, job_id: str) -> Job:
+    """Let a model go live by hand that its quality gate has kept back. Twice is the same as once."""
+    job = _locked(session, caller, job_id)
+    gates.publish(session, job)
     return _as_stored(session, job)
 
 
@@ -177,7 +195,8 @@ def due_queues(session: orm.Session) -> set[str]:
     queues = set(session.scalars(waiting))
     files_waiting = select(File.id).where(File.status == FileStatus.UPLOADED, File.not_before <= overdue).limit(1)
     jobs_waiting = select(Job.id).where(Job.state == JobState.VALIDATING_FILES, Job.not_before <= overdue).limit(1)
-    if session.scalar(files_waiting) or session.scalar(jobs_waiting) or evaluations.is_due(session, overdue=overdue):
+    is_waiting = session.scalar(files_waiting) or session.scalar(jobs_waiting)
+    if is_waiting or gates.is_due(session) or evaluations.is_due(session, overdue=overdue):
         queues.add(files.CPU_QUEUE)
     return queues
 

@@ -15,7 +15,9 @@ S = JobState
 MOVES: dict[JobState, frozenset[JobState]] = {
     S.VALIDATING_FILES: frozenset({S.QUEUED, S.FAILED, S.CANCELLED}),
     S.QUEUED: frozenset({S.RUNNING, S.PAUSED, S.CANCELLED}),
-    S.RUNNING: frozenset({S.SUCCEEDED, S.FAILED, S.CANCELLED, S.PAUSED, S.QUEUED}),  # QUEUED: its worker died or drains
+    # QUEUED: its worker died or drains
+    S.RUNNING: frozenset({S.SUCCEEDED, S.FAILED, S.CANCELLED, S.PAUSED, S.QUEUED, S.EVALUATING}),
+    S.EVALUATING: frozenset({S.SUCCEEDED, S.FAILED, S.CANCELLED}),
     S.PAUSED: frozenset({S.QUEUED, S.CANCELLED}),
     S.SUCCEEDED: frozenset(),
     S.FAILED: frozenset(),
@@ -69,6 +71,12 @@ def move(
         checkpoints.drop_states(session, job)
     session.flush()
     _tell(session, job, message, level=level, data=data)
+
+
+def fail(session: orm.Session, job: Job, *, code: str, message: str, param: str | None) -> None:
+    """The end of a locked job that comes to nothing, with the reason for its owner."""
+    job.error = {"code": code, "message": message, "param": param}
+    move(session, job, S.FAILED, message, level="error", data=job.error)
 
 
 def _tell(session: orm.Session, job: Job, message: str, *, level: events.Level, data: dict[str, Any] | None) -> None:

@@ -1,7 +1,7 @@
 """Every table. Relationships are not mapped: services say which rows they read."""
 
 from app.models.accounts import ApiKey, Organization, Project
-from app.models.adapters import Adapter
+from app.models.adapters import Adapter, AliasAction, ModelAlias, ModelAliasChange
 from app.models.base import Table
 from app.models.derived import Derived
 from app.models.engines import Engine
@@ -16,6 +16,7 @@ from app.models.webhooks import WebhookDelivery, WebhookEndpoint
 
 __all__ = [
     "Adapter",
+    "AliasAction",
     "ApiKey",
     "Derived",
     "Desired",
@@ -30,6 +31,8 @@ __all__ = [
     "JobEvent",
     "JobFollower",
     "JobState",
+    "ModelAlias",
+    "ModelAliasChange",
     "Organization",
     "OutboxMessage",
     "Project",

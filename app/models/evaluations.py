@@ -23,6 +23,7 @@ class Evaluation(Owned, Table):
     """A file's rows put to models, and graded. A cpu worker holds it by lease and attempt for a slice of the work, and lets go.
 
     `request` is what was asked for, `rows` the file's once they are known, `answered` how many of rows × models have been asked.
+    `job_id` is that of the job whose quality gate it decides.
     """
 
     __tablename__ = "evaluations"
@@ -31,12 +32,14 @@ class Evaluation(Owned, Table):
         CheckConstraint("(lease_owner IS NULL) = (lease_expires_at IS NULL)", name="lease_whole"),
         Index("ix_evaluations_due", "not_before", postgresql_where="state IN ('queued', 'running')"),
         Index("ix_evaluations_file_id", "file_id"),
+        Index("ix_evaluations_job_id", "job_id", postgresql_where="job_id IS NOT NULL"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     api_key_id: Mapped[str] = mapped_column(Id)
     organization_slug: Mapped[str]
     name: Mapped[str | None]
+    job_id: Mapped[str | None] = mapped_column(Id)
     state: Mapped[str] = mapped_column(default=EvaluationState.QUEUED)
     file_id: Mapped[str] = mapped_column(Id)
     request: Mapped[dict[str, Any]]

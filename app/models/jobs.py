@@ -3,24 +3,29 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, func, text, true
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models.base import Id, Owned, Table
 
 
 class JobState(StrEnum):
-    """Where a job is. `paused` is ours: the API shows it as `queued` with `paused: true`."""
+    """Where a job is. Two are ours: the API shows `paused` as `queued` with `paused: true`, and `evaluating` as `running`.
+
+    Of an evaluating job the model waits at the quality gate, and no worker is held.
+    """
 
     VALIDATING_FILES = "validating_files"
     QUEUED = "queued"
     RUNNING = "running"
+    EVALUATING = "evaluating"
     PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
 
-UNFINISHED = (JobState.VALIDATING_FILES, JobState.QUEUED, JobState.RUNNING, JobState.PAUSED)
+UNFINISHED = (JobState.VALIDATING_FILES, JobState.QUEUED, JobState.RUNNING, JobState.EVALUATING, JobState.PAUSED)
 
 
 class Desired(StrEnum):
@@ -44,10 +49,13 @@ class Job(Owned, Table):
         CheckConstraint("(state = 'running') = (lease_owner IS NOT NULL)", name="running_has_lease"),
         CheckConstraint("(lease_owner IS NULL) = (lease_expires_at IS NULL)", name="lease_whole"),
         CheckConstraint("desired IN ('run', 'pause', 'cancel')", name="desired"),
+        # whoever ends it: a worker of an earlier release knows no gate
+        CheckConstraint("state <> 'succeeded' OR quality_gate IS NULL OR quality_gate ->> 'stage' = 'passed'", name="gate_first"),
         Index("ix_jobs_in_turn", "queue", "organization_id", "queued_at", "id", postgresql_where="state = 'queued'"),
         Index("ix_jobs_leased", "lease_expires_at", postgresql_where="state = 'running'"),
         Index("ix_jobs_to_prepare", "not_before", postgresql_where="state = 'validating_files'"),
         Index("ix_jobs_training_file_id", "training_file_id"),
+        Index("ix_jobs_evaluating", "id", postgresql_where="state = 'evaluating'"),
         Index("ix_jobs_sweep_id", "sweep_id", postgresql_where="sweep_id IS NOT NULL"),
         Index("ix_jobs_continue_from", "continue_from", postgresql_where="continue_from IS NOT NULL"),
     )
@@ -74,6 +82,8 @@ class Job(Owned, Table):
     plan: Mapped[dict[str, Any] | None]
     datasets: Mapped[dict[str, Any] | None]
     data_report: Mapped[dict[str, Any] | None]
+    quality_gate: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    alias: Mapped[str | None]
 
     queue: Mapped[str]
     attempt: Mapped[int] = mapped_column(default=0)

@@ -31,6 +31,7 @@ def create_sweep(
         request=body,
         tiers=training.tiers,
         gpu=settings.gpu,
+        limits=settings.evaluations,
         quantizations=training.quantizations,
         is_retry=is_retry,
     )

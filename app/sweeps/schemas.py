@@ -60,6 +60,9 @@ class SweepCreate(JobCreate):
         if self.dry_run:
             message = "a dry run is of one job; send it to POST /v1/fine_tuning/jobs with one of the grid's values each"
             raise BadRequest(message, param="dry_run")
+        if self.alias or "alias" in self.grid:
+            message = "each job would move the alias in turn; leave it out, and move it to the model of the best job"
+            raise BadRequest(message, param="alias")
         return self
 
 

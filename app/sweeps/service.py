@@ -15,7 +15,7 @@ from app.core import ids
 from app.core.catalog import Catalog
 from app.core.clock import unix
 from app.core.errors import AppError, NotFound
-from app.core.settings import GpuSettings
+from app.core.settings import EvaluationSettings, GpuSettings
 from app.core.spec import USUAL, QuantizationName
 from app.evaluations import service as evaluations
 from app.files import service as files
@@ -36,6 +36,7 @@ def create(
     request: SweepCreate,
     tiers: frozenset[str],
     gpu: GpuSettings = GpuSettings(),
+    limits: EvaluationSettings = EvaluationSettings(),
     quantizations: Set[QuantizationName] = frozenset({USUAL}),
     is_retry: bool = False,
 ) -> Sweep:
@@ -56,7 +57,17 @@ def create(
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(caller.key_id + sweep.request_sha256, 0))))
     if is_retry and (made := _made_just_now(session, sweep)):
         return made
-    make = partial(jobs.create, session, caller, catalog, tiers=tiers, gpu=gpu, quantizations=quantizations, sweep_id=sweep.id)
+    make = partial(
+        jobs.create,
+        session,
+        caller,
+        catalog,
+        tiers=tiers,
+        gpu=gpu,
+        limits=limits,
+        quantizations=quantizations,
+        sweep_id=sweep.id,
+    )
     sweep.trials = [{"job": _job(make, one), "values": one.values} for one in wanted]
     session.add(sweep)
     session.flush()

@@ -9,6 +9,7 @@ from openai import OpenAI
 from sqlalchemy import orm, select
 
 from app.accounts.caller import Caller
+from app.adapters import aliases
 from app.core.settings import Settings
 from app.main import create_app
 from app.models import Table
@@ -33,7 +34,10 @@ IN_BODIES = [
     ("/v1/evaluations", "file", {"models": [make.TINY]}),
     ("/v1/chat/completions", "model", {"messages": [{"role": "user", "content": "a"}]}),
     ("/v1/completions", "model", {"prompt": "a"}),
+    ("/v1/model_aliases", "model", {"name": "mine"}),
 ]
+# what the body of a POST must hold to be understood, where it is not a name
+BODIES = {"/v1/model_aliases/{name}": {"model": make.TINY}}
 
 
 @pytest.fixture
@@ -45,13 +49,14 @@ def theirs(client: OpenAI, system_sessions: orm.sessionmaker[orm.Session], organ
         lease = make.claim(session, job)
         make.checkpoint(session, lease)
         make.complete(session, lease)
+        alias = aliases.point(session, organization, "theirs", model=str(job.fine_tuned_model), job_id=job.id)
         sweep = make.sweep(session, organization)
         evaluation, sample = make.evaluation(session, organization, str(job.fine_tuned_model))
     (event, *_) = client.fine_tuning.jobs.list_events(job.id).data
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id).data
     models = [str(job.fine_tuned_model), checkpoint.fine_tuned_model_checkpoint]
     ids = [job.training_file_id, str(job.result_file_id), job.id, event.id, checkpoint.id, endpoint.id, organization.project_id]
-    return [*ids, evaluation.id, sample, sweep.id, *models]
+    return [*ids, evaluation.id, sample, sweep.id, *models, alias.id, alias.name]
 
 
 def rows_of(session: orm.Session, caller: Caller) -> list[str]:
@@ -77,7 +82,7 @@ def ask(api_url: str, key: str, method: str, path: str, body: object) -> httpx.R
 @pytest.mark.parametrize(("method", "path"), NAMING)
 def test_anothers_id_is_not_found(api_url: str, stranger: OpenAI, theirs: list[str], method: str, path: str) -> None:
     for id_ in theirs:
-        body = {"name": "stolen"} if method == "POST" else None
+        body = BODIES.get(path, {"name": "stolen"}) if method == "POST" else None
         answer = ask(api_url, stranger.api_key, method, re.sub(r"\{[^}]+\}", id_, path), body)
         assert answer.status_code == 404, answer.text
         make.require_envelope(404, answer.json())
@@ -126,5 +131,5 @@ def test_there_is_something_to_steal(
             if session.execute(select(table).where(table.c.organization_id == organization.organization_id)).first()
         }
     things = {"files", "jobs", "job_events", "job_checkpoints", "adapters", "webhook_endpoints"}
-    assert held >= things | {"evaluations", "evaluation_samples", "sweeps"}
+    assert held >= things | {"evaluations", "evaluation_samples", "sweeps", "model_aliases", "model_alias_changes"}
     assert len(set(theirs)) == len(theirs)

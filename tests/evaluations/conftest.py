@@ -86,6 +86,4 @@ def model(engine: tuple[str, ScriptedRunner], system_sessions: orm.sessionmaker[
 def tuned(system_sessions: orm.sessionmaker[orm.Session], organization: Caller) -> str:
     """The name of a model that the organization has made."""
     with system_sessions.begin() as session:
-        job = rows.queued_job(session, organization)
-        rows.complete(session, rows.claim(session, job))
-        return str(job.fine_tuned_model)
+        return rows.tuned_model(session, organization)

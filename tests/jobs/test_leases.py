@@ -299,7 +299,7 @@ def test_a_checkpoint_that_a_running_job_needs_cannot_be_deleted(session: orm.Se
     make.checkpoint(session, lease, step=4)
     name = session.scalars(select(Adapter.name).where(Adapter.job_id == job.id)).one()
 
-    with pytest.raises(Conflict, match="go on from"):
+    with pytest.raises(Conflict, match="needs ft:"):
         adapters.delete(session, organization, catalog.load(), name)
     leases.fail(session, lease, code="diverged", message="no")
     adapters.delete(session, organization, catalog.load(), name)

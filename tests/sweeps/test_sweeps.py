@@ -129,6 +129,8 @@ def test_cancelling_ends_what_has_not_ended_and_twice_is_the_same_as_once(
         ({"metric": {"type": "luck"}}, 400, "metric", "valid_loss"),
         ({"random": {"trials": 0}}, 400, "random.trials", "1"),
         ({"dry_run": True}, 400, "dry_run", "one job"),
+        ({"alias": "prod"}, 400, "alias", "the model of the best job"),
+        ({"grid": {"alias": ["a", "b"]}}, 400, "alias", "the model of the best job"),
     ],
 )
 def test_all_jobs_are_made_or_none(
