@@ -9,6 +9,7 @@ from sqlalchemy import orm
 from app import db
 from app.accounts import caller
 from app.core.catalog import Catalog
+from app.core.prices import PriceBook
 from app.core.settings import Settings as AppSettings
 from app.core.storage import Storage as AppStorage
 
@@ -52,7 +53,13 @@ def get_catalog(request: Request) -> Catalog:
     return catalog
 
 
+def get_prices(request: Request) -> PriceBook:
+    prices: PriceBook = request.app.state.prices
+    return prices
+
+
 Sessions = Annotated[orm.sessionmaker[orm.Session], Depends(get_sessions)]  # for routes that work without a transaction too
 Settings = Annotated[AppSettings, Depends(get_settings)]
 Storage = Annotated[AppStorage, Depends(get_storage)]
 BaseModels = Annotated[Catalog, Depends(get_catalog)]
+Prices = Annotated[PriceBook, Depends(get_prices)]

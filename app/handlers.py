@@ -67,7 +67,7 @@ def answer(error: Exception) -> JSONResponse:
         case AppError():
             return JSONResponse(error.envelope(), status_code=error.status, headers=error.headers)
         case RequestValidationError():
-            return answer(_first_problem(error))
+            return answer(first_problem(error.errors()))
         case HTTPException(status_code=400, __cause__=Exception() as cause):  # FastAPI could not read a body
             return answer(BadRequest(f"the body is not valid JSON: {_unreadable(cause)}", code="invalid_json"))
         case HTTPException():
@@ -111,9 +111,8 @@ def _unreadable(cause: Exception) -> str:
             return "it could not be read"
 
 
-def _first_problem(error: RequestValidationError) -> AppError:
+def first_problem(problems: Sequence[Any]) -> AppError:
     """Pydantic's list of problems, told as one sentence about the first parameter that is wrong."""
-    problems: Sequence[dict[str, Any]] = error.errors()
     first, where = problems[0], _nearest(problems)
     match first["type"]:
         case "json_invalid":

@@ -11,7 +11,7 @@ from app import db, handlers, health, manual
 from app.accounts.keys import KeyRing
 from app.accounts.middleware import Authenticate
 from app.adapters import routes as adapters
-from app.core import catalog, judges, logging, storage
+from app.core import catalog, judges, logging, prices, storage
 from app.core.settings import Settings
 from app.evaluations import routes as evaluations
 from app.evaluations.asking import Asker
@@ -22,6 +22,7 @@ from app.inference.gateway import Gateway
 from app.inference.renderers import Renderers
 from app.jobs import routes as jobs
 from app.jobs.dry_run import DryRunner
+from app.sweeps import routes as sweeps
 from app.webhooks import routes as webhooks
 
 
@@ -42,6 +43,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     state.storage = storage.open_storage(settings.storage, for_requests=True)
     state.catalog = catalog.load(settings.catalog_file)
+    state.prices = prices.load(settings.price_file)
     state.dry_runner = DryRunner(state.sessions, state.storage, state.catalog, settings)
     state.gateway = Gateway(state.sessions, state.catalog, Renderers(state.storage), settings.inference, settings.engine_token)
     state.asker = Asker(state.gateway, judges.load(settings.evaluations.judges_file))
@@ -49,6 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         files.router,
         jobs.router,
         jobs.queues,
+        sweeps.router,
         evaluations.router,
         adapters.router,
         inference.router,

@@ -24,7 +24,9 @@ from app.jobs.admission import Admission, Data
 from app.jobs.leases import Lease
 from app.jobs.preparing import Dataset, Datasets
 from app.jobs.schemas import JobCreate
-from app.models import Evaluation, EvaluationSample, EvaluationState, File, Job
+from app.models import Evaluation, EvaluationSample, EvaluationState, File, Job, Sweep
+from app.sweeps import service as sweeps
+from app.sweeps.schemas import SweepCreate
 
 TINY = "tiny-random-llama"
 LEASES = LeaseSettings()
@@ -96,14 +98,31 @@ def job(session: orm.Session, caller: Caller, *, training_file: File | None = No
     return jobs.create(session, caller, catalog.load(), request=request, tiers=CPU)
 
 
-def queued_job(session: orm.Session, caller: Caller) -> Job:
+def queued_job(session: orm.Session, caller: Caller, **asked: object) -> Job:
     """A job that a worker may take, in a queue of its own so that no other test's worker does."""
-    made = job(session, caller)
+    return prepared(session, job(session, caller, **asked))
+
+
+def prepared(session: orm.Session, made: Job) -> Job:
+    """The same of a job that there is."""
     datasets = Datasets(training=Dataset(key="nowhere", sha256="0" * 64))
-    preparing.finish(session, made.id, admitted=admitted(), datasets=datasets)
+    resolved = admitted(requested=spec.Requested.model_validate(made.request))
+    preparing.finish(session, made.id, admitted=resolved, datasets=datasets)
     made.queue = f"train.{made.id}"
     session.flush()
     return made
+
+
+def sweep(session: orm.Session, caller: Caller, **asked: object) -> Sweep:
+    """Of two learning rates, with part of the file held back."""
+    body: dict[str, object] = {
+        "model": TINY,
+        "training_file": valid_file(session, caller).id,
+        "training": {"validation_split": 2},
+        "grid": {"training.learning_rate": [1e-3, 1e-4]},
+    }
+    request = SweepCreate.model_validate(body | asked)
+    return sweeps.create(session, caller, catalog.load(), request=request, tiers=CPU)
 
 
 def evaluation(session: orm.Session, caller: Caller, model: str) -> tuple[Evaluation, str]:
@@ -123,11 +142,11 @@ def evaluation(session: orm.Session, caller: Caller, model: str) -> tuple[Evalua
     return made, session.scalars(select(EvaluationSample.id).where(EvaluationSample.evaluation_id == made.id)).one()
 
 
-def admitted(*, tokens: int = 600) -> Admission:
+def admitted(*, tokens: int = 600, requested: spec.Requested = spec.Requested()) -> Admission:
     """A dozen short rows of the tiny base, in the cpu tier."""
     data = Data(examples=12, dropped=0, tokens=tokens, trained_tokens=tokens // 2, longest=90)
     known = catalog.load()
-    return admission.admit(known[TINY], spec.Requested(), data, seed=1, among=CPU, gpu=GpuSettings(), catalog=known)
+    return admission.admit(known[TINY], requested, data, seed=1, among=CPU, gpu=GpuSettings(), catalog=known)
 
 
 def claim(session: orm.Session, of: Job, *, owner: str = "worker") -> Lease:
@@ -152,12 +171,12 @@ def checkpoint(session: orm.Session, lease: Lease, *, step: int = 1, metrics: di
     leases.checkpoint(session, lease, step=step, prefix=prefix, manifest=manifest(lease.job_id), metrics=metrics or {})
 
 
-def complete(session: orm.Session, lease: Lease) -> None:
+def complete(session: orm.Session, lease: Lease, *, metrics: dict[str, float] | None = None) -> None:
     leases.complete(
         session,
         lease,
         prefix=f"somewhere/{lease.job_id}/a{lease.attempt}",
-        manifest=manifest(lease.job_id),
+        manifest=manifest(lease.job_id).model_copy(update={"metrics": metrics or {}}),
         trained_tokens=100,
         memory=MeasuredMemory(peak_bytes=1, measured_as="rss", micro_batch_tokens=2048, is_checkpointing=False),
         tables=[

@@ -21,7 +21,9 @@ import structlog
 from sqlalchemy import orm
 
 from app import db
+from app.adapters import service as adapters
 from app.core import checkpoints, events, manifest
+from app.core.engine import AdapterRef
 from app.core.errors import AppError, NotFound, Unavailable
 from app.core.settings import PREFIX
 from app.core.spec import TrainSpec
@@ -62,6 +64,7 @@ class Assignment:
     spec: TrainSpec
     datasets: Datasets
     prefix: str
+    start: AdapterRef | None  # the model that it continues
     resume_from: tuple["Kept", ...]  # the newest first
 
 
@@ -365,6 +368,7 @@ def _assignment(session: orm.Session, lease: Lease) -> Assignment:
         spec=TrainSpec.model_validate(job.spec),
         datasets=Datasets.model_validate(job.datasets),
         prefix=f"orgs/{job.organization_id}/jobs/{job.id}/a{lease.attempt}",
+        start=adapters.find_start(session, job),
         resume_from=tuple(Kept(kept.step, kept.prefix, kept.metrics) for kept in leases.resumable_checkpoints(session, lease)),
     )
 
@@ -380,6 +384,7 @@ def _fetch_data(to: Services, assignment: Assignment, directory: Path) -> wire.T
         validation=_download(to.storage, datasets.validation, directory / "validation.safetensors")
         if datasets.validation
         else None,
+        start=_download_directory(to.storage, assignment.start.prefix, directory / "start") if assignment.start else None,
         output_dir=directory / "adapter",
         checkpoints_dir=directory / "checkpoints",
         handover_dir=directory / "handover",
@@ -395,12 +400,19 @@ def _download(storage: Storage, dataset: Dataset, path: Path) -> Path:
 
 def _download_checkpoint(storage: Storage, prefix: str, directory: Path) -> None:
     """Raises Damaged, NotFound."""
+    _download_directory(storage, prefix, directory)
+    for part in ("adapter", "state"):
+        manifest.read(directory / part)
+
+
+def _download_directory(storage: Storage, prefix: str, directory: Path) -> Path:
+    """All there is under `prefix`, which may be nothing: whoever opens it reads its manifest. Raises NotFound."""
+    directory.mkdir(parents=True, exist_ok=True)
     for key in storage.list_keys(f"{prefix}/"):
         path = directory / key.removeprefix(f"{prefix}/")
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.get_file(key, path)
-    for part in ("adapter", "state"):
-        manifest.read(directory / part)
+    return directory
 
 
 def _upload_directory(storage: Storage, directory: Path, prefix: str) -> manifest.Manifest:

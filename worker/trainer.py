@@ -62,6 +62,7 @@ def must_checkpoint(job: wire.TrainerJob, room: Room | None) -> bool:
         lora=job.spec.lora,
         double_quant=job.spec.quantization.double_quant,
         optimizer=job.spec.optimizer.kind,
+        keeps_start=job.spec.keeps_start,
         longest_tokens=1,
         mean_tokens=1,
         batch_size=1,
@@ -80,6 +81,7 @@ def _run(job: wire.TrainerJob, warm: "_Warm | None", cache_dir: Path, said: Bina
     paths = Paths(
         dataset=job.dataset,
         validation=job.validation,
+        start=job.start,
         output=job.output_dir,
         checkpoints=job.checkpoints_dir,
         cache=cache_dir,

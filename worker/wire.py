@@ -20,6 +20,8 @@ class TrainerJob(BaseModel):
     """One run. Checkpoints go to, and are resumed from, `checkpoints_dir`; the adapter is written to `output_dir`.
 
     The run deletes old checkpoints. Those that the trainer names in `Checkpointed` lie in `handover_dir`: the supervisor's own.
+    `start` is the adapter that it continues.
+
     `micro_batch_tokens` is how many tokens are in memory at once: the spec's, or fewer where those did not fit. With
     `is_checkpointing` layers are computed again in the backward, whether or not the trainer's card seems to have room.
     """
@@ -30,6 +32,7 @@ class TrainerJob(BaseModel):
     base: Base
     dataset: Path
     validation: Path | None = None
+    start: Path | None = None
     output_dir: Path
     checkpoints_dir: Path
     handover_dir: Path

@@ -1,5 +1,7 @@
 """Published models: a public name, a row, an immutable directory in storage."""
 
+from typing import Literal
+
 from sqlalchemy import Select, orm, select
 from sqlalchemy import delete as delete_rows
 
@@ -53,10 +55,22 @@ def find(session: orm.Session, caller: Caller, name: str) -> Adapter | None:
     return session.scalar(_visible(caller).where(Adapter.name == name))
 
 
-def get(session: orm.Session, caller: Caller, name: str) -> Adapter:
-    if adapter := find(session, caller, name):
+def get(
+    session: orm.Session, caller: Caller, name: str, *, param: str | None = None, lock: Literal["share", "update"] | None = None
+) -> Adapter:
+    """`lock`: until the commit nobody deletes it, or nobody else locks it."""
+    query = _visible(caller).where(Adapter.name == name)
+    if adapter := session.scalar(query if lock is None else query.with_for_update(read=lock == "share")):
         return adapter
-    raise NotFound(f"the model {name!r} does not exist or is not yours; GET /v1/models lists them", code="model_not_found")
+    message = f"the model {name!r} does not exist or is not yours; GET /v1/models lists them"
+    raise NotFound(message, param=param, code="model_not_found")
+
+
+def find_start(session: orm.Session, job: Job) -> AdapterRef | None:
+    """The model that a job continues, if it does and the model is there."""
+    mine = select(Adapter).where(Adapter.organization_id == job.organization_id, Adapter.name == job.continue_from)
+    adapter = session.scalar(mine)
+    return ref_of(adapter) if adapter else None
 
 
 def list_published(session: orm.Session, caller: Caller) -> list[Adapter]:
@@ -68,10 +82,13 @@ def delete(session: orm.Session, caller: Caller, catalog: Catalog, name: str) ->
     """Forget a model and free its storage. Base models cannot be deleted."""
     if catalog.find(name):
         raise BadRequest(f"{name} is a base model and cannot be deleted", param="model", code="model_not_deletable")
-    adapter = get(session, caller, name)
+    adapter = get(session, caller, name, lock="update")
     job_id = session.scalar(select(Job.id).where(Job.id == adapter.job_id, Job.state.in_(UNFINISHED)).with_for_update())
     if job_id is not None:
         raise Conflict(f"job {job_id} may have to go on from {name}; cancel it or wait for its end", code="model_in_use")
+    continues_it = (Job.organization_id == caller.organization_id, Job.continue_from == name, Job.state.in_(UNFINISHED))
+    if job_id := session.scalar(select(Job.id).where(*continues_it).limit(1)):
+        raise Conflict(f"job {job_id} continues {name}; cancel it or wait for its end", code="model_in_use")
     prefix = adapter.prefix
     if adapter.step is not None:
         of_step = (JobCheckpoint.job_id == adapter.job_id, JobCheckpoint.step == adapter.step)

@@ -129,8 +129,12 @@ def predict(
     trainer: Trainer | None = None,
     double_quant: bool = True,
     is_checkpointing: bool = False,
+    keeps_start: bool = False,
 ) -> Memory:
-    """The peak of a training step with micro-batches of so many tokens; of ours on a GPU, unless another trainer is named."""
+    """The peak of a training step with micro-batches of so many tokens; of ours on a GPU, unless another trainer is named.
+
+    `keeps_start`: the adapter that the run began with stays beside the one that is trained.
+    """
     trainer = trainer or trainer_of(model, lora, "cuda")
     tokens = micro_batch_tokens
     of_layer = (trainer.kept.of(model) + _kept_of_adapter(model, lora)) * tokens
@@ -143,7 +147,7 @@ def predict(
     coming_and_going = checkpoints + layers + max(passing, head) + dequantized
     return Memory(
         weights=round(weights_bytes(model, double_quant=double_quant, embedding_bytes=trainer.embedding_bytes)),
-        adapter=round(adapter_parameters(model, lora) * trainer.state_bytes),
+        adapter=round(adapter_parameters(model, lora) * (trainer.state_bytes + 4 * keeps_start)),
         checkpoints=checkpoints,
         layers=round(layers),
         passing=round(passing),

@@ -39,6 +39,7 @@ class Run(_Frozen):
     lora: LoraSpec
     double_quant: bool = True
     optimizer: OptimizerKind = "adamw_8bit"
+    keeps_start: bool = False
     longest_tokens: int
     documents: int = 1
     mean_tokens: float
@@ -153,6 +154,7 @@ def _planned(run: Run, room: Room, micro_batch_tokens: int, is_checkpointing: bo
         trainer=memory.trainer_of(run.model, run.lora, room.device, run.optimizer),
         double_quant=run.double_quant,
         is_checkpointing=is_checkpointing,
+        keeps_start=run.keeps_start,
     )
     return Plan(
         room=room,

@@ -74,9 +74,18 @@ class LoraSpec(_Frozen):
         return self
 
     @property
+    def scaling(self) -> float:
+        return scaling(self.alpha, self.rank, use_rslora=self.use_rslora)
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """The modules of a layer that it changes, by name."""
         return TARGETS if self.target_modules == "all-linear" else self.target_modules
+
+
+def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
+    """What the product of B and A is multiplied with."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 class QuantizationSpec(_Frozen):
@@ -142,6 +151,13 @@ class PreferenceSpec(_Frozen):
         return self.method == "orpo"
 
 
+class Start(_Frozen):
+    """A model whose weights a run begins with, in place of a fresh adapter's. `digest` is that of its manifest."""
+
+    model: str
+    digest: str
+
+
 class TrainSpec(Judging):
     """Everything that decides the weights, given base and data.
 
@@ -161,6 +177,12 @@ class TrainSpec(Judging):
     optimizer: OptimizerSpec
     neftune_noise_alpha: float = _later(0.0, ge=0, le=100)
     preference: PreferenceSpec | None = _later(None)
+    continue_from: Start | None = _later(None)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the weights that it begins with are in memory to its end: answers are compared with theirs."""
+        return self.preference is not None and self.preference.has_reference and self.continue_from is not None
 
     @property
     def method(self) -> MethodName:
@@ -214,6 +236,7 @@ class Requested(_Frozen):
     adapter: LoraSpec = LoraSpec()
     quantization: QuantizationSpec = QuantizationSpec()
     training: TrainingOptions = TrainingOptions()
+    continue_from: Start | None = _later(None)
 
 
 def max_seq_length(requested: Requested, base: Base) -> int:
@@ -260,6 +283,7 @@ def resolve(requested: Requested, base: Base, *, seed: int, examples: int, longe
         publish=options.publish,
         neftune_noise_alpha=options.neftune_noise_alpha,
         preference=_preference(requested, good, examples - good),
+        continue_from=requested.continue_from,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Sequence
 
-from sqlalchemy import Select, func, orm, select
+from sqlalchemy import ARRAY, Select, Text, cast, func, orm, select
 
 from app import outbox, pages
 from app.accounts.caller import Caller
@@ -15,6 +15,8 @@ from app.evaluations.schemas import EvaluationCreate
 from app.files import service as files
 from app.models import Evaluation, EvaluationSample, EvaluationState, File, FileStatus
 from app.models.evaluations import UNDECIDED
+
+MOST_NAMING = 300
 
 
 def create(
@@ -79,6 +81,16 @@ def get(session: orm.Session, caller: Caller, evaluation_id: str) -> Evaluation:
 
 def list_page(session: orm.Session, caller: Caller, *, after: str | None, limit: int) -> tuple[Sequence[Evaluation], bool]:
     return pages.fetch(session, _visible(caller), Evaluation.id, after=after, limit=limit)
+
+
+def list_naming(
+    session: orm.Session, caller: Caller, models: Sequence[str], *, file_id: str | None = None
+) -> Sequence[Evaluation]:
+    """Those that ask any of these models, about this file or any, the newest first; not more than the last few hundred."""
+    query = _visible(caller).where(Evaluation.request["models"].has_any(cast(models, ARRAY(Text))))
+    if file_id is not None:
+        query = query.where(Evaluation.file_id == file_id)
+    return session.scalars(query.order_by(Evaluation.id.desc()).limit(MOST_NAMING)).all()
 
 
 def list_samples(

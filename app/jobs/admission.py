@@ -122,12 +122,13 @@ def admit(
         lora=resolved.lora,
         double_quant=resolved.quantization.double_quant,
         optimizer=resolved.optimizer.kind,
+        keeps_start=resolved.keeps_start,
         longest_tokens=data.longest,
         documents=2 if "preference" in methods.FORMATS[requested.method] else 1,
         mean_tokens=data.tokens / data.examples,
         batch_size=resolved.batch_size,
     )
-    plan = _placed(run, base, among, gpu, catalog)
+    plan = _placed(run, base, among, gpu, catalog, is_continued=resolved.continue_from is not None)
     return Admission(
         spec=resolved.model_copy(update={"micro_batch_tokens": plan.micro_batch_tokens}),
         plan=plan,
@@ -150,10 +151,11 @@ def first_queue(base: Base, requested: Requested, *, among: Set[str], gpu: GpuSe
         mean_tokens=1,
         batch_size=1,
     )
-    return f"train.{_placed(shortest, base, among, gpu, catalog).room.tier}"
+    is_continued = requested.continue_from is not None
+    return f"train.{_placed(shortest, base, among, gpu, catalog, is_continued=is_continued).room.tier}"
 
 
-def _placed(run: Run, base: Base, among: Set[str], gpu: GpuSettings, catalog: Catalog) -> Plan:
+def _placed(run: Run, base: Base, among: Set[str], gpu: GpuSettings, catalog: Catalog, *, is_continued: bool) -> Plan:
     rooms = [tiers.room(tier, gpu) for tier in tiers.holding(base, among)]
     has = ", ".join("cpu" if tier == tiers.CPU else f"{tier} GB" for tier in sorted(among))
     if not rooms:
@@ -164,16 +166,20 @@ def _placed(run: Run, base: Base, among: Set[str], gpu: GpuSettings, catalog: Ca
         raise BadRequest(message, param="training.optimizer", code="unsupported_parameter")
     plan = planner.plan(run, rooms)
     if not plan.fits:
-        raise _no_room(run, plan, catalog)
+        raise _no_room(run, plan, catalog, is_continued=is_continued)
     return plan
 
 
-def _no_room(run: Run, plan: Plan, catalog: Catalog) -> NoRoom:
+def _no_room(run: Run, plan: Plan, catalog: Catalog, *, is_continued: bool) -> NoRoom:
+    """The base and the shape of a model that is continued cannot be chosen."""
     largest = plan.room
     usable, needed = (largest.usable_bytes or 0) / GIB, plan.memory.peak_bytes / GIB
     held = [base for base in catalog.values() if tiers.holding(base, {largest.tier})]
     would_fit = planner.remedies(run, largest, bases=held)
+    if is_continued:
+        would_fit = tuple(one for one in would_fit if one.param not in ("model", "adapter.rank", "adapter.use_dora"))
     first = would_fit[0].param if would_fit else "model"
-    advice = f"what would fit: {', or '.join(map(str, would_fit))}" if would_fit else "choose a smaller base model"
+    otherwise = "continue a smaller model" if is_continued else "choose a smaller base model"
+    advice = f"what would fit: {', or '.join(map(str, would_fit))}" if would_fit else otherwise
     has = f"the largest worker, of {largest.tier} GB, has {usable:.1f} GiB for it"
     return NoRoom(f"this run needs about {needed:.1f} GiB and {has}; {advice}", param=first)

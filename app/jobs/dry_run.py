@@ -25,7 +25,7 @@ from app.core.tokens import keys
 from app.files import derived, glance
 from app.files import service as files
 from app.files.glance import Glance, Sample, Wanted
-from app.jobs import admission, queue, throughput
+from app.jobs import admission, queue, starting, throughput
 from app.jobs.admission import Admission, Data
 from app.jobs.queue import Place
 from app.jobs.schemas import JobCreate, PlaceOut, shown_hyperparameters, shown_method, shown_training, told_plan
@@ -61,6 +61,7 @@ class DryRunOut(BaseModel):
     warnings: list[str]
     model: str
     base_model: str
+    continue_from: str | None
     training_file: str
     validation_file: str | None
     files: dict[str, Report]
@@ -134,6 +135,7 @@ class DryRunner:
             warnings=[*seen.warnings, *(seen.report.warnings() if seen.report else ())],
             model=request.model,
             base_model=asked.base.id,
+            continue_from=asked.requested.continue_from.model if asked.requested.continue_from else None,
             training_file=request.training_file,
             validation_file=request.validation_file,
             files=seen.reports,
@@ -156,7 +158,7 @@ class DryRunner:
         return db.organization_session(self._sessions, caller.organization_id)
 
     def _understand(self, session: orm.Session, caller: Caller, request: JobCreate) -> _Asked:
-        base, requested = self._catalog.resolve(request.model), request.requested()
+        base, requested = starting.understand(session, caller, self._catalog, request)
         training, gpu = self._settings.training, self._settings.gpu
         admission.first_queue(base, requested, among=training.tiers, gpu=gpu, catalog=self._catalog)
         named = {"training_file": request.training_file, "validation_file": request.validation_file}

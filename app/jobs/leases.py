@@ -160,7 +160,7 @@ def complete(
         states.move(session, job, JobState.CANCELLED, "The job was cancelled")
         return
     job.fine_tuned_model = adapters.name_of(job)
-    job.trained_tokens = trained_tokens
+    job.trained_tokens, job.valid_loss = trained_tokens, manifest.metrics.get("valid_loss")
     job.plan = {**(job.plan or {}), "measured_peak_bytes": memory.peak_bytes, "measured": memory.model_dump(mode="json")}
     job.result_file_id, *job.further_result_file_ids = [files.add_result(session, job, table).id for table in tables]
     adapter = adapters.publish(session, job, name=job.fine_tuned_model, step=None, prefix=prefix, manifest=manifest)

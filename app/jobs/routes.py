@@ -1,12 +1,13 @@
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 
 from app import db, pages
-from app.deps import BaseModels, Caller, Session, Sessions, Settings
-from app.jobs import queue
+from app.deps import BaseModels, Caller, Prices, Session, Sessions, Settings
+from app.jobs import comparing, queue
 from app.jobs import service as jobs
+from app.jobs.comparing import ComparisonOut
 from app.jobs.dry_run import DryRunner, DryRunOut
 from app.jobs.schemas import MAX_LISTED, CheckpointOut, EventOut, JobCreate, JobOut, QueueOut
 from app.models import Job
@@ -53,6 +54,18 @@ def list_jobs(
     mine, has_more = jobs.list_page(session, caller, metadata=metadata, after=after, limit=limit)
     places = queue.places(session, mine)
     return pages.page((mine, has_more), lambda job: JobOut.of(job, places.get(job.id), is_listed=True))
+
+
+@router.get("/jobs/compare")
+def compare_jobs(
+    session: Session,
+    caller: Caller,
+    prices: Prices,
+    ids: Annotated[list[str], Query(min_length=1)],
+    points: Annotated[int, Query(ge=2, le=2000)] = 200,
+) -> ComparisonOut:
+    """2 to 20 jobs side by side, as `ids=a,b` or `ids=a&ids=b`; at most `points` of each curve."""
+    return comparing.compare(session, caller, ids, points=points, prices=prices)
 
 
 @router.get("/jobs/{job_id}")

@@ -62,7 +62,10 @@ class Method(Request):
 
 
 class JobCreate(Request):
-    """What `POST /v1/fine_tuning/jobs` takes. `adapter`, `quantization`, `training` and `dry_run` are ours."""
+    """What `POST /v1/fine_tuning/jobs` takes. `adapter`, `quantization`, `training`, `continue_from` and `dry_run` are ours.
+
+    `model` is a base, or one of your own models: then it is what `continue_from` says.
+    """
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     training_file: Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -76,6 +79,7 @@ class JobCreate(Request):
     adapter: spec.LoraSpec = spec.LoraSpec()
     quantization: spec.QuantizationSpec = spec.QuantizationSpec()
     training: spec.TrainingOptions = spec.TrainingOptions()
+    continue_from: Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(without_nul)] | None = None
     dry_run: bool = False
 
     @model_validator(mode="after")
@@ -172,6 +176,8 @@ class JobOut(BaseModel):
     user_provided_suffix: str | None
     paused: bool
     base_model: str
+    continue_from: str | None
+    sweep: str | None
     adapter: dict[str, Any]
     quantization: dict[str, Any]
     training: dict[str, Any]
@@ -194,7 +200,7 @@ class JobOut(BaseModel):
         return cls(
             id=job.id,
             created_at=unix(job.created_at),
-            status=JobState.QUEUED if job.state == JobState.PAUSED else job.state,
+            status=status_of(job.state),
             model=job.requested_model,
             organization_id=job.organization_id,
             result_files=[job.result_file_id, *(job.further_result_file_ids or [])] if job.result_file_id else [],
@@ -212,6 +218,8 @@ class JobOut(BaseModel):
             user_provided_suffix=job.suffix,
             paused=job.state == JobState.PAUSED,
             base_model=job.base,
+            continue_from=job.continue_from,
+            sweep=job.sweep_id,
             adapter=dict(requested.adapter),
             quantization=dict(requested.quantization),
             training=shown_training(requested, resolved),
@@ -315,6 +323,11 @@ class CheckpointOut(BaseModel):
             step_number=checkpoint.step,
             metrics={"step": checkpoint.step, **checkpoint.metrics},
         )
+
+
+def status_of(state: str) -> str:
+    """In the API's words."""
+    return JobState.QUEUED if state == JobState.PAUSED else state
 
 
 def told_plan(plan: dict[str, Any] | None) -> dict[str, Any]:

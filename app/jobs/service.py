@@ -15,7 +15,7 @@ from app.core.errors import NotFound
 from app.core.settings import GpuSettings
 from app.evaluations import leases as evaluations
 from app.files import service as files
-from app.jobs import admission, states
+from app.jobs import admission, starting, states
 from app.jobs.schemas import JobCreate
 from app.models import Desired, File, FileStatus, Job, JobCheckpoint, JobEvent, JobState
 
@@ -32,10 +32,11 @@ def create(
     tiers: frozenset[str],
     gpu: GpuSettings = GpuSettings(),
     is_retry: bool = False,
+    sweep_id: str | None = None,
 ) -> Job:
     """Queue a fine-tuning job. `is_retry`: the SDK repeats a request it got no answer to; the first one's job is the answer."""
-    base = catalog.resolve(request.model)
-    queue = admission.first_queue(base, request.requested(), among=tiers, gpu=gpu, catalog=catalog)
+    base, requested = starting.understand(session, caller, catalog, request)
+    queue = admission.first_queue(base, requested, among=tiers, gpu=gpu, catalog=catalog)
     method = request.method_name
     training_file = files.get_for_training(session, caller, request.training_file, method=method, param="training_file")
     validation_file = None
@@ -51,10 +52,12 @@ def create(
         base=base.id,
         training_file_id=training_file.id,
         validation_file_id=validation_file.id if validation_file else None,
+        continue_from=requested.continue_from.model if requested.continue_from else None,
+        sweep_id=sweep_id,
         suffix=request.suffix,
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
         user_metadata=request.metadata,
-        request=request.requested().model_dump(mode="json"),
+        request=requested.model_dump(mode="json"),
         request_sha256=_digest_of(request),
         queue=queue,
     )
@@ -74,6 +77,11 @@ def get(session: orm.Session, caller: Caller, job_id: str) -> Job:
     raise NotFound(
         f"the job {job_id!r} does not exist or is not yours; GET /v1/fine_tuning/jobs lists them", code="job_not_found"
     )
+
+
+def find_all(session: orm.Session, caller: Caller, ids: Sequence[str]) -> Sequence[Job]:
+    """Those that are the caller's."""
+    return session.scalars(_visible(caller).where(Job.id.in_(ids))).all()
 
 
 def list_page(

@@ -10,6 +10,7 @@ from app.models.files import File, FileStatus
 from app.models.jobs import Desired, Job, JobCheckpoint, JobEvent, JobState
 from app.models.outbox import OutboxMessage
 from app.models.queues import QueueClock, QueueShare, Throughput
+from app.models.sweeps import Sweep
 from app.models.usage import UsageRecord
 from app.models.webhooks import WebhookDelivery, WebhookEndpoint
 
@@ -33,6 +34,7 @@ __all__ = [
     "Project",
     "QueueClock",
     "QueueShare",
+    "Sweep",
     "Table",
     "Throughput",
     "UsageRecord",

@@ -34,8 +34,9 @@ class Desired(StrEnum):
 class Job(Owned, Table):
     """A fine-tuning job. Postgres is the queue: workers claim rows, and hold them by lease and attempt number.
 
-    `total_tokens` are those of all epochs, or of a supervised job that takes as long; `worker_seconds` what all attempts have
-    taken. Of the running one are `claimed_at` and `charged_seconds`, what its organization was charged in advance.
+    `valid_loss` is that of the published adapter. `total_tokens` are those of all epochs, or of a supervised job that takes as
+    long; `worker_seconds` what all attempts have taken. Of the running one are `claimed_at` and `charged_seconds`, what its
+    organization was charged in advance.
     """
 
     __tablename__ = "jobs"
@@ -47,6 +48,8 @@ class Job(Owned, Table):
         Index("ix_jobs_leased", "lease_expires_at", postgresql_where="state = 'running'"),
         Index("ix_jobs_to_prepare", "not_before", postgresql_where="state = 'validating_files'"),
         Index("ix_jobs_training_file_id", "training_file_id"),
+        Index("ix_jobs_sweep_id", "sweep_id", postgresql_where="sweep_id IS NOT NULL"),
+        Index("ix_jobs_continue_from", "continue_from", postgresql_where="continue_from IS NOT NULL"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -59,6 +62,8 @@ class Job(Owned, Table):
     base: Mapped[str]
     training_file_id: Mapped[str] = mapped_column(Id)
     validation_file_id: Mapped[str | None] = mapped_column(Id)
+    continue_from: Mapped[str | None] = mapped_column(Id)
+    sweep_id: Mapped[str | None] = mapped_column(Id)
     suffix: Mapped[str | None]
     seed: Mapped[int]
     user_metadata: Mapped[dict[str, Any] | None]
@@ -85,6 +90,7 @@ class Job(Owned, Table):
 
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     fine_tuned_model: Mapped[str | None]
+    valid_loss: Mapped[float | None]
     result_file_id: Mapped[str | None] = mapped_column(Id)
     further_result_file_ids: Mapped[list[Any] | None]
     held_out: Mapped[dict[str, Any] | None]

@@ -24,9 +24,12 @@ def routes() -> list[tuple[str, str]]:
 
 
 NAMING = [(method, path) for method, path in routes() if "{" in path]
+NO_LISTS = ("/v1/fine_tuning/jobs/compare",)  # wants to be told of what
 # what names a thing in its body: the field, and what else the body must hold
 IN_BODIES = [
     ("/v1/fine_tuning/jobs", "training_file", {"model": make.TINY}),
+    ("/v1/fine_tuning/jobs", "continue_from", {"model": make.TINY, "training_file": "file-any"}),
+    ("/v1/fine_tuning/sweeps", "training_file", {"model": make.TINY, "grid": {"seed": [1]}, "training": {"validation_split": 2}}),
     ("/v1/evaluations", "file", {"models": [make.TINY]}),
     ("/v1/chat/completions", "model", {"messages": [{"role": "user", "content": "a"}]}),
     ("/v1/completions", "model", {"prompt": "a"}),
@@ -42,12 +45,13 @@ def theirs(client: OpenAI, system_sessions: orm.sessionmaker[orm.Session], organ
         lease = make.claim(session, job)
         make.checkpoint(session, lease)
         make.complete(session, lease)
+        sweep = make.sweep(session, organization)
         evaluation, sample = make.evaluation(session, organization, str(job.fine_tuned_model))
     (event, *_) = client.fine_tuning.jobs.list_events(job.id).data
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id).data
     models = [str(job.fine_tuned_model), checkpoint.fine_tuned_model_checkpoint]
     ids = [job.training_file_id, str(job.result_file_id), job.id, event.id, checkpoint.id, endpoint.id, organization.project_id]
-    return [*ids, evaluation.id, sample, *models]
+    return [*ids, evaluation.id, sample, sweep.id, *models]
 
 
 def rows_of(session: orm.Session, caller: Caller) -> list[str]:
@@ -101,8 +105,14 @@ def test_anothers_id_in_a_body_is_not_found(
 def test_anothers_id_as_a_cursor_shows_nothing_of_theirs(api_url: str, stranger: OpenAI, theirs: list[str], path: str) -> None:
     for id_ in theirs:
         answer = ask(api_url, stranger.api_key, "GET", f"{path}?after={id_}&order=asc", None)
-        assert answer.status_code == 200, answer.text
+        assert answer.status_code == (400 if path in NO_LISTS else 200), answer.text
         assert not [theirs_id for theirs_id in theirs if theirs_id in answer.text]
+
+
+def test_anothers_job_is_not_compared(api_url: str, stranger: OpenAI, theirs: list[str]) -> None:
+    answer = ask(api_url, stranger.api_key, "GET", f"/v1/fine_tuning/jobs/compare?ids={','.join(theirs)}", None)
+    error = make.require_envelope(404, answer.json())
+    assert (answer.status_code, error["param"]) == (404, "ids") and all(id_ in str(error["message"]) for id_ in theirs)
 
 
 def test_there_is_something_to_steal(
@@ -116,5 +126,5 @@ def test_there_is_something_to_steal(
             if session.execute(select(table).where(table.c.organization_id == organization.organization_id)).first()
         }
     things = {"files", "jobs", "job_events", "job_checkpoints", "adapters", "webhook_endpoints"}
-    assert held >= things | {"evaluations", "evaluation_samples"}
+    assert held >= things | {"evaluations", "evaluation_samples", "sweeps"}
     assert len(set(theirs)) == len(theirs)

@@ -158,3 +158,12 @@ def test_dora_is_named_where_it_is_to_blame() -> None:
 
     assert planner.plan(plain, [room]).fits and not planner.plan(asked, [room]).fits
     assert planner.remedies(asked, room)[0].param == "adapter.use_dora"
+
+
+def test_the_adapter_that_a_run_began_with_is_counted_where_it_stays() -> None:
+    plans = [
+        planner.plan(run("llama-3.1-8b-instruct").model_copy(update={"keeps_start": keeps}), rooms()) for keeps in (False, True)
+    ]
+    without, kept = (plan.memory.adapter for plan in plans)
+
+    assert kept - without == pytest.approx(4 * 41_943_040, rel=1e-6)  # fp32, of rank 16

@@ -9,8 +9,8 @@ from openai import OpenAI
 from tokenizers import Tokenizer
 
 from tests import make
+from worker.inference.sequence import Choice, Slice
 from worker.inference.sequence import Sequence as Running
-from worker.inference.sequence import Slice
 from worker.services import Services
 from worker.tasks import evaluate, validate
 
@@ -34,8 +34,8 @@ class ScriptedRunner:
         self.says: Says = lambda _prompt, _adapter: ""
         self.asked: list[str] = []
 
-    def run(self, slices: Sequence[Slice]) -> list[tuple[Running, int | None]]:
-        return [(part.sequence, self._next(part.sequence)) for part in slices if part.is_last]
+    def run(self, slices: Sequence[Slice]) -> list[tuple[Running, Choice | None]]:
+        return [(part.sequence, Choice(self._next(part.sequence))) for part in slices if part.is_last]
 
     def free(self, sequence: Running) -> None:
         self._left.pop(sequence.request_id, None)

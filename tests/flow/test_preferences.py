@@ -1,18 +1,20 @@
 """What is trained otherwise than supervised goes the same way: SDK, events, result file, and a model that answers."""
 
+import math
 import time
 from typing import Any
 
+import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from tests import make
 
 
-def created(client: OpenAI, training: bytes, validation: bytes, **asked: Any) -> FineTuningJob:
+def created(client: OpenAI, training: bytes, validation: bytes, *, model: str = make.TINY, **asked: Any) -> FineTuningJob:
     files = {"training_file": training, "validation_file": validation}
     named = {name: client.files.create(file=("a.jsonl", body), purpose="fine-tune").id for name, body in files.items()}
-    return client.fine_tuning.jobs.create(model=make.TINY, seed=3, **named, **asked)
+    return client.fine_tuning.jobs.create(model=model, seed=3, **named, **asked)
 
 
 def succeeded(client: OpenAI, job: FineTuningJob) -> FineTuningJob:
@@ -44,6 +46,7 @@ def test_a_dpo_job_from_the_sdk_to_an_answer(client: OpenAI) -> None:
     (*_, checkpoint) = list(client.fine_tuning.jobs.checkpoints.list(job.id))[::-1]
     assert "rewards/accuracy" in checkpoint.metrics.model_dump()
     assert answers(client, job)
+    _goes_on_from(client, job, method)
 
 
 def answers(client: OpenAI, job: FineTuningJob) -> bool:
@@ -74,3 +77,15 @@ def test_orpo_and_kto_jobs_from_the_sdk_to_an_answer(client: OpenAI) -> None:
         assert told[name] <= set(header)
         assert answers(client, job)
     assert resolved["undesirable_weight"] == 10 / 6
+
+
+def _goes_on_from(client: OpenAI, job: FineTuningJob, method: Any) -> None:
+    """Another job on top of it, which compares with what the first has made."""
+    again = succeeded(
+        client,
+        created(client, make.preference_file(8), make.preference_file(4), model=str(job.fine_tuned_model), method=method),
+    )
+    first, *_ = metrics_of(client, again)
+
+    assert (again.model_extra or {})["continue_from"] == job.fine_tuned_model != again.fine_tuned_model
+    assert first["rewards/margin"] == 0 and first["train_loss"] == pytest.approx(math.log(2))

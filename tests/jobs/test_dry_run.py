@@ -264,6 +264,16 @@ def _large(house: House) -> Base:
     return tiny.model_copy(update=changes)
 
 
+def test_a_model_that_is_continued_gives_its_base_and_shape(house: House) -> None:
+    with house.to.sessions.begin() as session:
+        lease = make.claim(session, tuned := make.queued_job(session, house.caller, adapter={"rank": 8}))
+        make.complete(session, lease)
+    told = house.dry_run(house.file(FILE), model=tuned.fine_tuned_model)
+
+    assert (told.ok, told.model, told.base_model) == (True, tuned.fine_tuned_model, make.TINY)
+    assert (told.continue_from, told.adapter["rank"]) == (tuned.fine_tuned_model, 8)
+
+
 def test_a_base_nobody_has_loaded_is_worth_another_try(house: House) -> None:
     unseen = house.to.catalog[make.TINY].model_copy(update={"id": "tiny-unseen"})
     there = replace(house, to=replace(house.to, catalog=Catalog((unseen,), {})))

@@ -10,9 +10,11 @@ from app.core import catalog, tiers
 from app.core.catalog import Base, Catalog
 from app.core.errors import BadRequest
 from app.core.settings import GpuSettings, Settings, TrainingSettings
+from app.core.spec import LoraSpec, Requested, Start
 from app.core.storage import Storage
+from app.jobs import admission
 from app.jobs import service as jobs
-from app.jobs.admission import NoRoom
+from app.jobs.admission import Data, NoRoom
 from app.jobs.schemas import JobCreate
 from app.models import Job, JobState
 from tests import make
@@ -164,6 +166,15 @@ def test_what_no_data_could_make_fit_is_refused_at_once(installation: Installati
 
     with pytest.raises(NoRoom, match=r"needs about 4\d\.\d GiB .* of 24 GB, .* what would fit: the model large-random-llama"):
         both.with_tiers("16", "24").create(seventy, answer_length=10)
+
+
+def test_who_continues_a_model_is_offered_neither_its_base_nor_its_shape(base: Base) -> None:
+    seventy = catalog.load()["llama-3.3-70b-instruct"].model_copy(update={"tier": "24"})
+    asked = Requested(continue_from=Start(model="ft:a", digest="0" * 64), adapter=LoraSpec(rank=128))
+    data = Data(examples=1, tokens=100, trained_tokens=10, longest=100)
+
+    with pytest.raises(NoRoom, match="for it; continue a smaller model"):
+        admission.admit(seventy, asked, data, seed=1, among={"24"}, gpu=GpuSettings(), catalog=Catalog((seventy, base), {}))
 
 
 def test_a_tier_that_was_taken_away_meanwhile_is_not_waited_for(installation: Installation, base: Base) -> None:

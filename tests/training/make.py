@@ -78,6 +78,7 @@ class Runner:
     said: list[events.Event] = field(default_factory=list)
     listener: OnEvent = lambda event: None
     examples: Callable[..., TokenisedSet] = examples
+    start: Path | None = None
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +87,7 @@ class Runner:
         self.paths = Paths(
             dataset=self.folder / "training.safetensors",
             validation=self.folder / "validation.safetensors" if self.has_validation else None,
+            start=self.start,
             output=self.folder / "adapter",
             checkpoints=self.folder / "checkpoints",
             cache=self.folder,

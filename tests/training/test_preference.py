@@ -105,9 +105,14 @@ def question_and_answer(example: Example) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL, datasets and PEFT warn of each other
-def test_loss_gradient_and_rewards_of_dpo_are_those_of_trl(untouched: LoadedBase, tmp_path: Path) -> None:
-    with adapted(untouched, spec()) as trainee:
-        parameters = trainee.parameters
+@pytest.mark.parametrize("has_start", [False, True])
+def test_loss_gradient_and_rewards_of_dpo_are_those_of_trl(untouched: LoadedBase, tmp_path: Path, has_start: bool) -> None:
+    """With a start, answers are compared with those of a tuned model, of which TRL makes an adapter named `ref`."""
+    with adapted(untouched, spec()) as fresh:
+        trainee, parameters = fresh, fresh.parameters
+        if has_start:
+            excite(parameters, seed=6)
+            trainee = replace(fresh, start=tuple(parameter.detach().clone() for parameter in parameters))
         some = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
         args = DPOConfig(
             output_dir=str(tmp_path), beta=DPO.beta, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[]
@@ -116,6 +121,9 @@ def test_loss_gradient_and_rewards_of_dpo_are_those_of_trl(untouched: LoadedBase
         for parameter in parameters:
             parameter.data = parameter.data.float()  # TRL has rounded the adapters of 4-bit bases to bf16
         excite(parameters)
+        reference = [parameter for name, parameter in trainee.model.named_parameters() if ".ref." in name]
+        for parameter, at_start in zip(reference, trainee.start, strict=has_start):
+            parameter.data = at_start  # in all its bits, as above
         theirs = trainer.compute_loss(trainee.model, DataCollatorForPreference(pad_token_id=0)(rows(untouched)))
         their_gradient = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(theirs, parameters)])
         ours, rewards, our_gradient = taken(trainee, step(trainee))
@@ -128,8 +136,8 @@ def test_loss_gradient_and_rewards_of_dpo_are_those_of_trl(untouched: LoadedBase
     )
 
 
-def excite(parameters: list[Any]) -> None:
-    torch.manual_seed(4)  # mismatched answers become likelier with it: KTO's KL is never below 0
+def excite(parameters: list[Any], *, seed: int = 4) -> None:
+    torch.manual_seed(seed)  # with 4 mismatched answers become likelier: KTO's KL is never below 0
     with torch.no_grad():
         for parameter in parameters:
             parameter.normal_(std=0.05)
@@ -327,6 +335,17 @@ def test_layers_computed_again_give_the_same_bits(tiny: LoadedBase, tmp_path: Pa
 def test_rows_of_another_method_are_refused(tiny: LoadedBase, tmp_path: Path, asked: TrainSpec, made: Any) -> None:
     with pytest.raises(WrongRows, match="the method"):
         Runner(tiny, tmp_path, examples=made).go(asked)
+
+
+def test_the_tuned_model_is_asked_without_dropout(exact: LoadedBase) -> None:
+    with adapted(exact, spec(lora={"dropout": 0.5})) as trainee:
+        (batch,) = step(trainee).micro_batches
+        excite(trainee.parameters)
+        started = replace(trainee, start=tuple(parameter.detach().clone() for parameter in trainee.parameters))
+        first, second = (started._losses_of_reference(batch) for _ in range(2))
+
+        assert torch.equal(first, second) and not torch.equal(first, trainee._losses_of_reference(batch))
+        assert trainee.model.training
 
 
 def test_the_base_is_seen_without_its_adapter(trainee: Trainee, exact: LoadedBase) -> None:

@@ -9,7 +9,6 @@ Engines cannot compute those lengths: their weights may be packed for good. The 
 """
 
 import json
-import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch import Tensor
 from app.core import manifest
 from app.core.manifest import BaseEntry, Manifest
 from app.core.render import Renderer
-from app.core.spec import LoraSpec, TrainSpec
+from app.core.spec import LoraSpec, TrainSpec, scaling
 from worker.model.base import LoadedBase
 from worker.model.directory import written_whole
 
@@ -61,7 +60,7 @@ class AdapterConfig(BaseModel):
 
     @property
     def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return scaling(self.lora_alpha, self.r, use_rslora=self.use_rslora)
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,12 @@ class AdapterWeights:
     scaling: float
     modules: Mapping[str, tuple[Tensor, Tensor]]
     dora: Mapping[str, Dora]
+
+    def is_shaped_as(self, lora: LoraSpec) -> bool:
+        """Whether an adapter of this spec has the same layers, rank and scaling, and lengths or none."""
+        targets = {name.rpartition(".")[2] for name in self.modules}
+        asked = (lora.rank, lora.scaling, lora.use_dora, set(lora.targets))
+        return (self.rank, self.scaling, bool(self.dora), targets) == asked
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from app.core import catalog, data, events
+from app.core import catalog, data, events, manifest
 from app.core.errors import AppError
 from app.core.render import Renderer
-from app.core.spec import TrainSpec
+from app.core.spec import Start, TrainSpec
 from app.core.tokens.tokenise import tokenise_to
 from worker.model import card
 from worker.training import fused
@@ -35,7 +35,7 @@ def main() -> None:
             _train(asked, should_stop)
     except data.RowError as error:
         sys.exit(f"line {error.problem.line}: {error}")
-    except (AppError, OSError, ValidationError) as error:
+    except (AppError, OSError, ValidationError, manifest.Damaged) as error:
         sys.exit(str(error))
     except Exception as error:
         said = failed(error)
@@ -46,12 +46,16 @@ def main() -> None:
 
 def _train(asked: argparse.Namespace, should_stop: ShouldStop) -> None:
     spec = TrainSpec.model_validate_json(asked.spec.read_bytes())
+    if asked.continue_from:
+        start = Start(model=str(asked.continue_from), digest=manifest.read(asked.continue_from).digest)
+        spec = spec.model_copy(update={"continue_from": start})
     base = catalog.load(asked.catalog).resolve(spec.base)
     renderer = Renderer.open(card.prepared(base, asked.cache_dir))
     asked.out.mkdir(parents=True, exist_ok=True)
     paths = Paths(
         dataset=_tokenised(asked.data, asked.out / "training.safetensors", renderer, spec),
         validation=asked.validation and _tokenised(asked.validation, asked.out / "validation.safetensors", renderer, spec),
+        start=asked.continue_from,
         output=asked.out / "adapter",
         checkpoints=asked.out / "checkpoints",
         cache=asked.cache_dir,
@@ -67,6 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("data", type=Path, metavar="DATA.jsonl")
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     parser.add_argument("--validation", type=Path, metavar="DATA.jsonl")
+    parser.add_argument("--continue-from", type=Path, metavar="ADAPTER_DIR", help="begin with its weights, of the spec's shape")
     parser.add_argument("--micro-batch-tokens", type=_positive, metavar="N", help="fewer than the spec's: less memory")
     parser.add_argument("--catalog", type=Path, metavar="FILE", help="an operator's catalog, laid over the built-in one")
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "tunesmith", metavar="DIR")

@@ -27,6 +27,10 @@ class WrongRows(TrainingFailed):
     code = "format_not_trained"
 
 
+class StartRefused(TrainingFailed):
+    code = "continue_from_unusable"
+
+
 class BaseUnsupported(TrainingFailed):
     code = "base_unsupported"
 

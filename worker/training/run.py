@@ -8,19 +8,21 @@ from pathlib import Path
 
 import torch
 
-from app.core import catalog
+from app.core import catalog, manifest
 from app.core.events import Checkpointed, Finished, MeasuredMemory, Noted, Started, Stopped
 from app.core.manifest import Damaged
 from app.core.spec import TrainSpec
 from app.core.tokens.tokenise import TokenisedSet
+from worker.model import adapter
 from worker.model import base as bases
+from worker.model.adapter import AdapterRefused, AdapterWeights
 from worker.model.base import LoadedBase
 from worker.training import checkpoint, loop
 from worker.training.checkpoint import Identity, TrainState
 from worker.training.data import Step, TrainData, micro_batches, mismatched
 from worker.training.evaluate import evaluate
 from worker.training.examine import Examination, ToldToStop
-from worker.training.failures import Diverged, NothingToTrain, WrongRows
+from worker.training.failures import Diverged, NothingToTrain, StartRefused, WrongRows
 from worker.training.loop import OnEvent, ShouldStop
 from worker.training.optim import Optimizer
 from worker.training.trainee import Trainee, adapted
@@ -32,7 +34,7 @@ _ROLLED_BACK = 0.5  # of the learning rate
 class Paths:
     """Tokenised sets to read, an adapter directory and checkpoints to write, prepared bases to keep.
 
-    `table` is written beside the adapter: see `Examination.of`.
+    `start` is the directory of the adapter that the spec continues. `table` is written beside the adapter: see `Examination.of`.
     """
 
     dataset: Path
@@ -40,6 +42,7 @@ class Paths:
     checkpoints: Path
     cache: Path
     validation: Path | None = None
+    start: Path | None = None
 
     @property
     def table(self) -> Path:
@@ -107,7 +110,8 @@ def _attempt(
 ) -> Finished | Stopped:
     """From the newest checkpoint, or from the start, to the end, or to where it is told to stop. Raises Diverged."""
     spec = identity.spec
-    with adapted(identity.base, spec, is_checkpointing=is_checkpointing) as trainee:
+    with adapted(identity.base, spec, is_checkpointing=is_checkpointing) as fresh:
+        trainee = fresh.started_from(_open_start(identity, paths.start)) if spec.continue_from else fresh
         optimizer = Optimizer(trainee.parameters, spec.optimizer, faster=trainee.fast_parameters)
         measure = partial(_measured, optimizer.device, data.micro_batch_tokens, is_checkpointing)
         keeper = _Keeper(identity, paths, trainee, optimizer, validation, examination, measure, on_event, should_stop)
@@ -250,6 +254,23 @@ def _require_rows_of(spec: TrainSpec, examples: TokenisedSet) -> None:
     wanted = {"supervised": "answers to learn", "dpo": "pairs of answers", "orpo": "pairs of answers", "kto": "rated answers"}
     if examples.examples and held != wanted[method]:
         raise WrongRows(f"the file holds {held}, and the method {method} trains on {wanted[method]}")
+
+
+def _open_start(identity: Identity, directory: Path | None) -> AdapterWeights:
+    """Exactly the adapter that the spec names, and only as the spec has it. Raises StartRefused."""
+    start, lora = identity.spec.continue_from, identity.spec.lora
+    assert start is not None
+    try:
+        if directory is None:
+            raise AdapterRefused("it has been deleted")
+        if manifest.read(directory).digest != start.digest:
+            raise AdapterRefused("its files are not those that were there when the job was created")
+        weights = adapter.open(directory, base=identity.base, max_rank=lora.rank)
+        if not weights.is_shaped_as(lora):
+            raise AdapterRefused("it has another shape than the job's adapter")
+    except (AdapterRefused, Damaged) as error:
+        raise StartRefused(f"the model {start.model} cannot be continued: {error}") from error
+    return weights
 
 
 def _open_validation(path: Path | None, spec: TrainSpec) -> TokenisedSet | None:

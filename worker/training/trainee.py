@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,18 @@ _TOKENS, _LABELLED = 128, 64  # what numbers of them are rounded up to
 
 @dataclass(frozen=True)
 class Trainee:
-    """`model` is PEFT's around the base's own. Without `preference` what is labelled is learnt."""
+    """`model` is PEFT's around the base's own. Without `preference` what is labelled is learnt.
+
+    `start` is what the parameters were when answers began to be compared with those of a tuned model; empty where they are
+    compared with those of the base.
+    """
 
     model: Any
     base: LoadedBase
     decoder: Decoder | StockDecoder
     preference: PreferenceSpec | None = None
     noise_alpha: float = 0.0  # NEFTune's, while training
+    start: tuple[Tensor, ...] = ()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -73,7 +78,7 @@ class Trainee:
         for batch in mismatched:
             if should_stop():
                 return None
-            gained += (self.token_losses(batch, of_base=True)[0] - self.token_losses(batch)[0])[: len(batch.labelled_N)].sum()
+            gained += (self._losses_of_reference(batch) - self.token_losses(batch)[0])[: len(batch.labelled_N)].sum()
             documents += len(batch.lengths)
         return max(float(gained) / documents, 0.0) if documents else 0.0  # in this order, so that a NaN stays one
 
@@ -81,7 +86,7 @@ class Trainee:
     def _measured(self, batch: MicroBatch, of: Totals, *, has_backward: bool) -> Measured:
         has_reference = self.preference is not None and self.preference.has_reference
         # what this forward has kept is free again before the next begins
-        reference_N = self.token_losses(batch, of_base=True)[0] if has_reference else None
+        reference_N = self._losses_of_reference(batch) if has_reference else None
         head_VD, targets_N, hidden_ND, backward = self._forward(batch, noise_alpha=self.noise_alpha)
         d_hidden_ND = torch.empty_like(hidden_ND) if has_backward else None
         losses_N, is_first_N = token_losses(hidden_ND, head_VD, targets_N, d_hidden_ND=d_hidden_ND)
@@ -93,6 +98,28 @@ class Trainee:
             scale = 1 / of.weight
             backward(d_hidden_ND.mul_(scale) if weights_N is None else d_hidden_ND.mul_((weights_N * scale)[:, None]))
         return measured
+
+    def _losses_of_reference(self, batch: MicroBatch) -> Tensor:
+        """Of each labelled position, as the run found the model."""
+        if not self.start:
+            return self.token_losses(batch, of_base=True)[0]
+        with self._at_start():
+            return self.token_losses(batch)[0]
+
+    @contextmanager
+    def _at_start(self) -> Iterator[None]:
+        """With the adapter that the run began with, and without dropout."""
+        parameters, is_training = self.parameters, self.model.training
+        trained = [parameter.data for parameter in parameters]
+        self.model.eval()
+        try:
+            for parameter, at_start in zip(parameters, self.start, strict=True):
+                parameter.data = at_start
+            yield
+        finally:
+            for parameter, now in zip(parameters, trained, strict=True):
+                parameter.data = now
+            self.model.train(is_training)
 
     def _forward(self, batch: MicroBatch, *, noise_alpha: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], None]]:
         """Head, targets, hidden states and the way back from these.
@@ -116,6 +143,13 @@ class Trainee:
         with neftune.noised(self.base.model.get_input_embeddings(), lengths, alpha=alpha):
             hidden_ND, backward = self.decoder.forward(labelled_N, tokens_T=tokens_T, positions_T=positions_T, lengths=lengths)
         return head_VD, targets_N, hidden_ND, backward
+
+    def started_from(self, weights: AdapterWeights) -> "Trainee":
+        """The same with a tuned model's weights in place of fresh ones; where answers are compared, with that model's."""
+        self.load(weights)
+        if self.preference is None or not self.preference.has_reference:
+            return self
+        return replace(self, start=tuple(one.detach().clone() for one in self.parameters))
 
     @torch.no_grad()
     def load(self, weights: AdapterWeights) -> None:
