@@ -12,6 +12,7 @@ from app import db
 from app.core.errors import Unavailable
 from app.deps import Settings, Storage
 from app.inference import engines
+from app.models import Engine
 
 log = structlog.get_logger()
 
@@ -29,16 +30,21 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz")
 def readyz(request: Request, settings: Settings, storage: Storage) -> JSONResponse:
     """Whether requests can be answered: database, storage, and at least one engine that holds a base."""
-    bases: list[str] = []
+    live: list[Engine] = []
 
     def ask_database() -> None:
         with request.app.state.sessions.begin() as session:
-            live = engines.list_live(session, timeout_seconds=settings.inference.heartbeat_timeout_seconds)
-            bases.extend(engine.base for engine in live)
+            live.extend(engines.list_live(session, timeout_seconds=settings.inference.heartbeat_timeout_seconds))
 
     _require({"database": ask_database, "storage": storage.check})
-    checks = {"database": "ok", "storage": "ok", "engines": len(bases), "bases": sorted(set(bases))}
-    return JSONResponse({"status": "ok" if bases else "waiting for an engine", **checks}, status_code=200 if bases else 503)
+    checks = {
+        "database": "ok",
+        "storage": "ok",
+        "engines": len(live),
+        "bases": sorted({engine.base for engine in live}),
+        "quantizations": sorted({engine.quantization for engine in live}),
+    }
+    return JSONResponse({"status": "ok" if live else "waiting for an engine", **checks}, status_code=200 if live else 503)
 
 
 async def watch(app: FastAPI) -> None:

@@ -10,16 +10,14 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from app.core import catalog, memory
-from tests.make import TINY
 from tests.training import matrix
 from tests.training.matrix import CASES, Case
-from worker.model import base as bases
-from worker.model.base import LoadedBase
 
 EIGHT, TOKENS = "llama-3.1-8b-instruct", 4096
 
@@ -37,14 +35,14 @@ def main() -> None:
 
 
 def _cells(case: Case, cache_dir: Path) -> Iterator[str]:
-    training, exact = _base(cache_dir, torch.bfloat16), _base(cache_dir, torch.float32)
+    load = partial(matrix.load, cache_dir, case.asked().quantization)
+    training, exact = load(torch.bfloat16), load(torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         straight = matrix.trained(training, case.asked(), Path(folder) / "straight")
         again = matrix.resumed(training, case.asked(), Path(folder) / "resumed")
         is_same = again.weights == straight.weights
         shown = matrix.trained(exact, case.asked(), Path(folder) / "exact").paths.output
-        theirs = matrix.of_peft(_base(cache_dir, torch.float32), shown)
-        ours = matrix.served(_base(cache_dir, torch.float32), shown)
+        theirs, ours = matrix.of_peft(load(torch.float32), shown), matrix.served(load(torch.float32), shown)
     yield case.option
     yield "written out" if case.quick else "transformers'"
     yield _said(matrix.is_learning(straight))
@@ -53,15 +51,12 @@ def _cells(case: Case, cache_dir: Path) -> Iterator[str]:
     yield f"{_peak_bytes(case) / memory.GIB:.1f} GiB"
 
 
-def _base(cache_dir: Path, dtype: torch.dtype) -> LoadedBase:
-    return bases.load(catalog.load()[TINY], cache_dir, device="cpu", dtype=dtype, for_training=True)
-
-
 def _peak_bytes(case: Case) -> int:
     """Of this option on a model that memory is planned for, at the rank it has here."""
     model, asked = catalog.load()[EIGHT].architecture, case.asked()
     trainer = memory.trainer_of(model, asked.lora, "cuda", asked.optimizer.kind)
-    return memory.predict(model, asked.lora, micro_batch_tokens=TOKENS, trainer=trainer).peak_bytes
+    predicted = memory.predict(model, asked.lora, micro_batch_tokens=TOKENS, trainer=trainer, quantization=asked.quantization)
+    return predicted.peak_bytes
 
 
 def _said(is_so: bool) -> str:

@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cli import config, data, demo, doctor, migrate, models, plan, up, version
+from cli import config, data, demo, doctor, import_config, migrate, models, plan, up, version
 
-COMMANDS = (up, demo, data, doctor, models, plan, config, migrate, version)
+COMMANDS = (up, demo, data, import_config, doctor, models, plan, config, migrate, version)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

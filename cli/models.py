@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.failure import failed
+from cli.plan import WAYS
 from cli.table import columns
 
 if TYPE_CHECKING:
     from app.core.catalog import Base, Catalog
     from app.core.settings import Settings
+    from app.core.spec import QuantizationSpec
 
 NO_WORKER = "base models are a worker's, which is not installed here; pip install 'tunesmith[worker]'"
 PULL = """\
@@ -29,6 +31,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
         "pull", help="fetch and quantize a base model", description=PULL, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     pull.add_argument("name", metavar="NAME", help="a base model's id or alias: see `tunesmith models list`")
+    pull.add_argument("--quantization", choices=WAYS, default="nf4", help="how workers and engines shall hold it; by default nf4")
     pull.set_defaults(run=run, action=_pull)
 
 
@@ -58,16 +61,18 @@ def _list(_: argparse.Namespace, settings: "Settings", catalog: "Catalog") -> in
 
 
 def _pull(options: argparse.Namespace, settings: "Settings", catalog: "Catalog") -> int:
+    from app.core import spec
     from app.core.errors import NotFound
     from worker.model import pointer
     from worker.model.refused import BaseRefused
 
     try:
         base = catalog.resolve(options.name)
-        if folder := pointer.find(base, settings.cache_dir):
+        quantization = spec.QUANTIZATIONS[options.quantization]
+        if folder := pointer.find(base, settings.cache_dir, quantization):
             print(f"{base.id} is here already: {_described(folder)}")
         else:
-            print(f"{base.id} is ready: {_described(_pulled(base, settings.cache_dir))}")
+            print(f"{base.id} is ready: {_described(_pulled(base, settings.cache_dir, quantization))}")
     except (NotFound, BaseRefused, OSError) as error:
         return failed(error)
     return 0
@@ -84,7 +89,7 @@ def is_prepared(base: "Base", cache_dir: Path) -> bool:
         return False
 
 
-def _pulled(base: "Base", cache_dir: Path) -> Path:
+def _pulled(base: "Base", cache_dir: Path, quantization: "QuantizationSpec") -> Path:
     from worker.model import source
 
     bars = list[Any]()
@@ -104,7 +109,7 @@ def _pulled(base: "Base", cache_dir: Path) -> Path:
     say("quantizing")
     from worker.model import base as bases  # imports torch, for which a download that fails need not wait
 
-    return bases.prepare(base, cache_dir)
+    return bases.prepare(base, cache_dir, quantization=quantization)
 
 
 def _bar_class(shown: list[Any]) -> type[Any]:

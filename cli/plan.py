@@ -18,8 +18,9 @@ that holds it is shown. The status is 1 where it does not fit; what would is sai
 
 MODEL is a base model, its alias, or a plain size such as llama-65b."""
 BAR = 40
+WAYS = ("nf4", "nf4-single", "fp4", "fp4-single", "int8", "none")  # app.core.spec has them, and is not imported yet
 PARTS = {
-    "weights": "weights, 4-bit",
+    "weights": "weights of the base",
     "adapter": "adapter and its optimizer",
     "checkpoints": "inputs of layers computed again",
     "layers": "layers, kept for the backward",
@@ -47,6 +48,7 @@ def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> No
     parser.add_argument("--rank", type=_positive, default=16, help="of the adapter; by default 16")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter; by default 0")
     parser.add_argument("--dora", action="store_true", help="train the length of each output's weights too")
+    parser.add_argument("--quantization", choices=WAYS, default="nf4", help="of the base; by default nf4")
     parser.add_argument(
         "--optimizer",
         choices=("adamw_8bit", "paged_adamw_8bit", "adamw_32bit"),
@@ -104,7 +106,7 @@ def _asked(options: argparse.Namespace, known: "Catalog") -> "tuple[Base | Size,
     from pydantic import ValidationError
 
     from app.core.planner import Run
-    from app.core.spec import LoraSpec
+    from app.core.spec import QUANTIZATIONS, LoraSpec
 
     model = known.sized(options.model)
     try:
@@ -123,6 +125,7 @@ def _asked(options: argparse.Namespace, known: "Catalog") -> "tuple[Base | Size,
     return model, Run(
         model=model.architecture,
         lora=lora,
+        quantization=QUANTIZATIONS[options.quantization],
         optimizer=options.optimizer,
         longest_tokens=length,
         mean_tokens=length,
@@ -152,7 +155,8 @@ def _table(model: str, asked: "Run", made: "Plan", would_fit: "tuple[Remedy, ...
 
     usable, peak = made.room.usable_bytes, made.memory.peak_bytes
     where = "a CPU" if made.room.tier == "cpu" else f"a GPU of {made.room.tier} GB"
-    yield f"{model} on {where}: rows of up to {asked.longest_tokens:,} tokens, rank {asked.lora.rank}"
+    held = "in 16 bits" if asked.quantization.scheme == "none" else asked.quantization.name
+    yield f"{model} on {where}: rows of up to {asked.longest_tokens:,} tokens, rank {asked.lora.rank}, {held}"
     yield ""
     scale = max(peak, usable or 0) / BAR
     unmet = min(("passing", "head"), key=lambda part: getattr(made.memory, part))

@@ -9,6 +9,9 @@ from cli.failure import failed
 DESCRIPTION = """\
 Run Tunesmith on this machine: Postgres, Valkey, S3, the API, the workers and an engine, supervised, in the foreground.
 
+An engine is started for each of TUNESMITH_TRAINING__QUANTIZATIONS ('["nf4", "int8"]'; by default nf4 alone), and jobs may
+have their base held in those ways.
+
 When all is ready DATA_DIR/credentials.json holds {"base_url": ..., "api_key": ...}, both for the OpenAI client.
 Ctrl-C stops everything in order, a second Ctrl-C at once. What was made stays in DATA_DIR for the next start."""
 

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Set
 from datetime import timedelta
 
 from sqlalchemy import func, orm, select
@@ -11,6 +12,7 @@ from app.core import catalog, data, ids, spec
 from app.core.events import MeasuredMemory
 from app.core.manifest import BaseEntry, Manifest
 from app.core.settings import EvaluationSettings, GpuSettings, LeaseSettings
+from app.core.spec import USUAL, QuantizationName
 from app.core.storage import Storage, Stored
 from app.evaluations import leases as evaluation_leases
 from app.evaluations import service as evaluations
@@ -91,11 +93,18 @@ def stored_file(session: orm.Session, caller: Caller, storage: Storage, content:
     return file
 
 
-def job(session: orm.Session, caller: Caller, *, training_file: File | None = None, **asked: object) -> Job:
+def job(
+    session: orm.Session,
+    caller: Caller,
+    *,
+    training_file: File | None = None,
+    quantizations: Set[QuantizationName] = frozenset({USUAL}),
+    **asked: object,
+) -> Job:
     """A job as its creation leaves it: its files are still to be looked at."""
     training_file = training_file or valid_file(session, caller)
     request = JobCreate.model_validate({"model": TINY, "training_file": training_file.id, **asked})
-    return jobs.create(session, caller, catalog.load(), request=request, tiers=CPU)
+    return jobs.create(session, caller, catalog.load(), request=request, tiers=CPU, quantizations=quantizations)
 
 
 def queued_job(session: orm.Session, caller: Caller, **asked: object) -> Job:

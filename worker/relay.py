@@ -1,4 +1,4 @@
-"""The relay: acts on what transactions left in the outbox, delivers webhooks, rings again what was not heard, reaps.
+"""The relay: acts on the outbox, delivers webhooks, tells trackers of jobs, rings again what was not heard, reaps.
 
 A plain process, not a Celery task, so that it works with the broker down. Several may run: rows are claimed.
 """
@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 
 import httpx
 import psycopg
@@ -30,6 +31,8 @@ from app.outbox import Topic
 from app.webhooks import delivery
 from worker.celery import make_celery
 from worker.services import Services, open_services
+from worker.trackers import follow
+from worker.trackers.follow import TRACKERS
 
 log = structlog.get_logger()
 
@@ -42,14 +45,14 @@ REAPER_LOCK, CLEANER_LOCK = 7_301_948, 7_301_949
 
 
 class Relay:
-    """Three loops, each woken by a notification from Postgres or by time."""
+    """Loops, each woken by a notification from Postgres or by time."""
 
     def __init__(self, to: Services) -> None:
         self._to = to
         self._celery = make_celery(to.settings)
         self._last_sweep_at, self._reap_after = time.monotonic(), 0.0
         self._said_waiting_at = -math.inf
-        self._wakers = {name: asyncio.Event() for name in ("outbox", "webhooks", "sweep", "clean")}
+        self._wakers = {name: asyncio.Event() for name in ("outbox", "webhooks", "sweep", "clean", *TRACKERS)}
 
     async def run(self) -> None:
         """Until cancelled. A loop that fails says so and goes on: what it works on is in the database."""
@@ -68,6 +71,9 @@ class Relay:
                 tasks.create_task(self._repeat("webhooks", deliver))
                 tasks.create_task(self._repeat("sweep", self._sweep))
                 tasks.create_task(self._repeat("clean", self._clean))
+                for type, tracker in TRACKERS.items():
+                    for _ in range(tracker.at_once):
+                        tasks.create_task(self._repeat(type, partial(self._track, type)))
 
     async def _repeat(self, name: str, work: Callable[[], Awaitable[float]]) -> None:
         """Do `work`, then wait for a notification, or for as long as it says."""
@@ -173,8 +179,8 @@ class Relay:
     def _engines_for(self, adapter: AdapterRef) -> list[str]:
         timeout = self._to.settings.inference.heartbeat_timeout_seconds
         with self._to.sessions.begin() as session:
-            live = engines.list_live(session, adapter.base, timeout_seconds=timeout)
-            return [engine.url for engine in engines.ranked(live, adapter)]
+            live = engines.list_live(session, timeout_seconds=timeout)
+            return [engine.url for engine in engines.ranked(engines.answering(live, adapter.base, adapter), adapter)]
 
     def _purge(self, prefix: str) -> bool:
         for key in self._to.storage.list_keys(prefix):
@@ -199,6 +205,9 @@ class Relay:
     def _next_delivery(self) -> float | None:
         with self._to.sessions.begin() as session:
             return delivery.next_due_in(session)
+
+    async def _track(self, type: str) -> float:
+        return 0.0 if await follow.tell_next(self._to, type) else SWEEP_SECONDS
 
     def _may_reap(self) -> bool:
         """Not for one whole lease after we could not reach the database: the workers could not either."""

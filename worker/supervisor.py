@@ -29,7 +29,7 @@ from app.core.settings import PREFIX
 from app.core.spec import TrainSpec
 from app.core.storage import Storage
 from app.files.service import Result
-from app.jobs import leases, results
+from app.jobs import leases, results, tracking
 from app.jobs.leases import Lease, LeaseLost
 from app.jobs.preparing import Dataset, Datasets
 from app.models import Desired, Job
@@ -37,6 +37,7 @@ from worker import patience, wire
 from worker.heart import Heart
 from worker.model.directory import is_full
 from worker.services import Services
+from worker.trackers import tensorboard
 from worker.trainers import POLL_SECONDS, Bench, Trainer, TrainerDied
 
 log = structlog.get_logger()
@@ -66,6 +67,7 @@ class Assignment:
     prefix: str
     start: AdapterRef | None  # the model that it continues
     resume_from: tuple["Kept", ...]  # the newest first
+    wants_event_file: bool
 
 
 @dataclass(frozen=True)
@@ -307,11 +309,14 @@ class _Attempt:
         prefix = f"{assignment.prefix}/adapter"
         adapter = self._awaited(self._transfer(self._upload, Path(finished.directory), prefix))
         self._flush()  # the last metrics belong into the result file
-        metrics = self._say(lambda session: results.csv_of(session, self._lease.job_id))
-        tables = [
-            self._awaited(self._transfer(self._table, assignment, name, content))
-            for name, content in (("metrics.csv", metrics), ("examples.csv", Path(finished.table).read_bytes()))
+        files = [
+            ("metrics.csv", self._say(lambda session: results.csv_of(session, self._lease.job_id))),
+            ("examples.csv", Path(finished.table).read_bytes()),
         ]
+        if assignment.wants_event_file:
+            points, config = self._say(lambda session: tracking.whole(session, self._lease.job_id))
+            files.append((tensorboard.NAME, tensorboard.event_file(points, config)))
+        stored = [self._awaited(self._transfer(self._result, assignment, name, content)) for name, content in files]
         self._say(
             lambda session: leases.complete(
                 session,
@@ -320,12 +325,12 @@ class _Attempt:
                 manifest=adapter,
                 trained_tokens=finished.trained_tokens,
                 memory=finished.memory,
-                tables=tables,
+                tables=stored,
             )
         )
         log.info("job_succeeded", peak_bytes=finished.memory.peak_bytes, measured_as=finished.memory.measured_as)
 
-    def _table(self, assignment: Assignment, name: str, content: bytes) -> Result:
+    def _result(self, assignment: Assignment, name: str, content: bytes) -> Result:
         key = f"{assignment.prefix}/{name}"
         return Result(name, key, self._patiently(lambda: self._to.storage.put(key, content)))
 
@@ -370,6 +375,7 @@ def _assignment(session: orm.Session, lease: Lease) -> Assignment:
         prefix=f"orgs/{job.organization_id}/jobs/{job.id}/a{lease.attempt}",
         start=adapters.find_start(session, job),
         resume_from=tuple(Kept(kept.step, kept.prefix, kept.metrics) for kept in leases.resumable_checkpoints(session, lease)),
+        wants_event_file=any(one["type"] == "tensorboard" for one in job.integrations or ()),
     )
 
 

@@ -60,7 +60,7 @@ def must_checkpoint(job: wire.TrainerJob, room: Room | None) -> bool:
     run = Run(
         model=job.base.architecture,
         lora=job.spec.lora,
-        double_quant=job.spec.quantization.double_quant,
+        quantization=job.spec.quantization,
         optimizer=job.spec.optimizer.kind,
         keeps_start=job.spec.keeps_start,
         longest_tokens=1,

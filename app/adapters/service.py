@@ -12,6 +12,7 @@ from app.core.catalog import Catalog
 from app.core.engine import AdapterRef
 from app.core.errors import BadRequest, Conflict, NotFound
 from app.core.manifest import Manifest
+from app.core.spec import QuantizationSpec, Requested
 from app.models import Adapter, Job, JobCheckpoint
 from app.models.jobs import UNFINISHED
 
@@ -30,6 +31,7 @@ def publish(session: orm.Session, job: Job, *, name: str, step: int | None, pref
         project_id=job.project_id,
         name=name,
         base=job.base,
+        base_digest=manifest.base.digest,
         job_id=job.id,
         step=step,
         digest=manifest.digest,
@@ -44,11 +46,20 @@ def move(session: orm.Session, name: str, *, prefix: str, manifest: Manifest) ->
     """Let a name stand for another directory: engines know it by its digest, and so take the two for two."""
     adapter = session.scalars(select(Adapter).where(Adapter.name == name)).one()
     adapter.prefix, adapter.digest, adapter.size_bytes = prefix, manifest.digest, manifest.size_bytes
+    adapter.base_digest = manifest.base.digest
 
 
 def ref_of(adapter: Adapter) -> AdapterRef:
     """What an engine needs to load it."""
-    return AdapterRef(id=adapter.id, digest=adapter.digest, prefix=adapter.prefix, base=adapter.base)
+    return AdapterRef(
+        id=adapter.id, digest=adapter.digest, prefix=adapter.prefix, base=adapter.base, base_digest=adapter.base_digest
+    )
+
+
+def quantization_of(session: orm.Session, adapter: Adapter) -> QuantizationSpec:
+    """How the base was held that it was trained on."""
+    request = session.scalars(select(Job.request).where(Job.id == adapter.job_id)).one()
+    return Requested.model_validate(request).quantization
 
 
 def find(session: orm.Session, caller: Caller, name: str) -> Adapter | None:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.core.spec import USUAL, QuantizationName
+
 
 def card_key(base: str) -> str:
     """Storage key of a base's `base.json`, which names its tokenizer: whoever reads it finds the two that belong together."""
@@ -29,12 +31,14 @@ class _Message(BaseModel):
 
 
 class AdapterRef(_Message):
-    """One immutable adapter directory in object storage. `digest` is the sha256 of its manifest.json."""
+    """One immutable adapter directory in object storage. `digest` is the sha256 of its manifest.json, `base_digest` that of the
+    base it was trained on; None for one of before it was told, whose base is held as usual."""
 
     id: str
     digest: str
     prefix: str
     base: str
+    base_digest: str | None = None
 
     @property
     def internal_name(self) -> str:
@@ -106,11 +110,12 @@ class EngineStats(_Message):
 
 
 class Heartbeat(_Message):
-    """An engine tells the gateway where it listens and what it holds."""
+    """An engine tells the gateway where it listens, what it holds and how. Those that do not say how hold it as usual."""
 
     engine_id: str
     url: str
     base: str
     base_digest: str
+    quantization: QuantizationName = USUAL
     running: int
     waiting: int

@@ -6,13 +6,14 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from app.core.catalog import Architecture
-from app.core.spec import TARGETS, LoraSpec, OptimizerKind
+from app.core.spec import TARGETS, LoraSpec, OptimizerKind, QuantizationSpec
 
 GIB = 1024**3
 
 Device = Literal["cpu", "cuda"]
 
-BYTES_PER_NF4 = {True: 0.515869, False: 0.5625}  # with and without double quantization
+# with and without double quantization: 1/2, 1/64 and 4/(64·256), or 1/2 and 4/64
+BYTES_PER_4_BIT = {True: 0.515869, False: 0.5625}
 LOGITS_AT_ONCE = 2**25  # of the chunked cross-entropy: worker/training/loss.py
 _LOGITS_ALIVE = 4 * 2  # 16-bit logits, their gradient, and as much again that the compiler may need between them
 
@@ -58,7 +59,7 @@ _STOCK_MORE_NORMS = PerToken(8, 0, 0, 0)  # Gemma's, behind attention and MLP
 _STOCK_DROPOUT = PerToken(20, 4, 0, 4)  # inputs and masks of every adapted layer
 _STOCK_DORA = PerToken(8, 4, 8, 8)  # of each adapted layer's outputs two in 16 bits: the base's and the product's
 _PASSING = PerToken(8, 0, 0, 8)
-_DORA_DENSE = 2 + 2 + 2 + 2  # bytes of a weight made dense, its B A, that scaled, and their sum: PEFT measures its rows by it
+_DORA_DENSE = 2 + 2 + 2  # bytes of a weight's B A, that scaled, and their sum with what is dense: PEFT measures rows by it
 _ON = {"cuda": (0.05, 1e9), "cpu": (0.35, 0.8e9)}  # slack and context; the CPU's are measured: bench/memory.py
 
 
@@ -127,7 +128,7 @@ def predict(
     *,
     micro_batch_tokens: int,
     trainer: Trainer | None = None,
-    double_quant: bool = True,
+    quantization: QuantizationSpec = QuantizationSpec(),
     is_checkpointing: bool = False,
     keeps_start: bool = False,
 ) -> Memory:
@@ -143,10 +144,11 @@ def predict(
     if is_checkpointing:
         checkpoints, layers = 2 * model.layers * model.hidden * tokens, of_layer if trainer.is_last_kept else 0
         passing += 0 if trainer.is_last_kept else of_layer
-    dequantized = (_DORA_DENSE if lora.use_dora else 2) * max(i * o for i, o in model.linear_shapes)
+    made_dense = 2 * (quantization.scheme != "none") + _DORA_DENSE * lora.use_dora
+    dequantized = made_dense * max(i * o for i, o in model.linear_shapes)
     coming_and_going = checkpoints + layers + max(passing, head) + dequantized
     return Memory(
-        weights=round(weights_bytes(model, double_quant=double_quant, embedding_bytes=trainer.embedding_bytes)),
+        weights=round(weights_bytes(model, quantization, embedding_bytes=trainer.embedding_bytes)),
         adapter=round(adapter_parameters(model, lora) * (trainer.state_bytes + 4 * keeps_start)),
         checkpoints=checkpoints,
         layers=round(layers),
@@ -158,11 +160,22 @@ def predict(
     )
 
 
-def weights_bytes(model: Architecture, *, double_quant: bool = True, embedding_bytes: int = 2) -> float:
-    """The resident base: 4-bit decoder, 16-bit embeddings, head and norms."""
+def weights_bytes(model: Architecture, quantization: QuantizationSpec = QuantizationSpec(), *, embedding_bytes: int = 2) -> float:
+    """The resident base: quantized decoder, 16-bit embeddings, head and norms."""
     norms = (2 * model.layers + 1) * model.hidden
     embeddings = model.vocab * model.hidden * (1 if model.tied else 2)
-    return BYTES_PER_NF4[double_quant] * model.linear_parameters + embedding_bytes * embeddings + 2 * norms
+    return linear_bytes(model, quantization) + embedding_bytes * embeddings + 2 * norms
+
+
+def linear_bytes(model: Architecture, quantization: QuantizationSpec) -> float:
+    """The decoder's linear layers."""
+    match quantization.scheme:
+        case "nf4" | "fp4":
+            return BYTES_PER_4_BIT[quantization.double_quant] * model.linear_parameters
+        case "int8":
+            return model.linear_parameters + 4 * model.layers * sum(outputs for _, outputs in model.linear_shapes)
+        case "none":
+            return 2 * model.linear_parameters
 
 
 def waiting_bytes(model: Architecture, device: Device = "cuda") -> int:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from app.core import memory
 from app.core.catalog import Architecture, Base
 from app.core.memory import Device, Memory
-from app.core.spec import LoraSpec, OptimizerKind
+from app.core.spec import LoraSpec, OptimizerKind, QuantizationSpec
 
 # At 4,096 tokens at once an 8B spends 4 % of its time on making 4-bit weights dense, at 512 it is 23 %; computing layers again is
 # half as much work again. So tokens are given up first, down to FEWEST_KEPT, and only then layers are computed again.
@@ -21,7 +21,9 @@ PREFERRED_TOKENS: dict[Device, int] = {"cpu": 2048, "cuda": 4096}
 FEWEST_KEPT, FEWEST = 512, 128
 _RANKS = (64, 32, 16, 8, 4)
 
-Param = Literal["tier", "model", "adapter.dropout", "adapter.use_dora", "adapter.rank", "training.max_seq_length"]
+Param = Literal[
+    "tier", "model", "adapter.dropout", "adapter.use_dora", "adapter.rank", "quantization.scheme", "training.max_seq_length"
+]
 
 
 class _Frozen(BaseModel):
@@ -37,7 +39,7 @@ class Run(_Frozen):
 
     model: Architecture
     lora: LoraSpec
-    double_quant: bool = True
+    quantization: QuantizationSpec = QuantizationSpec()
     optimizer: OptimizerKind = "adamw_8bit"
     keeps_start: bool = False
     longest_tokens: int
@@ -112,9 +114,11 @@ def remedies(run: Run, room: Room, *, larger: Iterable[Room] = (), bases: Iterab
 
     `bases` are what else could be tuned.
     """
+    in_nf4 = run.model_copy(update={"quantization": QuantizationSpec()})
     found = [
         *_first_fitting(room, "adapter.dropout", ((0, _with_lora(run, dropout=0.0)) for _ in range(bool(run.lora.dropout)))),
         *_first_fitting(room, "adapter.use_dora", (("false", _with_lora(run, use_dora=False)) for _ in range(run.lora.use_dora))),
+        *_first_fitting(room, "quantization.scheme", (("nf4", in_nf4) for _ in range(not run.quantization.is_4_bit))),
         *_shorter(run, room),
         *_first_fitting(room, "adapter.rank", ((r, _with_lora(run, rank=r)) for r in _RANKS if r < run.lora.rank)),
     ]
@@ -152,7 +156,7 @@ def _planned(run: Run, room: Room, micro_batch_tokens: int, is_checkpointing: bo
         run.lora,
         micro_batch_tokens=micro_batch_tokens,
         trainer=memory.trainer_of(run.model, run.lora, room.device, run.optimizer),
-        double_quant=run.double_quant,
+        quantization=run.quantization,
         is_checkpointing=is_checkpointing,
         keeps_start=run.keeps_start,
     )

@@ -34,7 +34,8 @@ Lists are written as JSON: `'["16", "24"]'`. `tunesmith config` shows what holds
 file or a key that is misspelt.
 
 `tunesmith up` makes the addresses and secrets of what it runs itself, whatever is set here: all of Storage, the URLs of Database,
-broker and gateway, key pepper and engine token. Everything else counts there too, with two defaults of its own:
+broker and gateway, key pepper and engine token. It runs an engine for each of `TUNESMITH_TRAINING__QUANTIZATIONS`. Everything
+else counts there too, with two defaults of its own:
 `TUNESMITH_WORK_DIR` is `work` in its data directory, and `TUNESMITH_WEBHOOKS__ALLOW_LOOPBACK` is `true`.
 """
 

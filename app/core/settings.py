@@ -20,6 +20,7 @@ from pydantic_settings import (
 from pydantic_settings import PydanticBaseSettingsSource as Source
 
 from app.core.catalog import Tier
+from app.core.spec import USUAL, QuantizationName
 
 MIB = 1024 * 1024
 PREFIX = "TUNESMITH_"
@@ -123,6 +124,9 @@ class InferenceSettings(BaseModel):
     """One engine process, and how the API speaks to engines."""
 
     base: str = Field(default="smollm2-135m-instruct", description="catalog id of the base an engine serves")
+    quantization: QuantizationName = Field(
+        default=USUAL, description="how an engine holds its base; `tunesmith up` starts one for each of `TRAINING__QUANTIZATIONS`"
+    )
     host: str = Field(default="127.0.0.1", description="address an engine listens on, and announces")
     port: int = Field(default=0, ge=0, le=65535, description="port an engine listens on; 0 takes a free one and announces it")
     gateway_url: str = Field(default="http://127.0.0.1:8000", description="where an engine reaches the API")
@@ -155,6 +159,35 @@ class EvaluationSettings(BaseModel):
         return path and path.expanduser()
 
 
+class WandbSettings(BaseModel):
+    """Weights & Biases, for jobs that ask for it: the API refuses those while no key is set, the relay reports."""
+
+    api_key: SecretStr = Field(default=SecretStr(""), description="key of the account that runs are made with")
+    base_url: str = Field(default="https://api.wandb.ai", description="where its API answers, or a server of your own")
+
+    @field_validator("base_url")
+    @classmethod
+    def _http(cls, url: str) -> str:
+        return _require_http(url)
+
+
+class MlflowSettings(BaseModel):
+    """An MLflow tracking server, for jobs that ask for it: the API refuses those while none is set, the relay reports."""
+
+    tracking_uri: str | None = Field(default=None, description="address of the tracking server")
+    ui_url: str | None = Field(default=None, description="where customers see its pages; unset tells them a run's id only")
+    username: str = Field(default="", description="name for basic authentication")
+    password: SecretStr = Field(default=SecretStr(""), description="password for basic authentication")
+    token: SecretStr = Field(default=SecretStr(""), description="bearer token, instead of name and password")
+
+    @field_validator("tracking_uri", "ui_url")
+    @classmethod
+    def _http(cls, url: str | None) -> str | None:
+        if url and "@" in url:
+            raise ValueError("must hold no name and password: they have settings of their own")
+        return url and _require_http(url).rstrip("/")
+
+
 class GpuSettings(BaseModel):
     """What of a card a plan may count on: app.core.tiers has the arithmetic, docs/gpu.md the numbers."""
 
@@ -172,6 +205,11 @@ class TrainingSettings(BaseModel):
 
     tier: Literal["auto"] | Tier = Field(default="auto", description="the largest it holds; `auto`: what its card has room for")
     tiers: Listed[Tier] = Field(default=frozenset[Tier]({"cpu"}), description="tiers some worker serves; others are refused")
+    quantizations: Listed[QuantizationName] = Field(
+        default=frozenset[QuantizationName]({USUAL}),
+        min_length=1,
+        description="how jobs may have their base held: an engine must serve each; others are refused",
+    )
     warm_base: str | None = Field(
         default="smollm2-135m-instruct", description="base that waiting trainers hold ready; empty for none"
     )
@@ -196,6 +234,8 @@ class Settings(BaseSettings):
     training: TrainingSettings = TrainingSettings()
     gpu: GpuSettings = GpuSettings()
     evaluations: EvaluationSettings = EvaluationSettings()
+    wandb: WandbSettings = WandbSettings()
+    mlflow: MlflowSettings = MlflowSettings()
 
     key_pepper: SecretStr = Field(default=SecretStr(""), description="keys are hashed with it; losing it revokes every key")
     engine_token: SecretStr = Field(default=SecretStr(""), description="shared secret between the gateway and the engines")

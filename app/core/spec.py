@@ -11,6 +11,8 @@ from app.core.methods import REFERRING, MethodName, Preferring
 LongRows = Literal["drop", "truncate"]
 Part = Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(strict=True, ge=1)]  # of all rows, or rows
 
+Scheme = Literal["nf4", "fp4", "int8", "none"]
+FOUR_BIT = ("nf4", "fp4")
 OptimizerKind = Literal["adamw_8bit", "paged_adamw_8bit", "adamw_32bit"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Publish = Literal["last", "best"]
@@ -89,10 +91,41 @@ def scaling(alpha: float, rank: int, *, use_rslora: bool) -> float:
 
 
 class QuantizationSpec(_Frozen):
-    """How the frozen base is held."""
+    """How the linear layers of the frozen base are held; all else is 16-bit.
 
-    scheme: Literal["nf4"] = "nf4"
-    double_quant: bool = True
+    `nf4` and `fp4`: 4 bits, and a scale for each block of 64 weights; with `double_quant` the scales are quantized too
+    (arXiv:2305.14314). `int8`: 8 bits, and a scale for each output (arXiv:2208.07339). `none`: 16 bits, as published.
+    """
+
+    scheme: Scheme = "nf4"
+    double_quant: bool = Field(default_factory=lambda said: said.get("scheme") in FOUR_BIT)
+
+    @model_validator(mode="after")
+    def _has_blocks(self) -> "QuantizationSpec":
+        if self.double_quant and not self.is_4_bit:
+            raise ValueError(f"leave out double_quant with {self.scheme!r}: it is for the blocks of nf4 and fp4")
+        return self
+
+    @property
+    def is_4_bit(self) -> bool:
+        return self.scheme in FOUR_BIT
+
+    @property
+    def name(self) -> "QuantizationName":
+        """The word for it in settings, and in what engines announce."""
+        return next(name for name, quantization in QUANTIZATIONS.items() if quantization == self)
+
+
+QuantizationName = Literal["nf4", "nf4-single", "fp4", "fp4-single", "int8", "none"]
+QUANTIZATIONS: Final[dict[QuantizationName, QuantizationSpec]] = {
+    "nf4": QuantizationSpec(),
+    "nf4-single": QuantizationSpec(double_quant=False),
+    "fp4": QuantizationSpec(scheme="fp4"),
+    "fp4-single": QuantizationSpec(scheme="fp4", double_quant=False),
+    "int8": QuantizationSpec(scheme="int8"),
+    "none": QuantizationSpec(scheme="none"),
+}
+USUAL: Final[QuantizationName] = "nf4"
 
 
 class OptimizerSpec(_Frozen):

@@ -8,6 +8,7 @@ from sqlalchemy import delete, func, orm, select
 from sqlalchemy.dialects.postgresql import insert
 
 from app.core.engine import AdapterRef, Heartbeat
+from app.core.spec import USUAL
 from app.models import Engine
 
 RESTARTED_WITHIN = timedelta(minutes=5)  # a base that is prepared already loads in seconds, a new image may have to be pulled
@@ -20,6 +21,7 @@ def record(session: orm.Session, beat: Heartbeat) -> None:
         "url": beat.url,
         "base": beat.base,
         "base_digest": beat.base_digest,
+        "quantization": beat.quantization,
         "running": beat.running,
         "waiting": beat.waiting,
         "heartbeat_at": func.clock_timestamp(),
@@ -29,17 +31,26 @@ def record(session: orm.Session, beat: Heartbeat) -> None:
     session.execute(delete(Engine).where(Engine.heartbeat_at < func.clock_timestamp() - FORGOTTEN_AFTER))
 
 
-def list_live(session: orm.Session, base: str | None = None, *, timeout_seconds: float) -> Sequence[Engine]:
-    """Engines heard of lately, of one base or of all."""
+def list_live(session: orm.Session, *, timeout_seconds: float) -> Sequence[Engine]:
+    """Engines heard of lately."""
     alive = Engine.heartbeat_at > func.clock_timestamp() - timedelta(seconds=timeout_seconds)
-    query = select(Engine).where(alive).order_by(Engine.id)
-    return session.scalars(query if base is None else query.where(Engine.base == base)).all()
+    return session.scalars(select(Engine).where(alive).order_by(Engine.id)).all()
 
 
-def is_expected(session: orm.Session, base: str) -> bool:
-    """Whether an engine that served the base has been silent for no longer than a restart takes."""
+def answering(engines: Sequence[Engine], base: str, adapter: AdapterRef | None) -> list[Engine]:
+    """Those that can answer for the adapter: they hold the very base it was trained on. The base itself is asked as it is
+    usually held, and otherwise only where no engine holds it so."""
+    of_base = [engine for engine in engines if engine.base == base]
+    if adapter is not None and adapter.base_digest is not None:
+        return [engine for engine in of_base if engine.base_digest == adapter.base_digest]
+    usual = [engine for engine in of_base if engine.quantization == USUAL]
+    return usual if usual or adapter else of_base
+
+
+def list_expected(session: orm.Session) -> Sequence[Engine]:
+    """Engines that have been silent for no longer than a restart takes."""
     lately = Engine.heartbeat_at > func.clock_timestamp() - RESTARTED_WITHIN
-    return session.scalar(select(Engine.id).where(Engine.base == base, lately).limit(1)) is not None
+    return session.scalars(select(Engine).where(lately)).all()
 
 
 def ranked(engines: Sequence[Engine], adapter: AdapterRef | None) -> list[Engine]:

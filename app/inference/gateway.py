@@ -25,7 +25,7 @@ from app.core.render import Renderer
 from app.core.settings import InferenceSettings
 from app.inference import engines
 from app.inference.renderers import Renderers
-from app.models import Engine, UsageRecord
+from app.models import Adapter, Engine, UsageRecord
 
 log = structlog.get_logger()
 
@@ -116,17 +116,20 @@ class Gateway:
             if base is None:
                 message = f"the model {model!r} does not exist or is not yours; GET /v1/models lists them"
                 raise NotFound(message, param="model", code="model_not_found")
-            serving = self._serving(session, base)
-        ref = adapters.ref_of(adapter) if adapter else None
+            ref = adapters.ref_of(adapter) if adapter else None
+            serving = self._serving(session, base, adapter)
         return Target(model, base, ref, serving, self._renderers.get(base.id, serving[0].base_digest))
 
-    def _serving(self, session: orm.Session, base: Base) -> Sequence[Engine]:
-        """The engines of this base. Raises Unavailable when they are away, BaseNotServed when it has none."""
+    def _serving(self, session: orm.Session, base: Base, adapter: Adapter | None) -> Sequence[Engine]:
+        """The engines that can answer. Raises Unavailable when they are away, BaseNotServed when there are none."""
+        ref = adapters.ref_of(adapter) if adapter else None
         live = engines.list_live(session, timeout_seconds=self._settings.heartbeat_timeout_seconds)
-        if serving := [engine for engine in live if engine.base == base.id]:
+        if serving := engines.answering(live, base.id, ref):
             return serving
-        if not live or engines.is_expected(session, base.id):
+        if not live or engines.answering(engines.list_expected(session), base.id, ref):
             raise Unavailable(f"no engine serves {base.id} just now; try again shortly", code="base_not_loaded")
+        if adapter and any(engine.base == base.id for engine in live):
+            raise BaseNotServed(_not_held(adapter, adapters.quantization_of(session, adapter).name, live))
         served = ", ".join(sorted({engine.base for engine in live}))
         raise BaseNotServed(
             f"no engine serves {base.id}, only {served}: use a model on that, or have an engine started with "
@@ -237,6 +240,17 @@ class Gateway:
         with db.organization_session(self._sessions, record["organization_id"]) as session:
             # an outage may have hidden that it was written
             session.execute(insert(UsageRecord).values(record).on_conflict_do_nothing())
+
+
+def _not_held(adapter: Adapter, quantization: str, live: Sequence[Engine]) -> str:
+    """Why none of the engines of its base can answer for it."""
+    held = sorted({engine.quantization for engine in live if engine.base == adapter.base})
+    if quantization in held:
+        return f"{adapter.name} was trained on other weights of {adapter.base} than engines hold now: train it anew"
+    return (
+        f"{adapter.name} was trained on {adapter.base} held in {quantization}, and engines hold it in {', '.join(held)} only: "
+        f"have one started with TUNESMITH_INFERENCE__QUANTIZATION={quantization}"
+    )
 
 
 def _usage_of(caller: Caller, target: Target, request_id: str, meter: Meter) -> dict[str, Any]:

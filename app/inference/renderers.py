@@ -26,17 +26,21 @@ class Renderers:
 
     def __init__(self, storage: Storage, *, look_again_seconds: float = LOOK_AGAIN_SECONDS) -> None:
         self._storage, self._look_again_seconds = storage, look_again_seconds
-        self._known: dict[str, _Known] = {}
+        self._known: dict[tuple[str, str], _Known] = {}  # by base and digest: engines may hold one base in several ways
         self._lock = Lock()
 
     def get(self, base: str, base_digest: str = "") -> Renderer:
         """The renderer of a base, or of the one whose engines report this digest. Raises Unavailable until it is published."""
         with self._lock:
-            known = self._known.get(base)
-            is_recent = known is not None and time.monotonic() - known.seen_at < self._look_again_seconds
-            if known is None or not is_recent or known.base_digest != base_digest:
-                known = self._known[base] = self._look(base, base_digest, known)
+            known = self._known.get((base, base_digest))
+            if known is None or time.monotonic() - known.seen_at >= self._look_again_seconds:
+                known = self._look(base, base_digest, known or self._another(base))
+                self._known[base, base_digest] = known
             return known.renderer
+
+    def _another(self, base: str) -> _Known | None:
+        """What is known of the base held in another way: the same tokenizer, unless its card is another."""
+        return next((known for (of, _), known in self._known.items() if of == base), None)
 
     def _look(self, base: str, base_digest: str, known: _Known | None) -> _Known:
         """Read the card, and the tokenizer only if another card is there."""

@@ -13,13 +13,19 @@ from app.core.errors import BadRequest
 from app.core.memory import GIB
 from app.core.planner import Plan, Run
 from app.core.settings import GpuSettings
-from app.core.spec import Requested, TrainSpec
+from app.core.spec import QUANTIZATIONS, USUAL, QuantizationName, QuantizationSpec, Requested, TrainSpec
 
 
 class NoRoom(BadRequest):
     """No worker of this installation has the memory; the message says what would fit."""
 
     code = "no_room"
+
+
+class NotServed(BadRequest):
+    """No engine of this installation holds bases so: what is trained could not be served."""
+
+    code = "unsupported_parameter"
 
 
 class Data(BaseModel):
@@ -120,7 +126,7 @@ def admit(
     run = Run(
         model=base.architecture,
         lora=resolved.lora,
-        double_quant=resolved.quantization.double_quant,
+        quantization=resolved.quantization,
         optimizer=resolved.optimizer.kind,
         keeps_start=resolved.keeps_start,
         longest_tokens=data.longest,
@@ -138,14 +144,24 @@ def admit(
     )
 
 
-def first_queue(base: Base, requested: Requested, *, among: Set[str], gpu: GpuSettings, catalog: Catalog) -> str:
+def first_queue(
+    base: Base,
+    requested: Requested,
+    *,
+    among: Set[str],
+    gpu: GpuSettings,
+    catalog: Catalog,
+    quantizations: Set[QuantizationName] = frozenset({USUAL}),
+) -> str:
     """Of the smallest tier that would hold the run if its rows were short: a larger one may be chosen once they are known.
 
-    Raises NoRoom; BadRequest for a base that no worker holds.
+    Raises NoRoom; NotServed for what is not among `quantizations`; BadRequest for a base that no worker holds.
     """
+    _require_served(requested.quantization, quantizations)
     shortest = Run(
         model=base.architecture,
         lora=requested.adapter,
+        quantization=requested.quantization,
         optimizer=requested.training.optimizer,
         longest_tokens=planner.FEWEST,
         mean_tokens=1,
@@ -153,6 +169,18 @@ def first_queue(base: Base, requested: Requested, *, among: Set[str], gpu: GpuSe
     )
     is_continued = requested.continue_from is not None
     return f"train.{_placed(shortest, base, among, gpu, catalog, is_continued=is_continued).room.tier}"
+
+
+def _require_served(asked: QuantizationSpec, served: Set[QuantizationName]) -> None:
+    if asked.name in served:
+        return
+    has_scheme = any(QUANTIZATIONS[name].scheme == asked.scheme for name in served)
+    raise NotServed(
+        f"no engine here holds a base in {asked.name}, and an adapter must meet the base it was trained on; engines hold "
+        f"{', '.join(sorted(served))}: ask for one of these, or have an engine started with "
+        f"TUNESMITH_INFERENCE__QUANTIZATION={asked.name} and {asked.name} added to TUNESMITH_TRAINING__QUANTIZATIONS",
+        param="quantization.double_quant" if has_scheme else "quantization.scheme",
+    )
 
 
 def _placed(run: Run, base: Base, among: Set[str], gpu: GpuSettings, catalog: Catalog, *, is_continued: bool) -> Plan:

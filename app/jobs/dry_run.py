@@ -160,7 +160,9 @@ class DryRunner:
     def _understand(self, session: orm.Session, caller: Caller, request: JobCreate) -> _Asked:
         base, requested = starting.understand(session, caller, self._catalog, request)
         training, gpu = self._settings.training, self._settings.gpu
-        admission.first_queue(base, requested, among=training.tiers, gpu=gpu, catalog=self._catalog)
+        admission.first_queue(
+            base, requested, among=training.tiers, gpu=gpu, catalog=self._catalog, quantizations=training.quantizations
+        )
         named = {"training_file": request.training_file, "validation_file": request.validation_file}
         found = {param: files.get(session, caller, file_id, param=param) for param, file_id in named.items() if file_id}
         for param, file in found.items():

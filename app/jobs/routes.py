@@ -5,7 +5,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 
 from app import db, pages
 from app.deps import BaseModels, Caller, Prices, Session, Sessions, Settings
-from app.jobs import comparing, queue
+from app.jobs import comparing, integrations, queue
 from app.jobs import service as jobs
 from app.jobs.comparing import ComparisonOut
 from app.jobs.dry_run import DryRunner, DryRunOut
@@ -35,11 +35,21 @@ def create_job(
     x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
 ) -> JobOut | DryRunOut:
     """Queue a fine-tuning job; with `dry_run`, tell what would come of it, and queue nothing."""
+    integrations.require_offered(body.integrations, settings)
     if body.dry_run:  # takes seconds: no transaction may be open meanwhile
         return dry_runner.run(caller, body)
-    tiers, is_retry = settings.training.tiers, x_stainless_retry_count > 0
+    training, is_retry = settings.training, x_stainless_retry_count > 0
     with db.organization_session(sessions, caller.organization_id) as session:
-        job = jobs.create(session, caller, catalog, request=body, tiers=tiers, gpu=settings.gpu, is_retry=is_retry)
+        job = jobs.create(
+            session,
+            caller,
+            catalog,
+            request=body,
+            tiers=training.tiers,
+            gpu=settings.gpu,
+            quantizations=training.quantizations,
+            is_retry=is_retry,
+        )
         return _shown(session, job)
 
 

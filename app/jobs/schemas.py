@@ -7,6 +7,7 @@ from app.core.clock import unix
 from app.core.data_report import brief
 from app.core.errors import BadRequest
 from app.core.methods import METHODS, MethodName
+from app.jobs.integrations import Integration
 from app.jobs.queue import Place, Queue
 from app.models import Job, JobCheckpoint, JobEvent, JobState
 from app.schemas import Failure, Request, without_nul
@@ -75,7 +76,7 @@ class JobCreate(Request):
     metadata: Metadata | None = None
     method: Method | None = None
     hyperparameters: spec.Hyperparameters | None = None
-    integrations: list[dict[str, Any]] | None = None
+    integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
     adapter: spec.LoraSpec = spec.LoraSpec()
     quantization: spec.QuantizationSpec = spec.QuantizationSpec()
     training: spec.TrainingOptions = spec.TrainingOptions()
@@ -87,10 +88,9 @@ class JobCreate(Request):
         if self.method and self.method.type not in METHODS:
             message = f"method {self.method.type[:32]!r} is not offered here; use one of {', '.join(METHODS)}"
             raise BadRequest(message, param="method.type", code="unsupported_method")
-        if self.integrations:
-            raise BadRequest(
-                "integrations are not offered here; remove the field", param="integrations", code="unsupported_parameter"
-            )
+        types = [integration.type for integration in self.integrations or ()]
+        if twice := next((type for type in types if types.count(type) > 1), None):
+            raise BadRequest(f"the integration {twice!r} is there twice; send one of each type", param="integrations")
         if self.validation_file and self.training.validation_split is not None:
             message = "validation_file and training.validation_split both say what to validate with; send one of them"
             raise BadRequest(message, param="training.validation_split")
@@ -98,9 +98,6 @@ class JobCreate(Request):
             param = "training.early_stopping" if self.training.early_stopping else "training.publish"
             message = f"{param} goes by the validation loss; send a validation_file or training.validation_split too"
             raise BadRequest(message, param=param)
-        if not self.quantization.double_quant:
-            message = "engines hold their bases with double quantization, and an adapter must meet the base it was trained on"
-            raise BadRequest(message, param="quantization.double_quant", code="unsupported_parameter")
         return self
 
     @model_validator(mode="after")
@@ -150,6 +147,7 @@ class PlaceOut(BaseModel):
 class JobOut(BaseModel):
     """The SDK's FineTuningJob, and what we add: the real base, the resolved settings, progress, the place in the queue.
 
+    `integrations` holds what the SDK's type knows, `trackers` all that were asked for.
     `auto` tells of each setting that was left to us its `value` and the `reason`; null until the files have been looked at.
     `held_out` and `examined` tell what the run has come to, once it has: docs/metrics.md. One of a page leaves `examined` out.
     """
@@ -171,7 +169,8 @@ class JobOut(BaseModel):
     finished_at: int | None
     trained_tokens: int | None
     estimated_finish: int | None
-    integrations: list[Any] | None = None
+    integrations: list[Any] | None
+    trackers: list[Any]
     metadata: dict[str, str] | None
     user_provided_suffix: str | None
     paused: bool
@@ -197,6 +196,7 @@ class JobOut(BaseModel):
         requested = spec.Requested.model_validate(job.request)
         resolved = spec.TrainSpec.model_validate(job.spec) if job.spec else None
         hyperparameters = shown_hyperparameters(requested, resolved)
+        trackers = job.integrations or []
         return cls(
             id=job.id,
             created_at=unix(job.created_at),
@@ -214,6 +214,8 @@ class JobOut(BaseModel):
             finished_at=unix(job.finished_at),
             trained_tokens=job.trained_tokens,
             estimated_finish=unix(place.ends_at if place else job.estimated_finish_at),
+            integrations=[one for one in trackers if one["type"] == "wandb"] or None,
+            trackers=trackers,
             metadata=job.user_metadata,
             user_provided_suffix=job.suffix,
             paused=job.state == JobState.PAUSED,

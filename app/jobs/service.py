@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import timedelta
 
 from sqlalchemy import Select, func, orm, select
@@ -13,9 +13,10 @@ from app.core import ids
 from app.core.catalog import Catalog
 from app.core.errors import NotFound
 from app.core.settings import GpuSettings
+from app.core.spec import USUAL, QuantizationName
 from app.evaluations import leases as evaluations
 from app.files import service as files
-from app.jobs import admission, starting, states
+from app.jobs import admission, starting, states, tracking
 from app.jobs.schemas import JobCreate
 from app.models import Desired, File, FileStatus, Job, JobCheckpoint, JobEvent, JobState
 
@@ -31,12 +32,13 @@ def create(
     request: JobCreate,
     tiers: frozenset[str],
     gpu: GpuSettings = GpuSettings(),
+    quantizations: Set[QuantizationName] = frozenset({USUAL}),
     is_retry: bool = False,
     sweep_id: str | None = None,
 ) -> Job:
     """Queue a fine-tuning job. `is_retry`: the SDK repeats a request it got no answer to; the first one's job is the answer."""
     base, requested = starting.understand(session, caller, catalog, request)
-    queue = admission.first_queue(base, requested, among=tiers, gpu=gpu, catalog=catalog)
+    queue = admission.first_queue(base, requested, among=tiers, gpu=gpu, catalog=catalog, quantizations=quantizations)
     method = request.method_name
     training_file = files.get_for_training(session, caller, request.training_file, method=method, param="training_file")
     validation_file = None
@@ -57,6 +59,7 @@ def create(
         suffix=request.suffix,
         seed=request.seed if request.seed is not None else secrets.randbelow(2**31),
         user_metadata=request.metadata,
+        integrations=[one.model_dump(mode="json", exclude_none=True) for one in request.integrations or ()] or None,
         request=requested.model_dump(mode="json"),
         request_sha256=_digest_of(request),
         queue=queue,
@@ -66,6 +69,7 @@ def create(
     if is_retry and (made := _made_just_now(session, job)):
         return made
     states.begin(session, job, f"Created fine-tuning job: {job.id}")
+    tracking.begin(session, job)
     outbox.ring(session, files.CPU_QUEUE)
     session.refresh(job)
     return job

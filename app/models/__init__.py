@@ -7,7 +7,7 @@ from app.models.derived import Derived
 from app.models.engines import Engine
 from app.models.evaluations import Evaluation, EvaluationSample, EvaluationState
 from app.models.files import File, FileStatus
-from app.models.jobs import Desired, Job, JobCheckpoint, JobEvent, JobState
+from app.models.jobs import Desired, Job, JobCheckpoint, JobEvent, JobFollower, JobState
 from app.models.outbox import OutboxMessage
 from app.models.queues import QueueClock, QueueShare, Throughput
 from app.models.sweeps import Sweep
@@ -28,6 +28,7 @@ __all__ = [
     "Job",
     "JobCheckpoint",
     "JobEvent",
+    "JobFollower",
     "JobState",
     "Organization",
     "OutboxMessage",

@@ -1,6 +1,6 @@
 from datetime import datetime
 
-from sqlalchemy import func
+from sqlalchemy import func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models.base import Created, Id, Table
@@ -15,6 +15,7 @@ class Engine(Created, Table):
     url: Mapped[str]
     base: Mapped[str] = mapped_column(index=True)
     base_digest: Mapped[str]
+    quantization: Mapped[str] = mapped_column(server_default=text("'nf4'"))
     running: Mapped[int]
     waiting: Mapped[int]
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())

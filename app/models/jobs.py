@@ -35,8 +35,8 @@ class Job(Owned, Table):
     """A fine-tuning job. Postgres is the queue: workers claim rows, and hold them by lease and attempt number.
 
     `valid_loss` is that of the published adapter. `total_tokens` are those of all epochs, or of a supervised job that takes as
-    long; `worker_seconds` what all attempts have taken. Of the running one are `claimed_at` and `charged_seconds`, what its
-    organization was charged in advance.
+    long; `worker_seconds` what all attempts have taken. Of the running one are `claimed_at` and
+    `charged_seconds`, what its organization was charged in advance.
     """
 
     __tablename__ = "jobs"
@@ -67,6 +67,7 @@ class Job(Owned, Table):
     suffix: Mapped[str | None]
     seed: Mapped[int]
     user_metadata: Mapped[dict[str, Any] | None]
+    integrations: Mapped[list[Any] | None]
     request: Mapped[dict[str, Any]]
     request_sha256: Mapped[str]
     spec: Mapped[dict[str, Any] | None]
@@ -134,3 +135,25 @@ class JobCheckpoint(Owned, Table):
     metrics: Mapped[dict[str, Any]]
     fine_tuned_model: Mapped[str]
     has_state: Mapped[bool] = mapped_column(server_default=true())
+
+
+class JobFollower(Owned, Table):
+    """How far a tracker has been told of a job. `next_attempt_at` is null once it has been told everything, or was given up.
+
+    A claim counts `claims` up: whoever comes with an older count writes nothing. `failures` are those since the last success.
+    """
+
+    __tablename__ = "job_followers"
+    __table_args__ = (
+        UniqueConstraint("job_id", "type"),
+        Index("ix_job_followers_due", "type", "next_attempt_at", postgresql_where="next_attempt_at IS NOT NULL"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id"))
+    type: Mapped[str]
+    step: Mapped[int] = mapped_column(default=-1)
+    run: Mapped[dict[str, Any] | None]
+    claims: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    next_attempt_at: Mapped[datetime | None] = mapped_column(server_default=func.clock_timestamp())

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Header
 
 from app import pages
 from app.deps import BaseModels, Caller, Session, Settings
+from app.jobs import integrations
 from app.models import Sweep
 from app.sweeps import service as sweeps
 from app.sweeps.schemas import SweepCreate, SweepOut
@@ -21,8 +22,18 @@ def create_sweep(
     x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
 ) -> SweepOut:
     """Queue a job for each combination of a grid, or for some of them: all or none."""
-    tiers, is_retry = settings.training.tiers, x_stainless_retry_count > 0
-    made = sweeps.create(session, caller, catalog, request=body, tiers=tiers, gpu=settings.gpu, is_retry=is_retry)
+    integrations.require_offered(body.integrations, settings)
+    training, is_retry = settings.training, x_stainless_retry_count > 0
+    made = sweeps.create(
+        session,
+        caller,
+        catalog,
+        request=body,
+        tiers=training.tiers,
+        gpu=settings.gpu,
+        quantizations=training.quantizations,
+        is_retry=is_retry,
+    )
     return _shown(session, caller, made)
 
 

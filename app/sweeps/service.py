@@ -3,7 +3,8 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Select, func, orm, select
@@ -15,6 +16,7 @@ from app.core.catalog import Catalog
 from app.core.clock import unix
 from app.core.errors import AppError, NotFound
 from app.core.settings import GpuSettings
+from app.core.spec import USUAL, QuantizationName
 from app.evaluations import service as evaluations
 from app.files import service as files
 from app.jobs import comparing, states
@@ -34,6 +36,7 @@ def create(
     request: SweepCreate,
     tiers: frozenset[str],
     gpu: GpuSettings = GpuSettings(),
+    quantizations: Set[QuantizationName] = frozenset({USUAL}),
     is_retry: bool = False,
 ) -> Sweep:
     """Queue all jobs of a sweep, each as if it came alone, or none. `is_retry`: see jobs.create."""
@@ -53,7 +56,8 @@ def create(
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(caller.key_id + sweep.request_sha256, 0))))
     if is_retry and (made := _made_just_now(session, sweep)):
         return made
-    sweep.trials = [{"job": _job(session, caller, catalog, sweep, one, tiers, gpu), "values": one.values} for one in wanted]
+    make = partial(jobs.create, session, caller, catalog, tiers=tiers, gpu=gpu, quantizations=quantizations, sweep_id=sweep.id)
+    sweep.trials = [{"job": _job(make, one), "values": one.values} for one in wanted]
     session.add(sweep)
     session.flush()
     session.refresh(sweep)
@@ -94,17 +98,9 @@ def shown(session: orm.Session, caller: Caller, sweeps: Sequence[Sweep]) -> dict
     return told
 
 
-def _job(
-    session: orm.Session,
-    caller: Caller,
-    catalog: Catalog,
-    sweep: Sweep,
-    trial: trials.Trial,
-    tiers: frozenset[str],
-    gpu: GpuSettings,
-) -> str:
+def _job(make: Callable[..., Job], trial: trials.Trial) -> str:
     try:
-        return jobs.create(session, caller, catalog, request=trial.job, tiers=tiers, gpu=gpu, sweep_id=sweep.id).id
+        return make(request=trial.job).id
     except AppError as refused:
         raise trials.refusal(refused, trial.number, trial.values) from None
 

@@ -16,8 +16,8 @@ def test_what_fits_is_shown_part_by_part(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["plan", EIGHT, "--tier", "24", "--seq-length", "2048", "--rank", "32"]) == 0
     said = capsys.readouterr().out
 
-    assert f"{EIGHT} on a GPU of 24 GB: rows of up to 2,048 tokens, rank 32" in said
-    assert "weights, 4-bit                      5.31 GiB  ██████████\n" in said
+    assert f"{EIGHT} on a GPU of 24 GB: rows of up to 2,048 tokens, rank 32, nf4\n" in said
+    assert "weights of the base                 5.31 GiB  ██████████\n" in said
     assert "what a run may take there          21.12 GiB" in said
     assert said.count(" GiB  ") == 9 and said.count("(not at the peak)") == 1
     assert "It fits." in said
@@ -58,6 +58,8 @@ def test_options_that_cost_memory_are_counted(capsys: pytest.CaptureFixture[str]
     assert parts("--dora")["layers"] > 2 * plain["layers"]
     assert parts("--optimizer", "adamw_32bit")["adapter"] > 1.5 * plain["adapter"]
     assert parts("--optimizer", "paged_adamw_8bit") == plain
+    assert parts("--quantization", "fp4") == plain
+    assert parts("--quantization", "none")["weights"] > 1.7 * parts("--quantization", "int8")["weights"] > 2 * plain["weights"]
 
 
 def test_what_is_beside_it_leaves_less(capsys: pytest.CaptureFixture[str]) -> None:

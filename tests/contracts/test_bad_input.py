@@ -14,6 +14,7 @@ from openai import OpenAI
 from sqlalchemy import orm, text
 
 from app.accounts.caller import Caller
+from app.adapters import service as adapters
 from app.core import catalog
 from app.core.engine import Heartbeat
 from app.core.settings import Settings
@@ -136,6 +137,13 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
         "training.publish",
         "send a validation_file or training.validation_split",
     ),
+    "a base that no engine holds": (
+        {"quantization": {"scheme": "int8"}},
+        400,
+        "quantization.scheme",
+        "int8 added to TUNESMITH_TRAINING__QUANTIZATIONS",
+    ),
+    "blocks of int8": ({"quantization": {"scheme": "int8", "double_quant": True}}, 400, "quantization", "leave out double_quant"),
     "another quantization": ({"quantization": {"scheme": "int3"}}, 400, "quantization.scheme", "nf4"),
     "a sequence of 4 tokens": ({"training": {"max_seq_length": 4}}, 400, "training.max_seq_length", "8"),
     "rows cut elsewhere": ({"training": {"long_rows": "right"}}, 400, "training.long_rows", "'drop' or 'truncate'"),
@@ -176,7 +184,15 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
         "remove it",
     ),
     "a method without type": ({"method": {"supervised": {}}}, 400, "method.type", "required"),
-    "an integration": ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "remove"),
+    "an integration": (
+        {"integrations": [{"type": "mlflow", "mlflow": {"experiment": "e"}}]},
+        400,
+        "integrations.0.type",
+        "leave the integration out",
+    ),
+    "an integration twice": ({"integrations": [{"type": "tensorboard"}] * 2}, 400, "integrations", "send one of each"),
+    "an unknown integration": ({"integrations": [{"type": "comet"}]}, 400, "integrations.0.type", "'wandb', 'mlflow' or"),
+    "an integration without its object": ({"integrations": [{"type": "wandb"}]}, 400, "integrations.0", "hold an object 'wandb'"),
     "a long suffix": ({"suffix": "x" * 65}, 400, "suffix", "suffix must be at most 64 characters long"),
     "a suffix with a colon": ({"suffix": "a:b"}, 400, "suffix", "suffix must match the pattern ^[A-Za-z0-9._-]+$"),
     "a negative seed": ({"seed": -1}, 400, "seed", "0"),
@@ -446,3 +462,21 @@ def test_a_base_whose_engine_fell_silent_is_waited_for(
     with system_sessions.begin() as session:
         session.execute(text("UPDATE engines SET heartbeat_at = heartbeat_at - interval '5 minutes' WHERE id = 'late'"))
     assert chat(http, "qwen2.5-14b-instruct").headers["x-should-retry"] == "false"  # nothing restarts for so long
+
+
+@pytest.mark.usefixtures("engine_of_tiny")
+def test_a_model_that_no_engine_holds_its_base_for_is_refused_with_how_to_serve_it(
+    http: httpx.Client, organization: Caller, system_sessions: orm.sessionmaker[orm.Session]
+) -> None:
+    beat = Heartbeat(engine_id="fp4", url="http://x", base=make.TINY, base_digest="f", quantization="fp4", running=0, waiting=0)
+    names = []
+    with system_sessions.begin() as session:
+        engines.record(session, beat)
+        for asked in ({"scheme": "int8"}, {"scheme": "fp4"}):
+            job = make.job(session, organization, quantizations={"int8", "fp4"}, quantization=asked)
+            names.append(adapters.name_of(job))
+            adapters.publish(session, job, name=names[-1], step=None, prefix="nowhere", manifest=make.manifest(job.id))
+
+    refused(chat(http, names[0]), 503, "model", "held in int8, and engines hold it in fp4, nf4 only")
+    refused(chat(http, names[0]), 503, "model", "TUNESMITH_INFERENCE__QUANTIZATION=int8")
+    refused(chat(http, names[1]), 503, "model", "was trained on other weights")

@@ -10,7 +10,7 @@ from itertools import takewhile
 from app.core import catalog, memory
 from app.core.catalog import Architecture
 from app.core.memory import PerToken, Trainer
-from app.core.spec import LoraSpec
+from app.core.spec import QUANTIZATIONS, LoraSpec, QuantizationName
 
 # transformers and PEFT as they come, with gradient checkpointing: counted by a hook on saved tensors, without dropout.
 # Logits are there in 16 and 32 bits, as a shifted copy (of transformers before 4.45), as log-probabilities and as gradients
@@ -56,6 +56,11 @@ def rows() -> Iterator[Row]:
         yield Row("QLoRA paper, memory by size", what, "GB", gb, _peak(size, 64, 512, QLORA_PAPER))
     for size, gb in _WEIGHTS.items():
         yield Row("weights in NF4, double quantization", size, "GB", gb, memory.weights_bytes(_architecture(size)) / 1e9)
+    sixteen, eight_bit, nf4 = (memory.weights_bytes(_architecture(EIGHT), QUANTIZATIONS[name]) for name in _WAYS)
+    yield Row("its own index, model.safetensors.index.json", f"{EIGHT} in 16 bits", "GB", 16.06, sixteen / 1e9)
+    yield Row("JongYeop/Llama-3.1-8B-Instruct-INT8, one scale an output", f"{EIGHT} in 8 bits", "GB", 8.5, eight_bit / 1e9)
+    what = f"{EIGHT} in bf16 less that in nf4, both generating"
+    yield Row("derekl35/quantization-benchmarks, peak memory", what, "GB", 16.773 - 6.440, (sixteen - nf4) / 1e9)
     for name, trainer, tokens in (("full logits", NEWER, 7500), ("chunked cross-entropy", CHUNKED, 29500)):
         what = f"8B on 24 GB, {name}: tokens at once"
         yield Row("an estimate, before this was built", what, "tokens", tokens, _most_tokens(EIGHT, 24e9, trainer))
@@ -66,9 +71,10 @@ def rows() -> Iterator[Row]:
     yield Row("prepare_model_for_kbit_training", "embeddings and head of an 8B in 32 bits", "GB", 2, wider / 1e9)
     for has_two, bits in ((False, 4.5), (True, 4.127)):
         what = f"a parameter, {'double' if has_two else 'single'} quantization"
-        yield Row("QLoRA paper", what, "bits", bits, 8 * memory.BYTES_PER_NF4[has_two])
+        yield Row("QLoRA paper", what, "bits", bits, 8 * memory.BYTES_PER_4_BIT[has_two])
 
 
+_WAYS: tuple[QuantizationName, ...] = ("none", "int8", "nf4-single")  # bitsandbytes quantizes once unless told otherwise
 _WEIGHTS = {
     "llama-2-7b": 3.87,
     "llama-2-13b": 7.20,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.core import catalog, memory
-from app.core.spec import LoraSpec
+from app.core.spec import QUANTIZATIONS, LoraSpec
 from tests.core import published
 from tests.core.published import Row
 
@@ -68,3 +68,15 @@ def test_dora_trains_a_length_for_each_output() -> None:
     plain, dora = (memory.adapter_parameters(SMOL, LoraSpec(use_dora=use_dora)) for use_dora in (False, True))
 
     assert dora - plain == SMOL.layers * sum(outside for _, outside in SMOL.linear_shapes)
+
+
+def test_only_what_is_quantized_is_made_dense() -> None:
+    largest = max(i * o for i, o in SMOL.linear_shapes)
+    for use_dora, more in ((False, 0), (True, 6)):
+        lora = LoraSpec(use_dora=use_dora)
+        dense = {
+            name: memory.predict(SMOL, lora, micro_batch_tokens=64, quantization=held).dequantized / largest
+            for name, held in QUANTIZATIONS.items()
+        }
+        assert dense.pop("none") == more
+        assert set(dense.values()) == {2 + more}

@@ -7,7 +7,7 @@ from app.core.errors import NotFound
 from app.core.memory import GIB
 from app.core.planner import Room, Run
 from app.core.settings import GpuSettings
-from app.core.spec import LoraSpec
+from app.core.spec import QUANTIZATIONS, LoraSpec
 
 GPU = GpuSettings()
 KNOWN = catalog.load()
@@ -158,6 +158,21 @@ def test_dora_is_named_where_it_is_to_blame() -> None:
 
     assert planner.plan(plain, [room]).fits and not planner.plan(asked, [room]).fits
     assert planner.remedies(asked, room)[0].param == "adapter.use_dora"
+
+
+def test_a_base_in_more_bits_takes_a_larger_tier_and_nf4_is_named_where_none_is() -> None:
+    plain = run("llama-3.1-8b-instruct")
+    found = {}
+    for name, held in QUANTIZATIONS.items():
+        made = planner.plan(plain.model_copy(update={"quantization": held}), rooms())
+        found[name] = made.room.tier
+    asked, (small,) = plain.model_copy(update={"quantization": QUANTIZATIONS["none"]}), rooms("16")
+    remedy = planner.remedies(asked, small)[0]
+
+    assert found == {"nf4": "16", "nf4-single": "16", "fp4": "16", "fp4-single": "16", "int8": "16", "none": "24"}
+    assert not planner.plan(asked, [small]).fits
+    assert (remedy.param, remedy.value) == ("quantization.scheme", "nf4")
+    assert remedy.peak_bytes == planner.plan(plain, [small]).memory.peak_bytes
 
 
 def test_the_adapter_that_a_run_began_with_is_counted_where_it_stays() -> None:

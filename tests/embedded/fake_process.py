@@ -12,7 +12,7 @@ class Readyz(BaseHTTPRequestHandler):
     engines = 0
 
     def do_GET(self) -> None:
-        body = json.dumps({"status": "ok", "engines": Readyz.engines}).encode()
+        body = json.dumps({"status": "ok", "quantizations": ["nf4"] * Readyz.engines}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()

@@ -3,9 +3,9 @@ import os
 import pytest
 from pydantic import SecretStr
 
-from app.core.settings import DatabaseSettings, Settings, WebhookSettings
+from app.core.settings import DatabaseSettings, InferenceSettings, Settings, TrainingSettings, WebhookSettings
 from worker.embedded import environment
-from worker.embedded.programs import service
+from worker.embedded.programs import as_program, service
 
 SETTINGS = Settings(
     database=DatabaseSettings(api_url=SecretStr("postgresql://api"), system_url=SecretStr("postgresql://system")),
@@ -49,3 +49,16 @@ def test_each_process_gets_the_secrets_it_works_with(name: str, expected: set[st
     private = {key for key in private if key.startswith(environment.PRIVATE)}
 
     assert {"STORAGE" if key.startswith("STORAGE") else key for key in private} == expected
+
+
+def test_an_engine_is_run_for_each_way_to_hold_a_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"training": TrainingSettings(quantizations={"int8", "nf4", "fp4"}), "inference": InferenceSettings(port=9000)}
+    settings = SETTINGS.model_copy(update=chosen)
+    found = {}
+    for process in service(settings, "127.0.0.1", 8000):
+        if process.arguments == ("-m", "worker.inference.server"):
+            monkeypatch.setattr(os, "environ", as_program(process, settings).environment)
+            held = Settings().inference
+            found[process.name] = (held.quantization, held.port)
+
+    assert found == {"engine": ("nf4", 9000), "engine-fp4": ("fp4", 0), "engine-int8": ("int8", 0)}

@@ -51,9 +51,9 @@ def engine(settings: Settings, storage: Storage) -> Iterator[tuple[str, Scripted
 
     runner = ScriptedRunner(renderer.tokenizer, min(renderer.stop_ids))
     entry = BaseEntry(id=base.id, revision="1", digest="0" * 64)
-    caps = Caps(entry, renderer.context_length, base.architecture.vocab, 8, 4, 16)
+    caps = Caps(entry, "nf4", renderer.context_length, base.architecture.vocab, 8, 4, 16)
     scheduled = Engine(runner, Scheduler(max_batch=8, max_waiting=64, step_tokens=4096))
-    driver = NativeDriver(scheduled, AdapterStore(load, base_id=base.id, max_adapters=4), renderer, caps)
+    driver = NativeDriver(scheduled, AdapterStore(load, base=entry, max_adapters=4), renderer, caps)
     port = rows.free_port()
     app = create_app(driver, token=settings.engine_token.get_secret_value())
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, lifespan="off"))

@@ -1,5 +1,6 @@
 """One stack for every test of this folder."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,10 +9,12 @@ from openai import OpenAI
 
 from tests.stack import Stack, running_stack
 
+NO_TRACKER = {"TUNESMITH_MLFLOW__TRACKING_URI": "http://127.0.0.1:9"}  # which jobs may ask for, and which is away
+
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory, bases_dir: Path) -> Iterator[Stack]:
-    with running_stack(tmp_path_factory.mktemp("up"), bases_dir) as running:
+    with running_stack(tmp_path_factory.mktemp("up"), bases_dir, environment={**os.environ, **NO_TRACKER}) as running:
         yield running
 
 

@@ -2,11 +2,13 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import make
 
@@ -31,9 +33,13 @@ def metrics_of(client: OpenAI, job: FineTuningJob) -> list[dict[str, Any]]:
     return [event.data for event in events if event.type == "metrics"]  # type: ignore[misc]
 
 
-def test_a_dpo_job_from_the_sdk_to_an_answer(client: OpenAI) -> None:
+def test_a_dpo_job_from_the_sdk_to_an_answer(client: OpenAI, tmp_path: Path) -> None:
+    """With a tracker that is away all the while, which it does not feel, and a file for TensorBoard."""
     method = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 2, "batch_size": 8}}}
-    job = succeeded(client, created(client, make.preference_file(24), make.preference_file(4), method=method))
+    trackers = [{"type": "mlflow", "mlflow": {"experiment": "away"}}, {"type": "tensorboard"}]
+    job = succeeded(
+        client, created(client, make.preference_file(24), make.preference_file(4), method=method, integrations=trackers)
+    )
     said = metrics_of(client, job)
 
     assert job.method is not None and job.method.dpo is not None and job.method.dpo.hyperparameters is not None
@@ -43,6 +49,10 @@ def test_a_dpo_job_from_the_sdk_to_an_answer(client: OpenAI) -> None:
     header, *rows = client.files.content(job.result_files[0]).text.splitlines()
     assert header.split(",")[5:9] == ["rewards/chosen", "rewards/rejected", "rewards/accuracy", "rewards/margin"]
     assert len(rows) == 6 and rows[-1].count(",") == header.count(",") == 12
+    assert job.model_extra is not None and job.model_extra["trackers"] == trackers and job.integrations is None
+    (tmp_path / "tfevents").write_bytes(client.files.content(job.result_files[-1]).content)
+    margins = EventAccumulator(str(tmp_path)).Reload().Scalars("rewards/margin")
+    assert [point.step for point in margins] == [data["step"] for data in steps]
     (*_, checkpoint) = list(client.fine_tuning.jobs.checkpoints.list(job.id))[::-1]
     assert "rewards/accuracy" in checkpoint.metrics.model_dump()
     assert answers(client, job)
@@ -54,6 +64,16 @@ def answers(client: OpenAI, job: FineTuningJob) -> bool:
         model=str(job.fine_tuned_model), messages=[{"role": "user", "content": "What comes after 3?"}], max_tokens=3
     )
     return answer.model == job.fine_tuned_model
+
+
+def _goes_on_from(client: OpenAI, job: FineTuningJob, method: Any) -> None:
+    """Another job on top of it, which compares with what the first has made."""
+    asked = created(client, make.preference_file(8), make.preference_file(4), model=str(job.fine_tuned_model), method=method)
+    again = succeeded(client, asked)
+    first, *_ = metrics_of(client, again)
+
+    assert (again.model_extra or {})["continue_from"] == job.fine_tuned_model != again.fine_tuned_model
+    assert first["rewards/margin"] == 0 and first["train_loss"] == pytest.approx(math.log(2))
 
 
 def test_orpo_and_kto_jobs_from_the_sdk_to_an_answer(client: OpenAI) -> None:
@@ -77,15 +97,3 @@ def test_orpo_and_kto_jobs_from_the_sdk_to_an_answer(client: OpenAI) -> None:
         assert told[name] <= set(header)
         assert answers(client, job)
     assert resolved["undesirable_weight"] == 10 / 6
-
-
-def _goes_on_from(client: OpenAI, job: FineTuningJob, method: Any) -> None:
-    """Another job on top of it, which compares with what the first has made."""
-    again = succeeded(
-        client,
-        created(client, make.preference_file(8), make.preference_file(4), model=str(job.fine_tuned_model), method=method),
-    )
-    first, *_ = metrics_of(client, again)
-
-    assert (again.model_extra or {})["continue_from"] == job.fine_tuned_model != again.fine_tuned_model
-    assert first["rewards/margin"] == 0 and first["train_loss"] == pytest.approx(math.log(2))

@@ -63,6 +63,7 @@ def publish(storage: Storage, base: LoadedBase, model: PeftModel, directory: Pat
         micro_batch_tokens=64,
         checkpoint_every_steps=1,
         lora=lora,
+        quantization=base.quantization,
         optimizer=OptimizerSpec(learning_rate=1e-3),
     )
     written = adapter.write(

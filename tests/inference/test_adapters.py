@@ -9,11 +9,13 @@ import pytest
 
 from app.core.engine import AdapterRef
 from app.core.errors import BadRequest, NotFound, Unavailable
+from app.core.manifest import BaseEntry
 from app.core.storage import Storage
 from worker.inference.adapters import AdapterStore
 from worker.inference.disk import AdapterDisk
 
 Published = dict[str, AdapterRef]
+BASE = BaseEntry(id="base", revision="1", digest="d" * 64)
 
 
 def ref(name: str) -> AdapterRef:
@@ -38,7 +40,7 @@ class Loads:
 
 
 def store(loads: Callable[[AdapterRef], object], max_adapters: int = 2) -> AdapterStore:
-    return AdapterStore(loads, base_id="base", max_adapters=max_adapters)
+    return AdapterStore(loads, base=BASE, max_adapters=max_adapters)
 
 
 def test_any_number_of_callers_one_load() -> None:

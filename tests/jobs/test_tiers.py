@@ -10,12 +10,12 @@ from app.core import catalog, tiers
 from app.core.catalog import Base, Catalog
 from app.core.errors import BadRequest
 from app.core.settings import GpuSettings, Settings, TrainingSettings
-from app.core.spec import LoraSpec, Requested, Start
+from app.core.spec import LoraSpec, QuantizationName, Requested, Start
 from app.core.storage import Storage
 from app.jobs import admission
 from app.jobs import service as jobs
-from app.jobs.admission import Data, NoRoom
-from app.jobs.schemas import JobCreate
+from app.jobs.admission import Data, NoRoom, NotServed
+from app.jobs.schemas import JobCreate, JobOut
 from app.models import Job, JobState
 from tests import make
 from worker.services import Services
@@ -84,13 +84,18 @@ def base() -> Base:
 
 @dataclass
 class Installation:
-    """Its tiers may change between a job's creation and its preparation."""
+    """Its tiers, and the ways in which bases are held, may change between a job's creation and its preparation."""
 
     services: Services
     caller: Caller
 
     def with_tiers(self, *tiers: str) -> "Installation":
         training = TrainingSettings(tiers=frozenset(tiers))
+        settings = self.services.settings.model_copy(update={"training": training})
+        return replace(self, services=replace(self.services, settings=settings))
+
+    def with_quantizations(self, *names: QuantizationName) -> "Installation":
+        training = self.services.settings.training.model_copy(update={"quantizations": frozenset(names)})
         settings = self.services.settings.model_copy(update={"training": training})
         return replace(self, services=replace(self.services, settings=settings))
 
@@ -101,8 +106,15 @@ class Installation:
             file = make.stored_file(session, self.caller, to.storage, make.chat_line("?", "a" * answer_length).encode())
             options = {"training": {"max_seq_length": 32_768}, **asked}
             request = JobCreate.model_validate({"model": base.id, "training_file": file.id, **options})
-            tiers = settings.training.tiers
-            return jobs.create(session, self.caller, to.catalog, request=request, tiers=tiers, gpu=settings.gpu).id
+            return jobs.create(
+                session,
+                self.caller,
+                to.catalog,
+                request=request,
+                tiers=settings.training.tiers,
+                gpu=settings.gpu,
+                quantizations=settings.training.quantizations,
+            ).id
 
     def prepared(self, job_id: str) -> Job:
         assert prepare.prepare_next(self.services)
@@ -202,3 +214,14 @@ def test_paged_optimizer_states_go_to_a_gpu_or_are_refused(installation: Install
         assert session.scalars(select(Job.queue).order_by(Job.id.desc()).limit(1)).one() == "train.16"
     with pytest.raises(BadRequest, match=r"paged_adamw_8bit needs a GPU.*this installation has: cpu; use adamw_8bit"):
         here.with_tiers("cpu").create(small, answer_length=100, **asked)
+
+
+def test_a_base_in_16_bits_goes_where_it_fits_once_an_engine_holds_it_so(installation: Installation, base: Base) -> None:
+    asked, planned = {"answer_length": 100, "quantization": {"scheme": "none"}}, installation.with_tiers("16", "24")
+    with pytest.raises(NotServed, match=r"in none, .* engines hold nf4: ask for one of these"):
+        planned.create(base, **asked)
+    job = planned.with_quantizations("nf4", "none").prepared(planned.with_quantizations("nf4", "none").create(base, **asked))
+
+    assert job.queue == "train.24" and job.plan
+    assert job.plan["predicted_bytes"]["weights"] > 2 * base.architecture.linear_parameters
+    assert JobOut.of(job).quantization == job.spec["quantization"] == {"scheme": "none", "double_quant": False}

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,7 +199,7 @@ def test_another_tokenizer_is_noticed_by_its_tokens(written: Path, tiny: LoadedB
     renderer = tiny.renderer
     tokenizer = type(renderer.tokenizer).from_str(renderer.tokenizer.to_str())
     tokenizer.add_tokens(["Hello"])
-    other = LoadedBase(tiny.model, Renderer(tokenizer, renderer.template, renderer.stop_ids, renderer.context_length), tiny.entry)
+    other = replace(tiny, renderer=Renderer(tokenizer, renderer.template, renderer.stop_ids, renderer.context_length))
 
     with pytest.raises(AdapterRefused, match="other tokens"):
         adapter.open(written, base=other, max_rank=16)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -13,15 +14,16 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from app.core import catalog
+from app.core import catalog, memory
 from app.core.catalog import Base, HubSource, PathSource, WheelSource
 from app.core.render import Renderer
-from app.core.spec import QuantizationSpec
+from app.core.spec import QUANTIZATIONS, QuantizationName, QuantizationSpec
 from tests import make
 from worker.model import base as bases
 from worker.model import bytewise, card, hub, source
 from worker.model.base import BaseRefused, LoadedBase
 from worker.model.source import Weights
+from worker.training.linear import Projection
 
 TINY = catalog.load()[make.TINY]
 STOCK = (
@@ -72,6 +74,38 @@ def test_decoder_layers_are_4_bit_and_nothing_is_kept_in_32(tiny: LoadedBase) ->
     assert {parameter.dtype for parameter in tiny.model.parameters()} == {torch.uint8, torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in tiny.model.parameters())
     assert tiny.model.lm_head.weight is tiny.model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_a_base_takes_what_the_planner_says_and_loses_what_its_bits_lose(name: QuantizationName, bases_dir: Path) -> None:
+    lost = {"nf4": 0.1, "nf4-single": 0.1, "fp4": 0.13, "fp4-single": 0.13, "int8": 0.01, "none": 0.0}  # of the norm, at most
+    held = QUANTIZATIONS[name]
+    base = bases.load(TINY, bases_dir, quantization=held, device="cpu", for_training=False)
+    with source.weights(TINY, "", bases_dir) as weights:
+        published = load_file(weights.folder / "model.safetensors")
+
+    assert sum(map(_bytes_of, map(base.model.get_submodule, base.linear_shapes))) == pytest.approx(
+        memory.linear_bytes(TINY.architecture, held), rel=0.002
+    )
+    for layer in base.linear_shapes:
+        (dense_OI,) = (weights.dense_OI(torch.float32) for weights in Projection(base.model.get_submodule(layer))._weights)
+        theirs = published[f"{layer}.weight"].float()
+        error = float((dense_OI - theirs).norm() / theirs.norm())
+        assert lost[name] / 2 <= error <= lost[name]
+        rows = torch.randn(3, dense_OI.shape[1])
+        with torch.inference_mode():  # the engine's product, beside training's
+            torch.testing.assert_close(
+                base.model.get_submodule(layer)(rows.bfloat16()).float(), rows @ dense_OI.T, atol=0.05, rtol=0.05
+            )
+
+
+def _bytes_of(layer: Any) -> int:
+    """Of the weights and their scales. A second level's table of 256 numbers is the same for all layers, and is not counted."""
+    state, tensors = getattr(layer.weight, "quant_state", None), [layer.weight.data]
+    if state is not None:
+        tensors += [state.absmax, *([state.state2.absmax] if state.nested else [])]
+    tensors += [layer.weight.SCB] if hasattr(layer.weight, "SCB") else []
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def test_weights_lose_no_more_than_nf4_loses(tiny: LoadedBase, bases_dir: Path) -> None:

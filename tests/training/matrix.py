@@ -8,13 +8,16 @@ import peft
 import torch
 from torch import Tensor
 
+from app.core import catalog
 from app.core.events import Finished, Stepped, Stopped
-from app.core.spec import TrainSpec
+from app.core.spec import QUANTIZATIONS, USUAL, QuantizationSpec, TrainSpec
+from tests.make import TINY
 from tests.training import make
 from tests.training.make import Runner
 from worker.inference import lora
 from worker.inference.lora import LoraLayers
 from worker.model import adapter
+from worker.model import base as bases
 from worker.model.base import LoadedBase
 
 STOP_AFTER = 3  # between two checkpoints
@@ -56,7 +59,17 @@ CASES = (
     Case("scheduler cosine, to a tenth", {"optimizer": {"min_rate_ratio": 0.1}}),
     Case("weight_decay 0.1", {"optimizer": {"weight_decay": 0.1}}),
     Case("max_grad_norm 0.1", {"optimizer": {"max_grad_norm": 0.1}}),
+    *(Case(f"quantization {name}", {"quantization": held}) for name, held in QUANTIZATIONS.items() if name != USUAL),
+    *(
+        Case(f"quantization {name}, use_dora", {"quantization": QUANTIZATIONS[name], "lora": {"use_dora": True}}, quick=False)
+        for name in ("fp4", "int8", "none")
+    ),
 )
+
+
+def load(cache_dir: Path, held: QuantizationSpec, dtype: torch.dtype) -> LoadedBase:
+    """The tiny base, to be trained on."""
+    return bases.load(catalog.load()[TINY], cache_dir, quantization=held, device="cpu", dtype=dtype, for_training=True)
 
 
 def trained(base: LoadedBase, asked: TrainSpec, folder: Path) -> Runner:

@@ -137,7 +137,7 @@ def test_loss_gradient_and_rewards_of_dpo_are_those_of_trl(untouched: LoadedBase
 
 
 def excite(parameters: list[Any], *, seed: int = 4) -> None:
-    torch.manual_seed(seed)  # with 4 mismatched answers become likelier: KTO's KL is never below 0
+    torch.manual_seed(seed)  # mismatched answers become likelier with 4: KTO's KL is never below 0
     with torch.no_grad():
         for parameter in parameters:
             parameter.normal_(std=0.05)
@@ -338,8 +338,8 @@ def test_rows_of_another_method_are_refused(tiny: LoadedBase, tmp_path: Path, as
 
 
 def test_the_tuned_model_is_asked_without_dropout(exact: LoadedBase) -> None:
+    (batch,) = micro_batches(make.preferences(exact.renderer), range(ROWS), max_tokens=10_000)
     with adapted(exact, spec(lora={"dropout": 0.5})) as trainee:
-        (batch,) = step(trainee).micro_batches
         excite(trainee.parameters)
         started = replace(trainee, start=tuple(parameter.detach().clone() for parameter in trainee.parameters))
         first, second = (started._losses_of_reference(batch) for _ in range(2))

@@ -1,11 +1,12 @@
 """Our own processes, as data: what is run, which secrets it gets, how long it may take to stop."""
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.core.settings import Settings
+from app.core.settings import PREFIX, Settings
+from app.core.spec import USUAL
 from worker.embedded import environment
 from worker.embedded.processes import Program
 from worker.train import celery_arguments
@@ -17,36 +18,51 @@ CODE = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Process:
-    """Arguments for our own Python, and the secrets it needs, named as in `environment.of`."""
+    """Arguments for our own Python, and the secrets it needs, named as in `environment.of`. `variables` are its own settings."""
 
     name: str
     arguments: tuple[str, ...]
     secrets: tuple[str, ...]
+    variables: dict[str, str] = field(default_factory=dict)
     grace_seconds: float = WORKER_GRACE_SECONDS
 
 
 Processes = Callable[[Settings, str, int], tuple[Process, ...]]
 
 
-def service(_settings: Settings, host: str, port: int) -> tuple[Process, ...]:
+def service(settings: Settings, host: str, port: int) -> tuple[Process, ...]:
     """What makes up Tunesmith, with its API on `host` and `port`."""
     work = ("DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL")
-    serve = ("DATABASE__API_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN")
+    trackers = ("WANDB", "MLFLOW")
+    serve = ("DATABASE__API_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN", *trackers)
     uvicorn = ("-m", "uvicorn", "app.main:create_app", "--factory", "--no-access-log")
     return (
         Process("api", (*uvicorn, "--host", host, "--port", str(port)), serve, grace_seconds=10),
-        Process("relay", ("-m", "worker.relay"), (*work, "ENGINE_TOKEN")),
+        Process("relay", ("-m", "worker.relay"), (*work, "ENGINE_TOKEN", *trackers)),
         Process("cpu", ("-m", "celery", "-A", "worker.celery", *celery_arguments("cpu", "cpu")), (*work, "ENGINE_TOKEN")),
         Process("train", ("-m", "worker.train"), work),
-        Process("engine", ("-m", "worker.inference.server"), ("STORAGE", "ENGINE_TOKEN")),
+        *_engines(settings),
     )
+
+
+def _engines(settings: Settings) -> Iterator[Process]:
+    """One for each way in which jobs may have their base held. The first listens where it is told to, the others anywhere."""
+    first, *others = sorted(settings.training.quantizations, key=lambda quantization: (quantization != USUAL, quantization))
+    yield _engine(first)
+    yield from (_engine(quantization, port="0") for quantization in others)
+
+
+def _engine(quantization: str, **changes: str) -> Process:
+    variables = {f"{PREFIX}INFERENCE__{name.upper()}": value for name, value in {"quantization": quantization, **changes}.items()}
+    name = "engine" if quantization == USUAL else f"engine-{quantization}"
+    return Process(name, ("-m", "worker.inference.server"), ("STORAGE", "ENGINE_TOKEN"), variables)
 
 
 def as_program(process: Process, settings: Settings) -> Program:
     return Program(
         name=process.name,
         command=(sys.executable, *process.arguments),
-        environment=environment.of(settings, secrets=process.secrets),
+        environment=environment.of(settings, secrets=process.secrets) | process.variables,
         cwd=CODE,
         grace_seconds=process.grace_seconds,
     )

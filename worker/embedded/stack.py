@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Set
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,7 @@ def _start(servers: Servers, host: str, port: int, processes: Processes) -> None
     settings = servers.settings.model_copy(update={"inference": inference})
     servers.supervisor.start(*(as_program(process, settings) for process in processes(settings, host, port)))
     say("the API, the workers and the engine are starting; the first time takes longest")
-    ask = partial(_require_ready, url)
+    ask = partial(_require_ready, url, settings.training.quantizations)
     servers.supervisor.wait_for("api", ask, failures=(_NotReady,), seconds=READY_SECONDS, pause_seconds=0.5)
 
 
@@ -98,13 +99,13 @@ class _NotReady(Exception):
     """The API does not answer, or says what it waits for."""
 
 
-def _require_ready(url: str) -> None:
+def _require_ready(url: str, quantizations: Set[str]) -> None:
     try:
         answer = httpx.get(f"{url}/readyz", timeout=5, trust_env=False)
         body = answer.json()
     except (httpx.HTTPError, ValueError) as error:
         raise _NotReady(f"no answer: {error}") from error
-    if answer.status_code != httpx.codes.OK or not body.get("engines"):
+    if answer.status_code != httpx.codes.OK or not quantizations <= set(body.get("quantizations", ())):
         raise _NotReady(answer.text.strip())
 
 

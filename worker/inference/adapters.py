@@ -11,6 +11,7 @@ import structlog
 
 from app.core.engine import AdapterRef
 from app.core.errors import AppError, Unavailable
+from app.core.manifest import BaseEntry
 
 log = structlog.get_logger()
 
@@ -46,8 +47,8 @@ class AdapterStore:
     Every method belongs to one event loop, so there is no lock; `load` runs in a thread of its own, off the step loop.
     """
 
-    def __init__(self, load: Callable[[AdapterRef], object], *, base_id: str, max_adapters: int) -> None:
-        self._load, self._base_id, self._max_adapters = load, base_id, max_adapters
+    def __init__(self, load: Callable[[AdapterRef], object], *, base: BaseEntry, max_adapters: int) -> None:
+        self._load, self._base, self._max_adapters = load, base, max_adapters
         self._slots: OrderedDict[str, _Slot] = OrderedDict()  # by digest, least recently used first
         self._failures: dict[str, _Failure] = {}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter")
@@ -59,8 +60,11 @@ class AdapterStore:
 
     async def acquire(self, ref: AdapterRef, *, pin: bool = False) -> AdapterLease:
         """Hold the adapter, loading it if need be. Raises what `load` raised, and Unavailable without base or room for it."""
-        if ref.base != self._base_id:
-            raise Unavailable(f"this engine serves {self._base_id}, not {ref.base}", code="base_not_loaded")
+        if ref.base != self._base.id:
+            raise Unavailable(f"this engine serves {self._base.id}, not {ref.base}", code="base_not_loaded")
+        if ref.base_digest not in (None, self._base.digest):
+            message = f"this engine holds {ref.base} in another way than {ref.internal_name} was trained on"
+            raise Unavailable(message, code="base_not_loaded")
         self._raise_remembered(ref.digest)
         slot = self._slots.get(ref.digest) or self._open(ref)
         slot.leases += 1

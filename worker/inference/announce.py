@@ -61,7 +61,13 @@ def _address_towards(gateway: SplitResult) -> str:
 def _beat(driver: EngineDriver, engine_id: str, url: str) -> Heartbeat:
     stats = driver.stats()
     return Heartbeat(
-        engine_id=engine_id, url=url, base=stats.base, base_digest=stats.base_digest, running=stats.running, waiting=stats.waiting
+        engine_id=engine_id,
+        url=url,
+        base=stats.base,
+        base_digest=stats.base_digest,
+        quantization=driver.caps.quantization,
+        running=stats.running,
+        waiting=stats.waiting,
     )
 
 

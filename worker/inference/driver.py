@@ -6,6 +6,7 @@ from typing import Protocol
 
 from app.core.engine import AdapterRef, Chunk, EngineStats, GenerateRequest
 from app.core.manifest import BaseEntry
+from app.core.spec import QuantizationName
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class Caps:
     """What this engine serves and how much of it at once."""
 
     base: BaseEntry
+    quantization: QuantizationName
     context_length: int
     vocabulary: int
     max_batch: int

@@ -1,4 +1,4 @@
-"""Our own driver: one NF4 base in this process, adapters beside it."""
+"""Our own driver: one base in this process, adapters beside it."""
 
 import asyncio
 import contextlib
@@ -131,6 +131,7 @@ def open_driver(base: LoadedBase, storage: Storage, *, cache_dir: Path, settings
     load = partial(_load, disk=disk, base=base, runner=runner, max_rank=settings.max_rank)
     caps = Caps(
         base=base.entry,
+        quantization=base.quantization.name,
         context_length=base.renderer.context_length,
         vocabulary=base.model.get_input_embeddings().num_embeddings,
         max_batch=settings.max_batch,
@@ -138,7 +139,7 @@ def open_driver(base: LoadedBase, storage: Storage, *, cache_dir: Path, settings
         max_rank=settings.max_rank,
     )
     scheduler = Scheduler(max_batch=settings.max_batch, max_waiting=settings.max_waiting, step_tokens=STEP_TOKENS)
-    store = AdapterStore(load, base_id=base.entry.id, max_adapters=settings.max_adapters)
+    store = AdapterStore(load, base=base.entry, max_adapters=settings.max_adapters)
     return NativeDriver(Engine(runner, scheduler), store, base.renderer, caps)
 
 

@@ -25,7 +25,7 @@ def enable(model: Any, probe: Sequence[int]) -> bool:
     changes the weights in place; they cannot be trained or saved afterwards.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not has_avx512bf16():
+    if not layers or model.device.type != "cpu" or model.dtype != torch.bfloat16 or not has_avx512bf16():
         return False
     plain_BTV = _logits(model, probe)
     kept = [(layer, layer.weight.data, copy.copy(layer.weight.quant_state)) for layer in layers]

@@ -13,6 +13,7 @@ import uvicorn
 
 from app.core import catalog, logging
 from app.core.settings import Settings
+from app.core.spec import QUANTIZATIONS
 from app.core.storage import open_storage
 from worker import gpu
 from worker.inference import native
@@ -70,7 +71,8 @@ async def serve(settings: Settings, base: bases.LoadedBase, card_dir: Path) -> N
         server = DrainingServer(config, driver)
         beats = announce(driver, storage, card_dir=card_dir, url=url, token=token, settings=settings.inference)
         server.announcing = asyncio.create_task(beats)
-        log.info("engine_listening", url=url, base=base.entry.id, base_digest=base.entry.digest)
+        held = base.quantization.name
+        log.info("engine_listening", url=url, base=base.entry.id, quantization=held, base_digest=base.entry.digest)
         await server.serve(sockets=[listener])
     finally:
         driver.close()
@@ -98,7 +100,8 @@ def main() -> None:
         torch.set_num_threads(
             torch.get_num_threads() // 2
         )  # two threads waiting for each other on a busy core are slower than one
-    base = bases.load(wanted, settings.cache_dir, for_training=False)
+    quantization = QUANTIZATIONS[settings.inference.quantization]
+    base = bases.load(wanted, settings.cache_dir, quantization=quantization, for_training=False)
     asyncio.run(serve(settings, base, card.prepared(wanted, settings.cache_dir)))
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from app.core import manifest
 from app.core.manifest import BaseEntry, Manifest
 from app.core.render import Renderer
-from app.core.spec import LoraSpec, TrainSpec, scaling
+from app.core.spec import LoraSpec, QuantizationSpec, TrainSpec, scaling
 from worker.model.base import LoadedBase
 from worker.model.directory import written_whole
 
@@ -205,12 +205,18 @@ def _check_manifest(directory: Path, base: LoadedBase) -> Manifest:
     if unexpected := (said.files.keys() - {NORMS}) ^ {WEIGHTS, CONFIG}:
         raise AdapterRefused(f"it must hold {WEIGHTS} and {CONFIG} and nothing else, and differs in {min(unexpected)}")
     if said.base.digest != base.entry.digest:
-        raise AdapterRefused(f"it was trained on other weights ({said.base.id} {said.base.digest[:12]}) than {base.entry.id} has")
+        held = f"{base.entry.id} in {base.quantization.name} ({base.entry.digest[:12]})"
+        raise AdapterRefused(f"it was trained on other weights, {_trained_on(said)}, than {held} has")
     if said.template_sha256 != base.renderer.template_sha256:
         raise AdapterRefused("it was trained with another chat template")
     if base.renderer.differs_from(said.token_vectors):
         raise AdapterRefused("the tokenizer gives other tokens than it was trained with")
     return said
+
+
+def _trained_on(said: Manifest) -> str:
+    quantization = QuantizationSpec.model_validate(said.spec.get("quantization", {}))
+    return f"{said.base.id} in {quantization.name} ({said.base.digest[:12]})"
 
 
 def _read_config(directory: Path) -> AdapterConfig:

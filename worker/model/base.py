@@ -1,7 +1,8 @@
-"""Base models, held in NF4: prepared once on a machine, then loaded from that copy in about a second."""
+"""Base models, quantized: prepared once on a machine, then loaded from that copy in about a second."""
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +20,24 @@ from app.core.render import Renderer
 from app.core.spec import QuantizationSpec
 from worker.model import card, pointer, source
 from worker.model.directory import locked, written_whole
+from worker.model.int8 import Int8Linear
 from worker.model.source import BaseRefused
 
 __all__ = ["BaseRefused", "LoadedBase", "keep_weights_unpacked", "load", "prepare", "quantized"]
 
 _BLOCK = 64
+_SCALES = (".weight.absmax", ".weight.SCB")  # of a layer in 4 and in 8 bits, in our files
 _WEIGHTS, _ENTRY = "weights.safetensors", "entry.json"
 
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A frozen base in memory: NF4 decoder layers, everything else 16-bit, no gradient anywhere."""
+    """A frozen base in memory: decoder layers as `quantization` says, everything else 16-bit, no gradient anywhere."""
 
     model: Any  # transformers' PreTrainedModel, whose types are not ours to check
     renderer: Renderer
     entry: BaseEntry
+    quantization: QuantizationSpec
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -56,7 +60,7 @@ def load(
 ) -> LoadedBase:
     """Load the base onto one device, preparing it first if this machine never did. Raises BaseRefused.
 
-    `dtype` is that of everything but the 4-bit weights, and of computation; float32 serves comparisons. `for_training` leaves
+    `dtype` is that of everything but quantized weights, and of computation; float32 serves comparisons. `for_training` leaves
     the model in train mode, otherwise it is in eval mode; it is frozen either way.
     """
     device = device or _device()
@@ -65,7 +69,8 @@ def load(
     directory, digest = _prepared(base, revision, cache_dir, quantization, device)
     model = _assemble(directory, device, dtype).train(for_training)
     keep_weights_unpacked(model)
-    return LoadedBase(model, Renderer.open(written_card), BaseEntry(id=base.id, revision=revision, digest=digest))
+    entry = BaseEntry(id=base.id, revision=revision, digest=digest)
+    return LoadedBase(model, Renderer.open(written_card), entry, quantization)
 
 
 def prepare(base: Base, cache_dir: Path, *, quantization: QuantizationSpec = QuantizationSpec()) -> Path:
@@ -92,7 +97,7 @@ def keep_weights_unpacked(model: nn.Module) -> None:
 def _prepared(base: Base, revision: str, cache_dir: Path, quantization: QuantizationSpec, device: str) -> tuple[Path, str]:
     """The directory of the quantized weights and its digest: the directory's name.
 
-    The digest covers the source's weights and the settings, not the 4-bit bytes: GPU and CPU may round a scale differently.
+    The digest covers the source's weights and the settings, not the quantized bytes: GPU and CPU may round a scale differently.
     """
     bases = cache_dir / "bases"
     pointed = pointer.path(base, revision, cache_dir, quantization)
@@ -100,7 +105,9 @@ def _prepared(base: Base, revision: str, cache_dir: Path, quantization: Quantiza
         if folder := pointer.weights(pointed):
             return folder, folder.name
         with source.weights(base, revision, cache_dir) as weights:
-            settings = {"format": pointer.FORMAT, "block": _BLOCK, "weights_sha256": weights.sha256, **quantization.model_dump()}
+            settings = {"format": pointer.FORMAT, "weights_sha256": weights.sha256, **quantization.model_dump()}
+            if quantization.is_4_bit:
+                settings["block"] = _BLOCK
             digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
             if not (bases / digest).exists():
                 _write(quantized(weights.folder, quantization, device), base, settings, bases / digest)
@@ -111,16 +118,10 @@ def _prepared(base: Base, revision: str, cache_dir: Path, quantization: Quantiza
 
 
 def quantized(folder: Path, quantization: QuantizationSpec, device: str) -> Any:
-    """The model of 16-bit safetensors, its decoder's linear layers turned into NF4 as they are read."""
-    settings = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.scheme,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    """The model of 16-bit safetensors, its decoder's linear layers quantized as they are read."""
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder,
-        quantization_config=settings,
+        quantization_config=_bitsandbytes(quantization),
         dtype=torch.bfloat16,
         device_map={"": device},
         use_safetensors=True,
@@ -129,14 +130,34 @@ def quantized(folder: Path, quantization: QuantizationSpec, device: str) -> Any:
     )
 
 
+def _bitsandbytes(quantization: QuantizationSpec) -> transformers.BitsAndBytesConfig | None:
+    match quantization.scheme:
+        case "nf4" | "fp4":
+            return transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quantization.scheme,
+                bnb_4bit_use_double_quant=quantization.double_quant,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+        case "int8":
+            return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        case "none":
+            return None
+
+
 def _write(model: Any, base: Base, settings: dict[str, Any], directory: Path) -> None:
     _check_architecture(base, model.config)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {
+        re.sub(r"\.SCB$", ".weight.SCB", name): tensor.cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(".weight_format")  # of 8-bit layers: there is one
+    }
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     with written_whole(directory) as partial:
         save_file(tensors, partial / _WEIGHTS)
-        del model.config.quantization_config  # else transformers would quantize again what it builds from this
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # else transformers would quantize again what it builds from this
         model.config.save_pretrained(partial)
         (partial / _ENTRY).write_text(json.dumps(settings, sort_keys=True))
 
@@ -164,8 +185,8 @@ def _assemble(directory: Path, device: str, dtype: torch.dtype) -> Any:
     with torch.device("meta"):  # dtype: transformers makes it the whole process's default meanwhile, for other threads too
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     model.config.dtype = dtype
-    plain, packed = _by_kind(load_file(directory / _WEIGHTS, device=device))
-    for name, parts in packed.items():
+    plain, quantized_parts = _by_kind(load_file(directory / _WEIGHTS, device=device))
+    for name, parts in quantized_parts.items():
         model.set_submodule(name, _linear(model.get_submodule(name), parts, device, dtype))
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in plain.items()}, strict=False, assign=True)
     model.tie_weights()
@@ -173,27 +194,30 @@ def _assemble(directory: Path, device: str, dtype: torch.dtype) -> Any:
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             model.set_submodule(name, type(module)(config).to(device))  # rotary tables: made from the config, never stored
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), f"{directory} lacks tensors"
-    model.is_loaded_in_4bit = True  # what PEFT looks at to choose its 4-bit layers
+    layers = {type(module) for module in model.modules()}
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = Linear4bit in layers, Int8Linear in layers  # PEFT chooses its own by it
     return model.requires_grad_(False)
 
 
 def _by_kind(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Those that are parameters as they are, and those that belong to a 4-bit layer, by layer."""
-    plain, packed = dict[str, Tensor](), defaultdict[str, dict[str, Tensor]](dict)
-    quantized_names = {name.removesuffix(".weight.absmax") for name in tensors if name.endswith(".weight.absmax")}
+    """Those that are parameters as they are, and those that belong to a quantized layer, by layer."""
+    plain, parts = dict[str, Tensor](), defaultdict[str, dict[str, Tensor]](dict)
+    quantized_names = {name.removesuffix(scales) for name in tensors for scales in _SCALES if name.endswith(scales)}
     for name, tensor in tensors.items():
         layer, is_weight, part = name.partition(".weight")
         if is_weight and layer in quantized_names:
-            packed[layer][part.removeprefix(".")] = tensor
+            parts[layer][part.removeprefix(".")] = tensor
         else:
             plain[name] = tensor
-    return plain, packed
+    return plain, parts
 
 
-def _linear(like: Any, parts: dict[str, Tensor], device: str, dtype: torch.dtype) -> Linear4bit:
+def _linear(like: Any, parts: dict[str, Tensor], device: str, dtype: torch.dtype) -> Any:
+    data = parts.pop("")
+    if data.dtype == torch.int8:
+        return Int8Linear(like, data, parts["SCB"])
     with torch.device("meta"):
         made = Linear4bit(like.in_features, like.out_features, bias=like.bias is not None, compute_dtype=dtype)
-    data = parts.pop("")
     made.weight = Params4bit.from_prequantized(data, parts, requires_grad=False, device=device, module=made)
     made.weight.quant_state.dtype = dtype  # what bitsandbytes' own backward computes in
     return made

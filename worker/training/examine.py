@@ -212,9 +212,8 @@ def measure(
 
 def _chosen(training: TokenisedSet, spec: TrainSpec) -> NDArray[np.int64]:
     """Drawn by the seed: at least one, at most so many that their tokens are a tenth of those trained on."""
-    order_E = np.random.default_rng([spec.seed, spec.n_epochs]).permutation(
-        _to_learn(training)
-    )  # epochs draw with less than that
+    rng = np.random.default_rng([spec.seed, spec.n_epochs])  # epochs draw with less than that
+    order_E = rng.permutation(_to_learn(training))
     tokens_E = np.cumsum(training.lengths_E[order_E])
     within = int(np.searchsorted(tokens_E, SHARE_OF_RUN * spec.n_epochs * training.tokens, side="right"))
     return np.sort(order_E[: min(MOST_EXAMPLES, max(1, within))])

@@ -1,4 +1,4 @@
-"""Frozen 4-bit linear layers with LoRA (arXiv:2106.09685, arXiv:2305.14314), forward and backward written out.
+"""Frozen linear layers, quantized or not, with LoRA (arXiv:2106.09685, arXiv:2305.14314), forward and backward written out.
 
 Layers that read the same rows are one here: their weights stand on top of each other, their adapters side by side.
 y = x Wᵀ + (x · s Aᵀ) Bᵀ. W is made dense when it is needed, forward and backward, and not kept.
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_blockwise
 from torch import Tensor, nn
+
+from worker.model import int8
 
 Empty = Callable[..., Tensor]  # of a shape and a dtype=
 Learn = Callable[[Tensor], None]  # of the rows that a projection read
@@ -117,12 +119,15 @@ class _Weights:
         shapes = [_shape(weight) for weight in weights]
         self._shape = (sum(rows for rows, _ in shapes), shapes[0][1])
         self._data = torch.cat([weight.data.flatten() for weight in weights])
+        self._absmax_O = torch.cat([weight.SCB for weight in weights]) if _is_int8(weights[0]) else None
         parts = torch.split(self._data, [weight.numel() for weight in weights])
         for weight, part in zip(weights, parts, strict=True):
             weight.data = part.view(weight.shape)
 
     def dense_OI(self, kind: torch.dtype) -> Tensor:
         first, *_ = self._states
+        if self._absmax_O is not None:
+            return int8.dense(self._data.view(self._shape), self._absmax_O, kind)
         if first is None:
             return self._data.view(self._shape).to(kind)
         scales = [_scales(state) for state in self._states]
@@ -159,6 +164,10 @@ def _shape(weight: Any) -> tuple[int, int]:
 def _state(weight: Any) -> Any:
     """bitsandbytes' account of a 4-bit weight; None for any other."""
     return getattr(weight, "quant_state", None)
+
+
+def _is_int8(weight: Any) -> bool:
+    return getattr(weight, "SCB", None) is not None
 
 
 def _scales(state: Any) -> Tensor:
