@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
 from app.core.chat import Message, ToolCall
 from app.core.engine import Sampling
@@ -170,10 +170,10 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    tool_calls: list[Call] | None = None
+    content: Annotated[str | list[TextPart] | None, Field(validate_default=True)] = None
     name: str | None = None
     refusal: None = None
-    tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="before")
@@ -182,12 +182,17 @@ class ChatMessage(BaseModel):
         """The SDK's own answers, sent back as history, carry many keys that are null."""
         return {name: value for name, value in message.items() if value is not None} if isinstance(message, dict) else message
 
+    @field_validator("content")
+    @classmethod
+    def _something(cls, content: str | list[TextPart] | None, told: ValidationInfo) -> str | list[TextPart] | None:
+        if content is None and not told.data.get("tool_calls"):
+            raise ValueError("must be there: only a message that calls tools may have none")
+        return content
+
     @model_validator(mode="after")
     def _whole(self) -> "ChatMessage":
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"must have no tool_calls: only the assistant calls tools, not {self.role}")
-        if self.content is None and not self.tool_calls:
-            raise ValueError("must have content")
         if (self.role == "tool") != (self.tool_call_id is not None):
             raise ValueError("must have the tool_call_id of the call that it answers, if and only if its role is tool")
         return self

@@ -92,6 +92,15 @@ def test_answers_are_compared_with_those_of_the_model_that_is_continued(tiny: Lo
     assert runner.of(Evaluated)[-1].rewards["valid_rewards/margin"] != 0
 
 
+def test_ratings_are_measured_from_the_model_that_is_continued(tiny: LoadedBase, tuned: Path, tmp_path: Path) -> None:
+    runner = Runner(tiny, tmp_path, examples=make.ratings, start=tuned)
+    runner.go(continuing(tuned, preference=PreferenceSpec(method="kto", beta=0.3)))
+    first, *_, last = runner.of(Stepped)
+
+    assert set(first.rewards.values()) == {0.0} and first.train_loss == 0.5
+    assert last.rewards["rewards/chosen"] != 0
+
+
 def test_a_checkpoint_of_a_run_from_another_start_is_not_gone_on_from(tiny: LoadedBase, tuned: Path, tmp_path: Path) -> None:
     fresh, runner = Runner(tiny, tmp_path / "run"), Runner(tiny, tmp_path / "run", start=tuned)
     asked = continuing(tuned)
