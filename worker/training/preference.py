@@ -72,7 +72,7 @@ def dpo(spec: PreferenceSpec, gained_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orpo(spec: PreferenceSpec, batch: MicroBatch, of: Totals, losses_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Odds ratio preference optimization, equations 6 and 7 of arXiv:2403.07691; docs/decisions/0018 says what is copied.
+    """Odds ratio preference optimization, equations 6 and 7 of arXiv:2403.07691; docs/decisions/0019 says what is copied.
 
     That is a mean over all tokens `of` a step: this part of their sum is scaled so that the number of pairs divides it too.
     """
