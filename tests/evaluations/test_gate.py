@@ -85,7 +85,7 @@ def refusal(answer: httpx.Response) -> tuple[object, ...]:
 def test_a_model_that_passes_goes_live_with_its_alias(
     http: httpx.Client, client: OpenAI, services: Services, trains: Trains, named: str, system_sessions: Sessions
 ) -> None:
-    client.webhooks.create(name="a", url="http://127.0.0.1:9/", event_types=["fine_tuning.job.succeeded"])
+    endpoint = client.webhooks.create(name="a", url="http://127.0.0.1:9/", event_types=["fine_tuning.job.succeeded"])
     job_id = trains()
     waiting = shown(http, job_id)
     told = waiting["quality_gate"]
@@ -120,6 +120,7 @@ def test_a_model_that_passes_goes_live_with_its_alias(
     with system_sessions() as session:
         sent = select(WebhookDelivery.event_type).where(WebhookDelivery.body.contains(job_id))
         assert session.scalars(sent).all() == ["fine_tuning.job.succeeded"]
+    client.webhooks.delete(endpoint.id)  # what it has not been sent must not be due in other tests
 
 
 def test_a_model_that_fails_is_kept_and_published_by_hand(

@@ -95,7 +95,7 @@ def answer(**asked: Any) -> Answer:
     messages = [{"role": "user", "content": "When?"}]
     request = ChatRequest.model_validate({"model": base.id, "messages": messages, "tools": tools, **asked})
     assert request.offered_tools in ([], [{"type": "function", "function": {"name": "now"}}])
-    return Answer(Target(base.id, base, None, (), renderer("chatml")), request)
+    return Answer(Target(base.id, None, base, None, (), renderer("chatml")), request)
 
 
 def test_a_call_is_streamed_after_the_text_before_it() -> None:
