@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from app.core import ids
+from app.core.pieces import overlap
 
 _TAGGED = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>\s*", re.DOTALL)
 
@@ -26,7 +27,7 @@ class Speech:
         self._held += text
         at = self._held.find(self._opening)
         if at < 0:
-            keep = _overlap(self._held, self._opening) if self._is_tag else 0
+            keep = overlap(self._held, self._opening) if self._is_tag else 0
             at = len(self._held) - keep
         elif not self._is_tag and (self._has_told or self._held[:at].strip()):
             at = len(self._held)
@@ -73,8 +74,3 @@ def _call(said: Any) -> tuple[str, dict[str, Any]] | None:
 def _written(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     told = json.dumps(arguments, ensure_ascii=False)
     return {"id": ids.new("call_"), "type": "function", "function": {"name": name, "arguments": told}}
-
-
-def _overlap(text: str, opening: str) -> int:
-    """Length of the longest proper beginning of `opening` that the text ends with."""
-    return next((n for n in range(min(len(opening) - 1, len(text)), 0, -1) if text.endswith(opening[:n])), 0)

@@ -107,7 +107,7 @@ class _Request(Request):
     @property
     def told_logprobs(self) -> int | None:
         """How many alternatives are told of each token; None tells nothing of any."""
-        raise NotImplementedError
+        return None
 
     @property
     def json_schema(self) -> dict[str, Any] | None:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from app.core.pieces import overlap
+
 _BROKEN = "\ufffd"  # what decoding shows for bytes that are not, or not yet, a character
 _LONGEST_TAIL = 3  # a character has at most four bytes, so at most three of them can be waiting for the last
 
@@ -60,7 +62,7 @@ class StopStrings:
         if found:
             self.is_found, self._held = True, ""
             return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -68,8 +70,3 @@ class StopStrings:
         """What was held back and is now known to be no stop string."""
         text, self._held = self._held, ""
         return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of `stop` that `text` ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
