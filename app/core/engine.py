@@ -67,9 +67,10 @@ class Sampling(_Message):
 
 
 class GenerateRequest(_Message):
-    """Token ids in, text out: the gateway renders, the engine decodes."""
+    """Token ids in, text out: the gateway renders, the engine decodes. Nothing computed for one `tenant` is used for another."""
 
     request_id: str
+    tenant: str = ""
     prompt: tuple[int, ...] = Field(min_length=1)
     sampling: Sampling
     adapter: AdapterRef | None = None

@@ -142,7 +142,14 @@ async def prepare(
     sampling = request.sampling(max_tokens)
     if any(token >= target.base.architecture.vocab for token in sampling.logit_bias):
         raise BadRequest(f"a token id is outside the vocabulary of {target.base.id}", param="logit_bias")
-    return target, GenerateRequest(request_id=request_id, prompt=tuple(prompt), sampling=sampling, adapter=target.adapter)
+    wanted = GenerateRequest(
+        request_id=request_id,
+        tenant=caller.organization_id,
+        prompt=tuple(prompt),
+        sampling=sampling,
+        adapter=target.adapter,
+    )
+    return target, wanted
 
 
 async def answer_whole(

@@ -101,7 +101,7 @@ def served(base: LoadedBase, directory: Path) -> Tensor:
     weights = adapter.open(directory, base=base, max_rank=128)
     made = lora.prepare(weights, dtype=torch.float32, device=torch.device("cpu"))
     layers = LoraLayers(base.model.eval())
-    layers.use([(made, len(PROBE))], torch.device("cpu"))
+    layers.use([(((made, 1.0),), len(PROBE))], torch.device("cpu"))
     logits: Tensor = base.model(torch.tensor([PROBE]), use_cache=False).logits
     return logits
 

@@ -68,7 +68,7 @@ class NativeDriver:
             vocabulary=self._vocabulary,
             max_tokens=min(request.sampling.max_tokens, self._room_after(request.prompt)),
             emit=emit,
-            adapter=_held(request, lease),
+            adapters=_held(request, lease),
         )
         self._engine.submit(sequence)
         try:
@@ -114,13 +114,13 @@ class NativeDriver:
         return room
 
 
-def _held(request: GenerateRequest, lease: Lease | None) -> object | None:
+def _held(request: GenerateRequest, lease: Lease | None) -> tuple[tuple[object, float], ...]:
     """The weights that this request asked for, and no others: a mistake here would answer with another model."""
     wanted = request.adapter.digest if request.adapter else None
     if wanted != (lease.digest if lease else None):
         raise ValueError("the lease is not that of the request's adapter")
     assert lease is None or isinstance(lease, AdapterLease)
-    return lease.weights if lease else None
+    return ((lease.weights, 1.0),) if lease else ()
 
 
 def open_driver(base: LoadedBase, storage: Storage, *, cache_dir: Path, settings: InferenceSettings) -> NativeDriver:

@@ -1,7 +1,7 @@
 """One forward over the tokens of many sequences, read or written, each with its own adapter and its own past."""
 
 from collections.abc import Sequence as SequenceOf
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from worker.inference import sampling
 from worker.inference.cache import Segment, SequenceCache, attend
-from worker.inference.lora import LoraLayers, LoraWeights
+from worker.inference.lora import Blend, LoraLayers, LoraWeights
 from worker.inference.sequence import Choice, Sequence, Slice
 
 _ATTENTION = "tunesmith_ragged"
@@ -40,7 +40,7 @@ class ModelRunner:
     def forward(self, slices: SequenceOf[Slice]) -> tuple[Tensor, list[Sequence]]:
         """Logits after the last token of each sequence whose slice is its last."""
         segments = self._segments(slices)
-        self._lora.use([(_weights(part.sequence), part.count) for part in slices], self.device)
+        self._lora.use([(_blend(part.sequence), part.count) for part in slices], self.device)
         hidden_1TD = self._decoder(
             input_ids=torch.tensor([[token for part in slices for token in part.tokens]], device=self.device),
             position_ids=torch.tensor(
@@ -70,6 +70,6 @@ class ModelRunner:
         return segments
 
 
-def _weights(sequence: Sequence) -> LoraWeights | None:
-    assert sequence.adapter is None or isinstance(sequence.adapter, LoraWeights)
-    return sequence.adapter
+def _blend(sequence: Sequence) -> Blend:
+    assert all(isinstance(weights, LoraWeights) for weights, _ in sequence.adapters)
+    return cast(Blend, sequence.adapters)

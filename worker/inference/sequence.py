@@ -22,7 +22,8 @@ class Choice(NamedTuple):
 
 
 class Sequence:
-    """Token ids come in by `accept`, chunks go out by `emit`. `adapter` is whatever the runner understands, None for the base."""
+    """Token ids come in by `accept`, chunks go out by `emit`. `adapters` are whatever the runner understands, each with how much it
+    counts; none for the base."""
 
     def __init__(
         self,
@@ -31,9 +32,9 @@ class Sequence:
         vocabulary: Vocabulary,
         max_tokens: int,
         emit: Emit,
-        adapter: object | None = None,
+        adapters: tuple[tuple[object, float], ...] = (),
     ) -> None:
-        self.request_id, self.sampling, self.adapter = request.request_id, request.sampling, adapter
+        self.request_id, self.sampling, self.adapters = request.request_id, request.sampling, adapters
         self.tokens = list(request.prompt)
         self.computed = 0  # tokens whose keys and values the cache holds
         self.finish_reason: FinishReason | None = None
