@@ -28,6 +28,8 @@ from app.core.spec import Hyperparameters, Requested, TrainingOptions, TrainSpec
 from app.core.tokens.tokenise import TokenisedSet, tokenise
 from worker import gpu
 from worker.inference import lora
+from worker.inference.native import PAGE_TOKENS
+from worker.inference.pages import Pages
 from worker.inference.runner import ModelRunner
 from worker.inference.sequence import Sequence, Slice
 from worker.inference.vocabulary import Vocabulary
@@ -269,12 +271,14 @@ def _trained_logits(bench: Bench, tokens: tuple[int, ...]) -> Tensor:
 def _served_logits(bench: Bench, tokens: tuple[int, ...]) -> Tensor:
     loaded = bench.load(for_training=False)
     found = adapter.open(bench.paths("straight").output, base=loaded, max_rank=128)
-    runner = ModelRunner(loaded.model)
+    pages = Pages(count=-(-len(tokens) // PAGE_TOKENS), size=PAGE_TOKENS)
+    runner = ModelRunner(loaded.model, page_count=pages.count, page_size=pages.size)
     weights = lora.prepare(found, dtype=runner.lora_dtype, device=runner.device)
     request = GenerateRequest(request_id="gpu-check", prompt=tokens, sampling=Sampling(max_tokens=1, temperature=0))
     size = loaded.model.get_input_embeddings().num_embeddings
     vocabulary = Vocabulary(loaded.renderer.tokenizer, size=size, stop_ids=loaded.renderer.stop_ids)
-    sequence = Sequence(request, vocabulary=vocabulary, max_tokens=1, emit=lambda _: None, adapter=weights)
+    sequence = Sequence(request, vocabulary=vocabulary, max_tokens=1, emit=lambda _: None, adapters=((weights, 1.0),))
+    sequence.pages = pages.take(pages.count)
     logits_BV, _ = runner.forward([Slice(sequence, 0, len(tokens))])
     return logits_BV[0].float().cpu()
 

@@ -131,8 +131,19 @@ class InferenceSettings(BaseModel):
     port: int = Field(default=0, ge=0, le=65535, description="port an engine listens on; 0 takes a free one and announces it")
     gateway_url: str = Field(default="http://127.0.0.1:8000", description="where an engine reaches the API")
     default_max_tokens: int = Field(default=1024, ge=1, description="length of an answer when the request names none")
-    max_batch: int = Field(default=16, ge=1, description="requests an engine computes at once")
+    max_batch: int = Field(default=32, ge=1, description="requests an engine computes at once")
     max_waiting: int = Field(default=256, ge=0, description="requests that may wait in an engine; more are refused with 503")
+    max_waiting_of_tenant: int = Field(
+        default=64, ge=1, description="requests of one organization that may wait in an engine; more are refused with 429"
+    )
+    cache_bytes: int = Field(
+        default=2 * 1024 * MIB, ge=1, description="an engine's keys and values; texts that do not fit are computed again"
+    )
+    unpacked_bytes: int = Field(
+        default=4 * 1024 * MIB,
+        ge=0,
+        description="on a CPU, a 4-bit base is computed with as plain matrices if these take no more: several times faster",
+    )
     max_adapters: int = Field(default=32, ge=1, description="adapters an engine holds in memory")
     max_rank: int = Field(default=128, ge=1, description="highest LoRA rank an engine loads")
     adapter_disk_bytes: int = Field(default=20 * 1024 * MIB, ge=0, description="adapters an engine keeps on disk")

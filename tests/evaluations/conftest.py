@@ -25,6 +25,7 @@ from worker.inference.adapters import AdapterStore
 from worker.inference.driver import Caps
 from worker.inference.engine import Engine
 from worker.inference.native import NativeDriver
+from worker.inference.pages import Pages
 from worker.inference.routes import create_app
 from worker.inference.scheduler import Scheduler
 from worker.model import card
@@ -52,7 +53,9 @@ def engine(settings: Settings, storage: Storage) -> Iterator[tuple[str, Scripted
     runner = ScriptedRunner(renderer.tokenizer, min(renderer.stop_ids))
     entry = BaseEntry(id=base.id, revision="1", digest="0" * 64)
     caps = Caps(entry, "nf4", renderer.context_length, base.architecture.vocab, 8, 4, 16)
-    scheduled = Engine(runner, Scheduler(max_batch=8, max_waiting=64, step_tokens=4096))
+    pages = Pages(count=4096, size=16)
+    limits = {"max_batch": 8, "max_waiting": 64, "max_waiting_of_tenant": 64, "step_tokens": 4096}
+    scheduled = Engine(runner, Scheduler(pages, **limits))
     driver = NativeDriver(scheduled, AdapterStore(load, base=entry, max_adapters=4), renderer, caps)
     port = rows.free_port()
     app = create_app(driver, token=settings.engine_token.get_secret_value())

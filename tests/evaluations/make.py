@@ -37,14 +37,13 @@ class ScriptedRunner:
     def run(self, slices: Sequence[Slice]) -> list[tuple[Running, Choice | None]]:
         return [(part.sequence, Choice(self._next(part.sequence))) for part in slices if part.is_last]
 
-    def free(self, sequence: Running) -> None:
-        self._left.pop(sequence.request_id, None)
-
     def _next(self, sequence: Running) -> int:
         if sequence.request_id not in self._left:
             prompt = self._tokenizer.decode(sequence.tokens, skip_special_tokens=False)
             self.asked.append(prompt)
-            said = self._tokenizer.encode(self.says(prompt, sequence.adapter), add_special_tokens=False).ids
+            said = self._tokenizer.encode(
+                self.says(prompt, next((adapter for adapter, _ in sequence.adapters), None)), add_special_tokens=False
+            ).ids
             self._left[sequence.request_id] = [*said, self._stop_id]
         return self._left[sequence.request_id].pop(0)
 

@@ -17,6 +17,8 @@ from app.core.render import Renderer
 from app.core.spec import LoraSpec, OptimizerSpec, TrainSpec
 from app.core.storage import Storage
 from worker.inference.driver import EngineDriver
+from worker.inference.pages import Pages
+from worker.inference.scheduler import Scheduler
 from worker.inference.sequence import Choice, Slice
 from worker.inference.sequence import Sequence as Running
 from worker.inference.vocabulary import Vocabulary
@@ -102,6 +104,12 @@ def text_of(chunks: Sequence[Chunk]) -> str:
     return "".join(chunk.text for chunk in chunks)
 
 
+def scheduler(**changes: Any) -> Scheduler:
+    """One with room for whatever a test does not ask about."""
+    asked = {"max_batch": 4, "max_waiting": 8, "max_waiting_of_tenant": 99, "step_tokens": 16, **changes}
+    return Scheduler(asked.pop("pages", None) or Pages(count=256, size=4), **asked)
+
+
 async def until(condition: Any, seconds: float = 10.0) -> None:
     """Wait for another thread."""
     async with asyncio.timeout(seconds):
@@ -115,11 +123,7 @@ class SayingRunner:
     def __init__(self, tokens: Sequence[int] = (97,)) -> None:
         self._tokens = itertools.cycle(tokens)
         self.steps: list[list[tuple[str, int]]] = []
-        self.freed: list[str] = []
 
     def run(self, slices: Sequence[Slice]) -> list[tuple[Running, Choice | None]]:
         self.steps.append([(part.sequence.request_id, part.count) for part in slices])
         return [(part.sequence, Choice(next(self._tokens))) for part in slices if part.is_last]
-
-    def free(self, sequence: Running) -> None:
-        self.freed.append(sequence.request_id)

@@ -8,7 +8,6 @@ from app.core.engine import Chunk
 from app.core.errors import Unavailable
 from tests.inference import make
 from worker.inference.engine import Engine, Runner
-from worker.inference.scheduler import Scheduler
 from worker.inference.sequence import Sequence, Slice
 from worker.model.base import LoadedBase
 
@@ -36,7 +35,7 @@ def spell(oracle: LoadedBase) -> Spell:
 
 def engine(runner: Runner, *, max_batch: int = 4, max_waiting: int = 8, step_tokens: int = 16) -> Engine:
     """One whose steps the test takes itself."""
-    return Engine(runner, Scheduler(max_batch=max_batch, max_waiting=max_waiting, step_tokens=step_tokens))
+    return Engine(runner, make.scheduler(max_batch=max_batch, max_waiting=max_waiting, step_tokens=step_tokens))
 
 
 def run(engine: Engine) -> None:
@@ -66,7 +65,7 @@ def test_a_long_prompt_is_read_in_pieces_while_the_others_go_on(sequence: Add) -
     loop.submit(long)
     run(loop)
 
-    assert [dict(step).get(long.request_id) for step in runner.steps] == [None, 9, 9, 2]
+    assert [dict(step).get(long.request_id) for step in runner.steps] == [None, 10, 10, None]
     assert [chunk.completion_tokens for chunk in quick_told] == [1, 2, 3, 4]
     assert [chunk.completion_tokens for chunk in long_told] == [1]
 
@@ -81,7 +80,7 @@ def test_a_full_batch_makes_others_wait_in_order_of_arrival(sequence: Add) -> No
 
     assert loop.counts() == (2, 1)
     run(loop)
-    assert runner.freed == [one.request_id for one in made]
+    assert list(dict.fromkeys(name for step in runner.steps for name, _ in step)) == [one.request_id for one in made]
 
 
 def test_a_full_queue_turns_away(sequence: Add) -> None:
@@ -137,7 +136,7 @@ def test_cancelling_frees_a_running_and_a_waiting_one(sequence: Add) -> None:
     loop.cancel(running)
 
     assert loop.step() is False
-    assert runner.freed == [running.request_id, waiting.request_id]
+    assert (running.pages, waiting.pages) == ([], [])
     assert loop.counts() == (0, 0)
 
 
@@ -149,7 +148,7 @@ def test_one_cancelled_while_its_step_runs_is_told_nothing_more(sequence: Add) -
     run(loop)
 
     assert [chunk.error for chunk in told] == [None, "the request was cancelled"]
-    assert cancelled_at_its_second_step.freed == [one.request_id]
+    assert one.pages == []
 
 
 def test_a_step_that_breaks_ends_its_requests_and_not_the_engine(sequence: Add) -> None:
@@ -166,7 +165,7 @@ def test_a_step_that_breaks_ends_its_requests_and_not_the_engine(sequence: Add) 
 
     assert unlucky_told[-1].error
     assert next_told[-1].finish_reason == "length"
-    assert runner.freed == [unlucky.request_id, next_one.request_id]
+    assert (unlucky.pages, next_one.pages) == ([], [])
 
 
 def test_a_row_without_a_distribution_ends_alone(sequence: Add) -> None:

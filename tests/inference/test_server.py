@@ -30,7 +30,6 @@ from worker.inference.driver import Caps
 from worker.inference.engine import Engine
 from worker.inference.native import NativeDriver
 from worker.inference.routes import create_app
-from worker.inference.scheduler import Scheduler
 from worker.inference.server import DrainingServer
 from worker.model.base import LoadedBase
 
@@ -68,7 +67,7 @@ def serve(oracle: LoadedBase) -> Serve:
     @contextlib.asynccontextmanager
     async def serve_one(*, max_batch: int = 4, max_waiting: int = 4) -> AsyncIterator[Served]:
         caps = Caps(oracle.entry, "nf4", oracle.renderer.context_length, 320, max_batch, 2, 16)
-        engine = Engine(SlowRunner(), Scheduler(max_batch=max_batch, max_waiting=max_waiting, step_tokens=64))
+        engine = Engine(SlowRunner(), make.scheduler(max_batch=max_batch, max_waiting=max_waiting, step_tokens=64))
         driver = NativeDriver(engine, AdapterStore(load, base=oracle.entry, max_adapters=2), oracle.renderer, caps)
         config = uvicorn.Config(create_app(driver, token=TOKEN), port=0, log_config=None, lifespan="off")
         server = DrainingServer(config, driver)

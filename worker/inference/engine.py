@@ -20,10 +20,6 @@ class Runner(Protocol):
         """The next token of every sequence whose slice is its last; None where the model gave no distribution."""
         ...
 
-    def free(self, sequence: Sequence) -> None:
-        """Drop what is kept for it."""
-        ...
-
 
 class Engine:
     """Owns the runner and the scheduler. Sequences join and leave between any two steps."""
@@ -38,7 +34,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue it. Raises Unavailable when the queue is full or the engine is leaving."""
+        """Queue it. Raises what `Scheduler.add` raises, and Unavailable when the engine is leaving."""
         with self._changed:
             if self._is_draining:
                 raise Unavailable("this engine is shutting down; another one will answer", code="engine_draining")
@@ -115,8 +111,7 @@ class Engine:
         self._sweep()
 
     def _sweep(self) -> None:
-        for sequence in self._scheduler.sweep():
-            self._runner.free(sequence)
+        self._scheduler.sweep()
         self._changed.notify_all()
 
     def _has_work(self) -> bool:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import time
 from collections.abc import AsyncGenerator
 from functools import partial
@@ -14,13 +16,15 @@ from app.core.errors import BadRequest
 from app.core.render import Renderer
 from app.core.settings import InferenceSettings
 from app.core.storage import Storage
-from worker.inference import lora, packed
+from worker.inference import lora, packed, unpacked
 from worker.inference.adapters import AdapterLease, AdapterStore
+from worker.inference.cache import page_bytes
 from worker.inference.disk import AdapterDisk, refused
 from worker.inference.driver import Caps, Lease
 from worker.inference.engine import Engine
 from worker.inference.lora import LoraWeights
-from worker.inference.runner import ModelRunner
+from worker.inference.pages import Pages
+from worker.inference.runner import ModelRunner, cache_dtype
 from worker.inference.scheduler import Scheduler
 from worker.inference.sequence import Sequence
 from worker.inference.vocabulary import Vocabulary
@@ -30,7 +34,9 @@ from worker.model.base import LoadedBase
 
 log = structlog.get_logger()
 
-STEP_TOKENS = 256  # how much of prompts one step may read: bounds how long a newcomer delays everyone's next token
+STEP_TOKENS = 512  # how much of prompts one step may read
+BUSY_TOKENS = 128  # and how much where somebody decodes: bounds how long a newcomer delays everyone's next token
+PAGE_TOKENS = 16
 
 
 class NativeDriver:
@@ -69,6 +75,7 @@ class NativeDriver:
             max_tokens=min(request.sampling.max_tokens, self._room_after(request.prompt)),
             emit=emit,
             adapters=_held(request, lease),
+            seed=_seed(request, self._caps.base.digest),
         )
         self._engine.submit(sequence)
         try:
@@ -123,24 +130,48 @@ def _held(request: GenerateRequest, lease: Lease | None) -> tuple[tuple[object, 
     return ((lease.weights, 1.0),) if lease else ()
 
 
+def _seed(request: GenerateRequest, base_digest: str) -> bytes:
+    """Names what keys and values depend on besides the text, and whose they are: others never find them."""
+    adapter = request.adapter.digest if request.adapter else None
+    return hashlib.blake2b(json.dumps([base_digest, adapter, request.tenant]).encode(), digest_size=32).digest()
+
+
 def open_driver(base: LoadedBase, storage: Storage, *, cache_dir: Path, settings: InferenceSettings) -> NativeDriver:
     """Start serving `base`, which belongs to this driver from now on. Adapters are cached under `cache_dir`."""
-    packed.enable(base.model, probe=base.renderer.vectors()[-1].tokens)
-    runner = ModelRunner(base.model)
+    is_unpacked = unpacked.enable(base.model, dtype=base.model.dtype, max_bytes=settings.unpacked_bytes)
+    if not is_unpacked:
+        packed.enable(base.model, probe=base.renderer.vectors()[-1].tokens)
+    pages = Pages(count=_page_count(base, settings), size=PAGE_TOKENS)
+    runner = ModelRunner(base.model, page_count=pages.count, page_size=pages.size)
     disk = AdapterDisk(storage, cache_dir / "adapters", max_bytes=settings.adapter_disk_bytes)
     load = partial(_load, disk=disk, base=base, runner=runner, max_rank=settings.max_rank)
     caps = Caps(
         base=base.entry,
         quantization=base.quantization.name,
-        context_length=base.renderer.context_length,
+        context_length=min(base.renderer.context_length, pages.count * pages.size),
         vocabulary=base.model.get_input_embeddings().num_embeddings,
         max_batch=settings.max_batch,
         max_adapters=settings.max_adapters,
         max_rank=settings.max_rank,
     )
-    scheduler = Scheduler(max_batch=settings.max_batch, max_waiting=settings.max_waiting, step_tokens=STEP_TOKENS)
+    scheduler = Scheduler(
+        pages,
+        max_batch=settings.max_batch,
+        max_waiting=settings.max_waiting,
+        max_waiting_of_tenant=settings.max_waiting_of_tenant,
+        step_tokens=STEP_TOKENS,
+        busy_tokens=BUSY_TOKENS,
+    )
     store = AdapterStore(load, base=base.entry, max_adapters=settings.max_adapters)
     return NativeDriver(Engine(runner, scheduler), store, base.renderer, caps)
+
+
+def _page_count(base: LoadedBase, settings: InferenceSettings) -> int:
+    """As many as the settings allow, but no more than a full batch of the longest texts needs, and at least one."""
+    config, dtype = base.model.config.get_text_config(), cache_dtype(base.model)
+    of_a_text = -(-base.renderer.context_length // PAGE_TOKENS)
+    affordable = settings.cache_bytes // page_bytes(config, size=PAGE_TOKENS, dtype=dtype)
+    return max(1, min(affordable, settings.max_batch * of_a_text))
 
 
 def _load(ref: AdapterRef, *, disk: AdapterDisk, base: LoadedBase, runner: ModelRunner, max_rank: int) -> LoraWeights:

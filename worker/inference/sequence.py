@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from app.core.engine import Chunk, FinishReason, GenerateRequest, TokenLogprob, ToldToken
 from worker.inference.detokenise import Detokeniser, StopStrings
+from worker.inference.pages import KeyChain
 from worker.inference.vocabulary import Vocabulary
 
 Emit = Callable[[Chunk], None]
@@ -22,8 +23,10 @@ class Choice(NamedTuple):
 
 
 class Sequence:
-    """Token ids come in by `accept`, chunks go out by `emit`. `adapters` are whatever the runner understands, each with how much it
-    counts; none for the base."""
+    """Token ids come in by `accept`, chunks go out by `emit`.
+
+    `adapters` are whatever the runner understands, each with how much it counts; none for the base. `seed` is that of a KeyChain.
+    """
 
     def __init__(
         self,
@@ -33,10 +36,18 @@ class Sequence:
         max_tokens: int,
         emit: Emit,
         adapters: tuple[tuple[object, float], ...] = (),
+        seed: bytes = b"",
     ) -> None:
-        self.request_id, self.sampling, self.adapters = request.request_id, request.sampling, adapters
+        self.request_id, self.tenant, self.sampling, self.adapters = (
+            request.request_id,
+            request.tenant,
+            request.sampling,
+            adapters,
+        )
         self.tokens = list(request.prompt)
-        self.computed = 0  # tokens whose keys and values the cache holds
+        self.pages: list[int] = []  # of the cache, for the tokens in their order
+        self.computed = 0  # tokens whose keys and values those pages hold
+        self._chain = KeyChain(seed)
         self.finish_reason: FinishReason | None = None
         self._has_failed = False
         self._prompt_tokens, self._max_tokens = len(request.prompt), max_tokens
@@ -58,6 +69,9 @@ class Sequence:
     @property
     def is_over(self) -> bool:
         return self._has_failed or self.finish_reason is not None
+
+    def page_names(self, size: int, count: int) -> list[bytes]:
+        return self._chain.of(self.tokens, size=size, count=count)
 
     def draw(self) -> float:
         """The next number in [0, 1) of this request's own source, so that neighbours in a batch change nothing."""

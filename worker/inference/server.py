@@ -101,7 +101,7 @@ def main() -> None:
             torch.get_num_threads() // 2
         )  # two threads waiting for each other on a busy core are slower than one
     quantization = QUANTIZATIONS[settings.inference.quantization]
-    base = bases.load(wanted, settings.cache_dir, quantization=quantization, for_training=False)
+    base = bases.load(wanted, settings.cache_dir, quantization=quantization, dtype=bases.fastest_dtype(), for_training=False)
     asyncio.run(serve(settings, base, card.prepared(wanted, settings.cache_dir)))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -77,6 +78,11 @@ def prepare(base: Base, cache_dir: Path, *, quantization: QuantizationSpec = Qua
     """What `load` does at first use, without loading: the folder of the quantized weights. Raises BaseRefused."""
     revision = card.revision_of(card.prepared(base, cache_dir))
     return _prepared(base, revision, cache_dir, quantization, _device())[0]
+
+
+def fastest_dtype() -> torch.dtype:
+    """What this machine multiplies fastest in: 16 bits, but on CPUs without instructions for these 32."""
+    return torch.bfloat16 if _device() == "cuda" or has_avx512bf16() else torch.float32
 
 
 def _device() -> str:
