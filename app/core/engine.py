@@ -92,13 +92,15 @@ class ToldToken(TokenLogprob):
 class Chunk(_Message):
     """New text since the last chunk, perhaps empty. `error` ends the stream in place of a `finish_reason`.
 
-    `tokens` are told where logprobs were asked for; their text may be held back until it is known to be no stop string.
+    `tokens` are told where logprobs were asked for; their text may be held back until it is known to be no stop string. Of the
+    prompt, `cached_tokens` had been read before, for the same tenant and the same adapters.
     """
 
     text: str = ""
     tokens: tuple[ToldToken, ...] = ()
     finish_reason: FinishReason | None = None
     completion_tokens: int = 0
+    cached_tokens: int = 0
     error: str | None = None
 
 
@@ -108,6 +110,9 @@ class EngineStats(_Message):
     running: int
     waiting: int
     adapters: tuple[str, ...]
+    pages: int = 0
+    held_pages: int = 0
+    cached_pages: int = 0
 
 
 class Heartbeat(_Message):

@@ -16,6 +16,7 @@ from app.core.engine import AdapterRef, Chunk, GenerateRequest, Sampling
 from app.core.render import Renderer
 from app.core.spec import LoraSpec, OptimizerSpec, TrainSpec
 from app.core.storage import Storage
+from worker.inference import cache, native
 from worker.inference.driver import EngineDriver
 from worker.inference.pages import Pages
 from worker.inference.scheduler import Scheduler
@@ -86,6 +87,11 @@ def greedy(model: Any, prompt: Sequence[int], stop_ids: Collection[int], max_tok
             if tokens[-1] in stop_ids:
                 break
     return tokens[len(prompt) :]
+
+
+def page_bytes(base: LoadedBase) -> int:
+    """Of an engine that serves it."""
+    return cache.page_bytes(base.model.config, size=native.PAGE_TOKENS, dtype=torch.float32)
 
 
 async def answer(driver: EngineDriver, wanted: GenerateRequest) -> list[Chunk]:

@@ -74,6 +74,66 @@ def test_a_prompt_longer_than_a_step_is_read_in_pieces(
     ]
 
 
+def test_what_was_read_with_one_adapter_is_never_used_for_another(
+    open_driver: OpenDriver, oracle: LoadedBase, trained: Trained, published: Published
+) -> None:
+    driver, prompt = open_driver(), [3 + at % 250 for at in range(100)]
+    found = dict[str | None, list[int]]()
+    for name in ("first", "second", None, "first", "second", None):
+        chunks = asyncio.run(make.answer(driver, make.request(prompt, published.get(name or ""))))
+        assert make.text_of(chunks) == expected(oracle, trained, name, prompt)
+        found.setdefault(name, []).append(chunks[-1].cached_tokens)
+
+    assert set(map(tuple, found.values())) == {(0, 96)}
+
+
+def test_what_was_read_for_one_tenant_is_never_used_for_another(open_driver: OpenDriver, published: Published) -> None:
+    driver, prompt = open_driver(), [3 + at % 250 for at in range(100)]
+
+    def cached(tenant: str) -> int:
+        wanted = make.request(prompt, published["first"]).model_copy(update={"tenant": tenant})
+        return asyncio.run(make.answer(driver, wanted))[-1].cached_tokens
+
+    assert [cached(tenant) for tenant in ("one", "other", "one", "other")] == [0, 0, 96, 96]
+
+
+def test_an_answer_goes_on_from_the_conversation_it_belongs_to(
+    open_driver: OpenDriver, oracle: LoadedBase, trained: Trained, published: Published
+) -> None:
+    driver = open_driver()
+    prompt = [3 + at % 250 for at in range(60)]
+    told = make.greedy(trained["first"], prompt, oracle.renderer.stop_ids, 24)
+    asyncio.run(said(driver, make.request(prompt, published["first"])))
+    longer = [*prompt, *told, 65, 66]
+    chunks = asyncio.run(make.answer(driver, make.request(longer, published["first"])))
+
+    assert chunks[-1].cached_tokens == (len(prompt) + len(told) - 1) // 16 * 16
+    assert make.text_of(chunks) == expected(oracle, trained, "first", longer)
+
+
+def test_with_too_few_pages_for_all_everyone_is_answered_the_same(
+    open_driver: OpenDriver, oracle: LoadedBase, trained: Trained, published: Published
+) -> None:
+    text = [5 + at % 200 for at in range(120)]
+    asked = [(name, [at, *text]) for at in range(3) for name in (None, "first", "second")]
+    driver = open_driver(cache_bytes=26 * make.page_bytes(oracle))
+    answers = asyncio.run(
+        all_said(driver, [make.request(prompt, published.get(name or ""), max_tokens=40) for name, prompt in asked])
+    )
+
+    assert answers == [expected(oracle, trained, name, prompt, 40) for name, prompt in asked]
+
+
+def test_a_quantized_base_that_is_not_unpacked_says_the_same(
+    open_driver: OpenDriver, oracle: LoadedBase, trained: Trained, published: Published
+) -> None:
+    wanted = [make.request(prompt, published["first"]) for prompt in make.PROMPTS]
+
+    assert asyncio.run(all_said(open_driver(unpacked_bytes=0), wanted)) == [
+        expected(oracle, trained, "first", prompt) for prompt in make.PROMPTS
+    ]
+
+
 def test_two_engines_in_one_process_do_not_disturb_each_other(
     open_driver: OpenDriver, oracle: LoadedBase, trained: Trained, published: Published
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol
 import structlog
 
 from app.core.errors import Unavailable
+from worker.inference.pages import Pages
 from worker.inference.scheduler import Scheduler
 from worker.inference.sequence import Choice, Sequence, Slice
 
@@ -57,6 +58,11 @@ class Engine:
         """Running and waiting."""
         with self._changed:
             return len(self._scheduler.running), len(self._scheduler.waiting)
+
+    @property
+    def pages(self) -> Pages:
+        """Whose numbers may be read at any time."""
+        return self._scheduler.pages
 
     @property
     def is_draining(self) -> bool:

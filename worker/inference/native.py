@@ -93,8 +93,17 @@ class NativeDriver:
 
     def stats(self) -> EngineStats:
         running, waiting = self._engine.counts()
-        base = self._caps.base
-        return EngineStats(base=base.id, base_digest=base.digest, running=running, waiting=waiting, adapters=self._store.names)
+        base, pages = self._caps.base, self._engine.pages
+        return EngineStats(
+            base=base.id,
+            base_digest=base.digest,
+            running=running,
+            waiting=waiting,
+            adapters=self._store.names,
+            pages=pages.count,
+            held_pages=pages.held,
+            cached_pages=pages.cached,
+        )
 
     @property
     def is_draining(self) -> bool:

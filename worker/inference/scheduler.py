@@ -106,6 +106,8 @@ class Scheduler:
             self.pages.release(shared)
             return False
         sequence.computed = len(shared) * size
+        if not sequence.completion_tokens:  # else it gave way, and finds what it had read itself
+            sequence.cached_tokens = sequence.computed
         sequence.pages = shared + self.pages.take(missing)
         return True
 

@@ -47,6 +47,7 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.pages: list[int] = []  # of the cache, for the tokens in their order
         self.computed = 0  # tokens whose keys and values those pages hold
+        self.cached_tokens = 0  # of the prompt, those that were found there
         self._chain = KeyChain(seed)
         self.finish_reason: FinishReason | None = None
         self._has_failed = False
@@ -96,7 +97,15 @@ class Sequence:
         if self._stops.is_found:  # the last held-back text may be what completes a stop string
             self.finish_reason = "stop"
         told = () if is_end or self.sampling.top_logprobs is None else (self._told(choice),)
-        self._emit(Chunk(text=text, tokens=told, finish_reason=self.finish_reason, completion_tokens=self.completion_tokens))
+        self._emit(
+            Chunk(
+                text=text,
+                tokens=told,
+                finish_reason=self.finish_reason,
+                completion_tokens=self.completion_tokens,
+                cached_tokens=self.cached_tokens,
+            )
+        )
 
     def _told(self, choice: Choice) -> ToldToken:
         spell = self._vocabulary.spell
