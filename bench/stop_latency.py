@@ -8,23 +8,17 @@ random, resumed when it is paused, and cancelled at the end; each is timed from 
 
 import argparse
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
+from stack import ROOT, stack, wait
 
-TARGET_SECONDS, PATIENCE_SECONDS = 10.0, 300.0
-ROOT = Path(__file__).parents[1]
+TARGET_SECONDS = 10.0
 
 
 def main() -> None:
@@ -35,10 +29,10 @@ def main() -> None:
     asked = parser.parse_args()
     base, pauses = ("tiny-random-llama", 2) if asked.quick else ("smollm2-135m-instruct", 6)
     took: dict[str, list[float]] = {"pause": [], "resume": [], "cancel": []}
-    with tempfile.TemporaryDirectory() as folder, _stack(Path(folder), base, asked.cache_dir) as client:
+    with tempfile.TemporaryDirectory() as folder, stack(Path(folder), base, asked.cache_dir) as client:
         job, rng = _begin(client, base), random.Random(1)
         for number in range(pauses + 1):
-            _wait(lambda: _is_training(client, job))
+            wait(lambda: _is_training(client, job))
             time.sleep(rng.uniform(0, 8))
             if number == pauses:
                 took["cancel"].append(_timed(client.fine_tuning.jobs.cancel, job, lambda: _status(client, job) == "cancelled"))
@@ -56,25 +50,6 @@ def main() -> None:
         )
     if asked.json:
         asked.json.write_text(json.dumps({"targets": targets, "seconds": took}, indent=2) + "\n")
-
-
-@contextmanager
-def _stack(folder: Path, base: str, cache_dir: Path) -> Iterator[OpenAI]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    chosen = {"INFERENCE__BASE": base, "TRAINING__WARM_BASE": base, "CACHE_DIR": str(cache_dir)}
-    environment = os.environ | {f"TUNESMITH_{name}": value for name, value in chosen.items()}
-    command = [sys.executable, "-m", "cli.main", "up", "--data-dir", str(folder / "data"), "--port", str(port)]
-    with (folder / "console").open("w") as console:
-        stack = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=console, stderr=subprocess.STDOUT)
-        try:
-            _wait((folder / "data" / "credentials.json").exists)
-            with OpenAI(**json.loads((folder / "data" / "credentials.json").read_text())) as client:
-                yield client
-        finally:
-            stack.send_signal(signal.SIGINT)
-            stack.wait()
 
 
 def _begin(client: OpenAI, base: str) -> str:
@@ -104,16 +79,8 @@ def _is_training(client: OpenAI, job: str) -> bool:
 def _timed(ask: Callable[[str], Any], job: str, has_taken_hold: Callable[[], bool]) -> float:
     began_at = time.monotonic()
     ask(job)
-    _wait(has_taken_hold)
+    wait(has_taken_hold)
     return time.monotonic() - began_at
-
-
-def _wait(is_so: Callable[[], bool]) -> None:
-    give_up_at = time.monotonic() + PATIENCE_SECONDS
-    while not is_so():
-        if time.monotonic() > give_up_at:
-            raise SystemExit("the stack did not get that far")
-        time.sleep(0.05)
 
 
 if __name__ == "__main__":

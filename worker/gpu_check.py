@@ -273,7 +273,7 @@ def _served_logits(bench: Bench, tokens: tuple[int, ...]) -> Tensor:
     found = adapter.open(bench.paths("straight").output, base=loaded, max_rank=128)
     pages = Pages(count=-(-len(tokens) // PAGE_TOKENS), size=PAGE_TOKENS)
     runner = ModelRunner(loaded.model, page_count=pages.count, page_size=pages.size)
-    weights = lora.prepare(found, dtype=runner.lora_dtype, device=runner.device)
+    weights = lora.prepare(found, dtype=runner.lora_dtype).to(runner.device)
     request = GenerateRequest(request_id="gpu-check", prompt=tokens, sampling=Sampling(max_tokens=1, temperature=0))
     size = loaded.model.get_input_embeddings().num_embeddings
     vocabulary = Vocabulary(loaded.renderer.tokenizer, size=size, stop_ids=loaded.renderer.stop_ids)

@@ -104,7 +104,18 @@ class Chunk(_Message):
     error: str | None = None
 
 
+class TierStats(_Message):
+    """One place where adapters are held: how many and how much now, how often one was found there, how many had to leave."""
+
+    held: int
+    size_bytes: int
+    hits: int
+    evictions: int
+
+
 class EngineStats(_Message):
+    """`adapters` are the internal names of those in slots. `tiers` are slots, memory and disk, the fastest first."""
+
     base: str
     base_digest: str
     running: int
@@ -113,6 +124,9 @@ class EngineStats(_Message):
     pages: int = 0
     held_pages: int = 0
     cached_pages: int = 0
+    tiers: dict[str, TierStats] = {}
+    fetched_adapters: int = 0
+    refused_adapters: int = 0
 
 
 class Heartbeat(_Message):

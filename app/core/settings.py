@@ -144,7 +144,13 @@ class InferenceSettings(BaseModel):
         ge=0,
         description="on a CPU, a 4-bit base is computed with as plain matrices if these take no more: several times faster",
     )
-    max_adapters: int = Field(default=32, ge=1, description="adapters an engine holds in memory")
+    max_adapters: int = Field(default=64, ge=1, description="adapters that may answer at the same time: an engine's slots")
+    adapter_slot_bytes: int = Field(
+        default=4 * 1024 * MIB, ge=1, description="what the adapters in slots may take, on a GPU of its memory"
+    )
+    adapter_memory_bytes: int = Field(
+        default=2 * 1024 * MIB, ge=0, description="adapters an engine keeps in memory beside those in slots"
+    )
     max_rank: int = Field(default=128, ge=1, description="highest LoRA rank an engine loads")
     adapter_disk_bytes: int = Field(default=20 * 1024 * MIB, ge=0, description="adapters an engine keeps on disk")
     heartbeat_seconds: float = Field(default=3.0, gt=0, description="how often an engine says that it lives")

@@ -21,7 +21,8 @@ from app.models import Evaluation, EvaluationState
 from app.models.evaluations import UNDECIDED
 from tests import make as rows
 from tests.evaluations.make import ScriptedRunner
-from worker.inference.adapters import AdapterStore
+from tests.inference.make import Words
+from worker.inference.adapters import AdapterStore, Room
 from worker.inference.driver import Caps
 from worker.inference.engine import Engine
 from worker.inference.native import NativeDriver
@@ -47,8 +48,8 @@ def engine(settings: Settings, storage: Storage) -> Iterator[tuple[str, Scripted
     card.publish(storage, base.id, folder)
     renderer = Renderer.open(folder)
 
-    def load(ref: AdapterRef) -> object:
-        return ref.id
+    def load(ref: AdapterRef) -> Words:
+        return Words(ref.id)
 
     runner = ScriptedRunner(renderer.tokenizer, min(renderer.stop_ids))
     entry = BaseEntry(id=base.id, revision="1", digest="0" * 64)
@@ -56,7 +57,7 @@ def engine(settings: Settings, storage: Storage) -> Iterator[tuple[str, Scripted
     pages = Pages(count=4096, size=16)
     limits = {"max_batch": 8, "max_waiting": 64, "max_waiting_of_tenant": 64, "step_tokens": 4096}
     scheduled = Engine(runner, Scheduler(pages, **limits))
-    driver = NativeDriver(scheduled, AdapterStore(load, base=entry, max_adapters=4), renderer, caps)
+    driver = NativeDriver(scheduled, AdapterStore(load, base=entry, room=Room(4, 99, 99)), renderer, caps)
     port = rows.free_port()
     app = create_app(driver, token=settings.engine_token.get_secret_value())
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, lifespan="off"))

@@ -1,6 +1,7 @@
 """An adapter is loaded once, verified, kept while it is used, and never mistaken for another."""
 
 import asyncio
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ from app.core.engine import AdapterRef
 from app.core.errors import BadRequest, NotFound, Unavailable
 from app.core.manifest import BaseEntry
 from app.core.storage import Storage
-from worker.inference.adapters import AdapterStore
+from tests.inference.make import Words
+from worker.inference.adapters import AdapterStore, Room
 from worker.inference.disk import AdapterDisk
 
 Published = dict[str, AdapterRef]
@@ -31,16 +33,23 @@ class Loads:
         self.may_finish.set()
         self.error: Exception | None = None
 
-    def __call__(self, wanted: AdapterRef) -> object:
+    def __call__(self, wanted: AdapterRef) -> Words:
         self.names.append(wanted.id)
         assert self.may_finish.wait(10)
         if self.error:
             raise self.error
-        return f"weights of {wanted.id}"
+        return Words(f"weights of {wanted.id}")
 
 
-def store(loads: Callable[[AdapterRef], object], max_adapters: int = 2) -> AdapterStore:
-    return AdapterStore(loads, base=BASE, max_adapters=max_adapters)
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "SLOT_WAIT_SECONDS", 0.2)
+
+
+def store(
+    loads: Callable[[AdapterRef], Words], max_adapters: int = 2, *, slot_bytes: int = 99, memory_bytes: int = 0
+) -> AdapterStore:
+    return AdapterStore(loads, base=BASE, room=Room(max_adapters, slot_bytes, memory_bytes))
 
 
 def test_any_number_of_callers_one_load() -> None:
@@ -82,14 +91,153 @@ def test_the_least_recently_used_free_adapter_makes_room() -> None:
     asyncio.run(story())
 
 
-def test_a_pinned_adapter_stays_when_room_is_needed() -> None:
+def test_who_finds_every_slot_leased_waits_in_order_of_arrival() -> None:
+    async def story() -> None:
+        held, order = store(Loads(), max_adapters=1), list[str]()
+        lease = await held.acquire(ref("a"))
+
+        async def ask(name: str) -> None:
+            mine = await held.acquire(ref(name))
+            order.append(name)
+            await asyncio.sleep(0)
+            held.release(mine)
+
+        waiting = [asyncio.create_task(ask(name)) for name in "bcde"]
+        await asyncio.sleep(0.05)
+        waiting[1].cancel()  # one leaves: those behind it are still called
+        held.release(lease)
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+        assert order == ["b", "d", "e"]
+        assert held.leases == 0
+
+    asyncio.run(story())
+
+
+def test_nobody_is_called_in_vain_for_ever() -> None:
     async def story() -> None:
         held = store(Loads(), max_adapters=1)
-        held.release(await held.acquire(ref("a"), pin=True))
-
-        with pytest.raises(Unavailable):
+        lease = await held.acquire(ref("a"))
+        with pytest.raises(Unavailable) as refusal:
             await held.acquire(ref("b"))
+        held.release(lease)
+
+        assert refusal.value.code == "adapter_slots_busy"
+        assert (await held.acquire(ref("b"))).weights == "weights of b"
+
+    asyncio.run(story())
+
+
+def test_an_evicted_adapter_comes_back_from_memory() -> None:
+    async def story() -> None:
+        loads = Loads()
+        held = store(loads, max_adapters=1, memory_bytes=1)
+        for name in "aba":
+            held.release(await held.acquire(ref(name)))
+        assert loads.names == ["a", "b"]
+        held.release(await held.acquire(ref("c")))
+        held.release(await held.acquire(ref("b")))  # "a" took its place in memory when it left for "c"
+
+        assert loads.names == ["a", "b", "c", "b"]
+        assert {name: tier.held for name, tier in held.tiers().items()} == {"slots": 1, "memory": 1}
+
+    asyncio.run(story())
+
+
+def test_slots_keep_within_their_bytes() -> None:
+    async def story() -> None:
+        sizes = {"a": 3, "b": 3, "c": 5, "d": 9}
+
+        class Sized(Words):
+            @property
+            def size_bytes(self) -> int:
+                return sizes[self]
+
+        held = store(lambda wanted: Sized(wanted.id), max_adapters=9, slot_bytes=8)
+        for name in "abc":
+            held.release(await held.acquire(ref(name)))
+        assert held.names == (ref("b").internal_name, ref("c").internal_name)
+        with pytest.raises(BadRequest) as refusal:
+            await held.acquire(ref("d"))
+
+        assert refusal.value.code == "adapter_refused"
+        assert held.names == (ref("b").internal_name, ref("c").internal_name)
+
+    asyncio.run(story())
+
+
+def test_a_pinned_adapter_stays_and_one_slot_is_never_pinned() -> None:
+    async def story() -> None:
+        held = store(Loads(), max_adapters=2)
+        held.release(await held.acquire(ref("a"), pin=True))
+        with pytest.raises(Unavailable) as refusal:
+            await held.acquire(ref("b"), pin=True)
+        for name in "bc":
+            held.release(await held.acquire(ref(name)))
+
+        assert refusal.value.code == "adapter_pins_busy"
+        assert held.names == (ref("a").internal_name, ref("c").internal_name)
         assert held.evict(ref("a").digest) is True
+
+    asyncio.run(story())
+
+
+def test_a_prefetch_puts_nobody_out() -> None:
+    async def story() -> None:
+        loads = Loads()
+        held = store(loads, max_adapters=1, memory_bytes=9)
+        await held.prefetch(ref("a"))
+        await held.prefetch(ref("b"))
+        assert held.names == (ref("a").internal_name,)
+        held.release(await held.acquire(ref("b")))
+
+        assert loads.names == ["a", "b"]
+
+    asyncio.run(story())
+
+
+def test_a_load_that_everyone_left_is_not_lost() -> None:
+    async def story() -> None:
+        loads = Loads()
+        loads.may_finish.clear()
+        held = store(loads, memory_bytes=9)
+        impatient = asyncio.create_task(held.acquire(ref("a")))
+        await asyncio.sleep(0.01)
+        impatient.cancel()
+        await asyncio.gather(impatient, return_exceptions=True)
+        loads.may_finish.set()
+        await asyncio.sleep(0.05)
+        await held.acquire(ref("a"))
+
+        assert loads.names == ["a"]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("slots", [64, 16])
+def test_a_thousand_adapters_of_which_many_are_asked_for_at_once(slots: int) -> None:
+    async def story() -> None:
+        chance, wrong, most = random.Random(slots), list[str](), 0
+        held = store(lambda wanted: Words(wanted.id), max_adapters=slots, slot_bytes=slots, memory_bytes=100)
+
+        async def ask(number: int) -> None:
+            nonlocal most
+            name = f"adapter-{number}"
+            lease = await held.acquire(ref(name))
+            most = max(most, len(held.names))
+            await asyncio.sleep(0.0005 * chance.random())
+            wrong.extend([name] if lease.weights != name else [])
+            held.release(lease)
+
+        for _ in range(40):
+            await asyncio.gather(*(ask(min(int(chance.paretovariate(0.4)), 1000)) for _ in range(64)))
+
+        tiers = held.tiers()
+        assert not wrong
+        assert most <= slots
+        assert tiers["memory"].size_bytes <= 100
+        assert tiers["memory"].hits
+        assert held.leases == 0
 
     asyncio.run(story())
 

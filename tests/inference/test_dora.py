@@ -40,7 +40,7 @@ def weights_of(model: peft.PeftModel) -> LoraWeights:
     norms = list(adapter.norms_of(model).values())  # of the one layer, or none
     dora = {"q_proj": Dora(layer.lora_magnitude_vector["default"].weight, norms[0])} if norms else {}
     held = AdapterWeights(len(pair[0]), layer.scaling["default"], {"q_proj": pair}, dora)
-    return lora.prepare(held, dtype=torch.float32, device=torch.device("cpu"))
+    return lora.prepare(held, dtype=torch.float32)
 
 
 def only(weights: LoraWeights) -> Blend:

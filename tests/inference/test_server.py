@@ -25,7 +25,8 @@ from app.core.storage import Storage
 from app.inference.renderers import Renderers
 from tests import make as rows
 from tests.inference import make
-from worker.inference.adapters import AdapterStore
+from tests.inference.make import Words
+from worker.inference.adapters import AdapterStore, Room
 from worker.inference.driver import Caps
 from worker.inference.engine import Engine
 from worker.inference.native import NativeDriver
@@ -59,16 +60,16 @@ Serve = Callable[..., contextlib.AbstractAsyncContextManager[Served]]
 def serve(oracle: LoadedBase) -> Serve:
     """A server in this loop over the real driver, whose model only says what it is given."""
 
-    def load(ref: AdapterRef) -> object:
+    def load(ref: AdapterRef) -> Words:
         if ref.id != REF.id:
             raise NotFound(f"the adapter {ref.id} is not in storage", param="model", code="model_not_found")
-        return "weights"
+        return Words("weights")
 
     @contextlib.asynccontextmanager
     async def serve_one(*, max_batch: int = 4, max_waiting: int = 4) -> AsyncIterator[Served]:
         caps = Caps(oracle.entry, "nf4", oracle.renderer.context_length, 320, max_batch, 2, 16)
         engine = Engine(SlowRunner(), make.scheduler(max_batch=max_batch, max_waiting=max_waiting, step_tokens=64))
-        driver = NativeDriver(engine, AdapterStore(load, base=oracle.entry, max_adapters=2), oracle.renderer, caps)
+        driver = NativeDriver(engine, AdapterStore(load, base=oracle.entry, room=Room(2, 99, 99)), oracle.renderer, caps)
         config = uvicorn.Config(create_app(driver, token=TOKEN), port=0, log_config=None, lifespan="off")
         server = DrainingServer(config, driver)
         running = asyncio.create_task(server.serve())

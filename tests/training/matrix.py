@@ -99,7 +99,7 @@ def is_learning(runner: Runner) -> bool:
 def served(base: LoadedBase, directory: Path) -> Tensor:
     """Logits of the probe, the adapter applied as an engine does it. The base gets hooks that nothing else wants."""
     weights = adapter.open(directory, base=base, max_rank=128)
-    made = lora.prepare(weights, dtype=torch.float32, device=torch.device("cpu"))
+    made = lora.prepare(weights, dtype=torch.float32)
     layers = LoraLayers(base.model.eval())
     layers.use([(((made, 1.0),), len(PROBE))], torch.device("cpu"))
     logits: Tensor = base.model(torch.tensor([PROBE]), use_cache=False).logits

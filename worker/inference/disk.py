@@ -13,7 +13,7 @@ import structlog
 from pydantic import ValidationError
 
 from app.core import manifest
-from app.core.engine import AdapterRef
+from app.core.engine import AdapterRef, TierStats
 from app.core.errors import BadRequest, NotFound
 from app.core.manifest import Manifest
 from app.core.storage import Storage
@@ -39,6 +39,8 @@ class AdapterDisk:
     def __init__(self, storage: Storage, directory: Path, *, max_bytes: int) -> None:
         self._storage, self._root, self._max_bytes = storage, directory, max_bytes
         self._evicting = threading.Lock()
+        self.hits = self.fetches = self.evictions = 0
+        self._held, self._size_bytes = 0, 0  # when it was last tidied
         self._root.mkdir(parents=True, exist_ok=True)
 
     def open(self, ref: AdapterRef) -> Path:
@@ -49,12 +51,18 @@ class AdapterDisk:
         if directory.exists() and not _is_whole(directory, ref.digest):
             log.warning("adapter_damaged_on_disk", adapter=ref.internal_name)
             shutil.rmtree(directory, ignore_errors=True)
-        if not directory.exists():
+        if directory.exists():
+            self.hits += 1
+        else:
             self._fetch(ref, directory)
+            self.fetches += 1
         os.utime(directory)
         with contextlib.suppress(FileNotFoundError):  # another engine on this disk may be evicting too
             self._evict(keep=directory)
         return directory
+
+    def stats(self) -> TierStats:
+        return TierStats(held=self._held, size_bytes=self._size_bytes, hits=self.hits, evictions=self.evictions)
 
     def _fetch(self, ref: AdapterRef, directory: Path) -> None:
         """Download beside the place and rename: a reader sees all of it or nothing."""
@@ -102,11 +110,15 @@ class AdapterDisk:
         """Remove the least recently opened directories until the rest fits. Loaded adapters do not need theirs."""
         with self._evicting:
             held = sorted((path for path in self._root.iterdir() if _DIGEST.fullmatch(path.name)), key=_opened_at, reverse=True)
-            used = 0
+            used = kept = 0
             for directory in sorted(held, key=lambda path: path != keep):
-                used += sum(file.stat().st_size for file in directory.iterdir())
-                if used > self._max_bytes and directory != keep:
+                size_bytes = sum(file.stat().st_size for file in directory.iterdir())
+                if used + size_bytes > self._max_bytes and directory != keep:
                     shutil.rmtree(directory, ignore_errors=True)
+                    self.evictions += 1
+                else:
+                    used, kept = used + size_bytes, kept + 1
+            self._held, self._size_bytes = kept, used
 
 
 def _opened_at(directory: Path) -> float:

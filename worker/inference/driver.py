@@ -46,8 +46,12 @@ class EngineDriver(Protocol):
         """Give the lease back; twice is the same as once."""
         ...
 
-    def evict(self, digest: str) -> bool:
-        """Forget an adapter that nobody leases, pinned or not. False if it is not loaded or in use."""
+    async def prefetch(self, adapter: AdapterRef) -> None:
+        """Have it ready before someone asks, without putting another one out. Raises as `ensure` does."""
+        ...
+
+    def evict(self, digest: str, *, keep_in_memory: bool = True) -> bool:
+        """Take an adapter that nobody leases, pinned or not, out of its slot. False if it is not loaded or in use."""
         ...
 
     def stream(self, request: GenerateRequest, lease: Lease | None) -> AsyncGenerator[Chunk, None]:

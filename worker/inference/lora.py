@@ -26,20 +26,24 @@ class LoraWeights:
         pairs = sum(part.nbytes for pair in self.modules.values() for part in pair)
         return pairs + sum(gain_O.nbytes for gain_O in self.gains.values())
 
+    def to(self, device: torch.device) -> "LoraWeights":
+        modules = {name: (a_RI.to(device), b_RO.to(device)) for name, (a_RI, b_RO) in self.modules.items()}
+        return LoraWeights(self.rank, modules, {name: gain_O.to(device) for name, gain_O in self.gains.items()})
+
 
 Blend = tuple[tuple[LoraWeights, float], ...]  # adapters and how much each counts; empty for the base alone
 
 
-def prepare(weights: AdapterWeights, *, dtype: torch.dtype, device: torch.device) -> LoraWeights:
-    """From A [R, I] and B [O, R] as they are stored."""
+def prepare(weights: AdapterWeights, *, dtype: torch.dtype) -> LoraWeights:
+    """From A [R, I] and B [O, R] as they are stored, in this machine's memory."""
     modules, gains = dict[str, tuple[Tensor, Tensor]](), dict[str, Tensor]()
     for name, (a_RI, b_OR) in weights.modules.items():
         scaled_OR = b_OR.float() * weights.scaling
         if dora := weights.dora.get(name):
             times_O = dora.magnitude_O / dora.norm_O
             scaled_OR *= times_O[:, None]
-            gains[name] = (times_O - 1).to(device, dtype)
-        modules[name] = (a_RI.to(device, dtype).contiguous(), scaled_OR.T.to(device, dtype).contiguous())
+            gains[name] = (times_O - 1).to(dtype)
+        modules[name] = (a_RI.to(dtype).contiguous(), scaled_OR.T.to(dtype).contiguous())
     return LoraWeights(weights.rank, modules, gains)
 
 

@@ -10,14 +10,15 @@ from functools import partial
 from pathlib import Path
 
 import structlog
+import torch
 
 from app.core.engine import AdapterRef, Chunk, EngineStats, GenerateRequest
 from app.core.errors import BadRequest
 from app.core.render import Renderer
 from app.core.settings import InferenceSettings
 from app.core.storage import Storage
-from worker.inference import lora, packed, unpacked
-from worker.inference.adapters import AdapterLease, AdapterStore
+from worker.inference import lora, packed, probe, unpacked
+from worker.inference.adapters import AdapterLease, AdapterStore, Room
 from worker.inference.cache import page_bytes
 from worker.inference.disk import AdapterDisk, refused
 from worker.inference.driver import Caps, Lease
@@ -42,8 +43,10 @@ PAGE_TOKENS = 16
 class NativeDriver:
     """See EngineDriver. `close` ends its threads."""
 
-    def __init__(self, engine: Engine, store: AdapterStore, renderer: Renderer, caps: Caps) -> None:
-        self._engine, self._store, self._caps = engine, store, caps
+    def __init__(
+        self, engine: Engine, store: AdapterStore, renderer: Renderer, caps: Caps, *, disk: AdapterDisk | None = None
+    ) -> None:
+        self._engine, self._store, self._caps, self._disk = engine, store, caps, disk
         self._vocabulary = Vocabulary(renderer.tokenizer, size=caps.vocabulary, stop_ids=renderer.stop_ids)
         self._vocabulary.prepare()
         engine.start()
@@ -59,8 +62,11 @@ class NativeDriver:
         assert isinstance(lease, AdapterLease)
         self._store.release(lease)
 
-    def evict(self, digest: str) -> bool:
-        return self._store.evict(digest)
+    async def prefetch(self, adapter: AdapterRef) -> None:
+        await self._store.prefetch(adapter)
+
+    def evict(self, digest: str, *, keep_in_memory: bool = True) -> bool:
+        return self._store.evict(digest, keep_in_memory=keep_in_memory)
 
     async def stream(self, request: GenerateRequest, lease: Lease | None) -> AsyncGenerator[Chunk, None]:
         loop, chunks = asyncio.get_running_loop(), asyncio.Queue[Chunk]()
@@ -103,6 +109,9 @@ class NativeDriver:
             pages=pages.count,
             held_pages=pages.held,
             cached_pages=pages.cached,
+            tiers=self._store.tiers() | ({"disk": self._disk.stats()} if self._disk else {}),
+            fetched_adapters=self._disk.fetches if self._disk else 0,
+            refused_adapters=self._store.refusals,
         )
 
     @property
@@ -153,7 +162,7 @@ def open_driver(base: LoadedBase, storage: Storage, *, cache_dir: Path, settings
     pages = Pages(count=_page_count(base, settings), size=PAGE_TOKENS)
     runner = ModelRunner(base.model, page_count=pages.count, page_size=pages.size)
     disk = AdapterDisk(storage, cache_dir / "adapters", max_bytes=settings.adapter_disk_bytes)
-    load = partial(_load, disk=disk, base=base, runner=runner, max_rank=settings.max_rank)
+    load = partial(_load, disk=disk, base=base, dtype=runner.lora_dtype, max_rank=settings.max_rank)
     caps = Caps(
         base=base.entry,
         quantization=base.quantization.name,
@@ -171,8 +180,10 @@ def open_driver(base: LoadedBase, storage: Storage, *, cache_dir: Path, settings
         step_tokens=STEP_TOKENS,
         busy_tokens=BUSY_TOKENS,
     )
-    store = AdapterStore(load, base=base.entry, max_adapters=settings.max_adapters)
-    return NativeDriver(Engine(runner, scheduler), store, base.renderer, caps)
+    room = Room(settings.max_adapters, settings.adapter_slot_bytes, settings.adapter_memory_bytes)
+    place = None if runner.device.type == "cpu" else partial(LoraWeights.to, device=runner.device)
+    store = AdapterStore(load, base=base.entry, room=room, place=place)
+    return NativeDriver(Engine(runner, scheduler), store, base.renderer, caps, disk=disk)
 
 
 def _page_count(base: LoadedBase, settings: InferenceSettings) -> int:
@@ -183,15 +194,15 @@ def _page_count(base: LoadedBase, settings: InferenceSettings) -> int:
     return max(1, min(affordable, settings.max_batch * of_a_text))
 
 
-def _load(ref: AdapterRef, *, disk: AdapterDisk, base: LoadedBase, runner: ModelRunner, max_rank: int) -> LoraWeights:
-    """From storage to what the runner applies. Blocks; runs off the step loop."""
+def _load(ref: AdapterRef, *, disk: AdapterDisk, base: LoadedBase, dtype: torch.dtype, max_rank: int) -> LoraWeights:
+    """From storage to what can be applied, checked. Blocks; runs off the step loop."""
     began = time.monotonic()
     directory = disk.open(ref)
     try:
-        found = directories.open(directory, base=base, max_rank=max_rank)
+        made = lora.prepare(directories.open(directory, base=base, max_rank=max_rank), dtype=dtype)
+        probe.require_sane(made)
     except AdapterRefused as error:
         raise refused(ref, str(error)) from error
-    made = lora.prepare(found, dtype=runner.lora_dtype, device=runner.device)
     seconds = round(time.monotonic() - began, 3)
     log.info("adapter_loaded", adapter=ref.internal_name, rank=made.rank, size_bytes=made.size_bytes, seconds=seconds)
     return made

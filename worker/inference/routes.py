@@ -52,8 +52,7 @@ async def _generate(request: Request) -> "Answer":
 async def _prefetch(request: Request) -> Response:
     """Answers when the adapter is loaded."""
     ref = _parse(AdapterRef, await request.body())
-    driver = _driver(request)
-    driver.release(await driver.ensure(ref))
+    await _driver(request).prefetch(ref)
     return JSONResponse({"adapter": ref.internal_name})
 
 
