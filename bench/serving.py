@@ -9,6 +9,7 @@ and ratios taken round by round. `succeeded` starts a whole stack. Parts: throug
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -101,13 +102,8 @@ async def timed(driver: NativeDriver, wanted: GenerateRequest) -> list[float]:
 
 @contextlib.asynccontextmanager
 async def answering(driver: NativeDriver, wanted: GenerateRequest) -> AsyncIterator[AsyncIterator[Chunk]]:
-    lease = await driver.ensure(wanted.adapter) if wanted.adapter else None
-    try:
-        async with contextlib.aclosing(driver.stream(wanted, lease)) as chunks:
-            yield chunks
-    finally:
-        if lease:
-            driver.release(lease)
+    async with driver.holding(wanted) as leases, contextlib.aclosing(driver.stream(wanted, leases)) as chunks:
+        yield chunks
 
 
 def throughput(bench: Bench, rivals: Rivals) -> None:
@@ -311,7 +307,7 @@ def succeeded(report: Report, cache_dir: Path, *, jobs: int) -> None:
 
 
 def gaps(times: Sequence[float]) -> list[float]:
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 def percentile(values: Sequence[float], share: int) -> float:

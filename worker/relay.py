@@ -180,7 +180,7 @@ class Relay:
         timeout = self._to.settings.inference.heartbeat_timeout_seconds
         with self._to.sessions.begin() as session:
             live = engines.list_live(session, timeout_seconds=timeout)
-            return [engine.url for engine in engines.ranked(engines.answering(live, adapter.base, adapter), adapter)]
+            return [engine.url for engine in engines.ranked(engines.answering(live, adapter.base, adapter), [adapter])]
 
     def _purge(self, prefix: str) -> bool:
         for key in self._to.storage.list_keys(prefix):

@@ -1,6 +1,7 @@
 """The private protocol between the gateway and an inference engine: JSON over HTTP, answers as lines of JSON.
 
-`POST /generate` takes a `GenerateRequest` and answers `Chunk` lines; the last one has a `finish_reason`.
+`POST /generate` takes a `GenerateRequest` and answers `Chunk` lines; the last one has a `finish_reason`. `POST /blend` is the
+same for requests with a `mix`: an engine of before there were any has no such place, where it would otherwise answer as the base.
 `POST /prefetch` takes an `AdapterRef`. `GET /stats` answers `EngineStats`. Failures are the public error envelope.
 Every call carries `Authorization: Bearer <engine token>`. An engine publishes its base's card (tokenizer and template)
 at `card_key` before its first heartbeat.
@@ -46,6 +47,13 @@ class AdapterRef(_Message):
         return f"{self.id}@{self.digest[:12]}"
 
 
+class Share(_Message):
+    """What one adapter by itself would change counts `weight` times."""
+
+    adapter: AdapterRef
+    weight: float = 1.0
+
+
 class Sampling(_Message):
     """Temperature 0 is greedy. `stop` strings end the answer and are not part of it.
 
@@ -67,13 +75,21 @@ class Sampling(_Message):
 
 
 class GenerateRequest(_Message):
-    """Token ids in, text out: the gateway renders, the engine decodes. Nothing computed for one `tenant` is used for another."""
+    """Token ids in, text out: the gateway renders, the engine decodes. Nothing computed for one `tenant` is used for another.
+
+    It is answered with `adapter` or with the `mix`, and by the base without either.
+    """
 
     request_id: str
     tenant: str = ""
     prompt: tuple[int, ...] = Field(min_length=1)
     sampling: Sampling
     adapter: AdapterRef | None = None
+    mix: tuple[Share, ...] = ()
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        return (Share(adapter=self.adapter),) if self.adapter else self.mix
 
 
 class TokenLogprob(_Message):

@@ -12,6 +12,7 @@ from app.core.spec import USUAL
 from app.models import Engine
 
 RESTARTED_WITHIN = timedelta(minutes=5)  # a base that is prepared already loads in seconds, a new image may have to be pulled
+LONG_QUEUE = 16  # requests more than elsewhere, for which loading an adapter anew is worth its while
 FORGOTTEN_AFTER = timedelta(hours=1)
 
 
@@ -53,9 +54,17 @@ def list_expected(session: orm.Session) -> Sequence[Engine]:
     return session.scalars(select(Engine).where(lately)).all()
 
 
-def ranked(engines: Sequence[Engine], adapter: AdapterRef | None) -> list[Engine]:
-    """Engines in the order to try them. An adapter prefers the same engine everywhere (rendezvous hashing), so that few
-    engines hold it; the base goes to whoever is least busy."""
-    if adapter is None:
+def ranked(engines: Sequence[Engine], adapters: Sequence[AdapterRef]) -> list[Engine]:
+    """Engines in the order to try them. Adapters prefer the same engine everywhere (rendezvous hashing), so that few engines hold
+    them, unless many wait there and fewer elsewhere; the base goes to whoever is least busy."""
+    if not adapters:
         return sorted(engines, key=lambda engine: engine.running + engine.waiting)
-    return sorted(engines, key=lambda engine: hashlib.sha256(f"{engine.id} {adapter.internal_name}".encode()).digest())
+    name = " ".join(adapter.internal_name for adapter in adapters)
+    shortest = min((engine.waiting for engine in engines), default=0)
+    return sorted(
+        engines,
+        key=lambda engine: (
+            engine.waiting >= shortest + LONG_QUEUE,
+            hashlib.sha256(f"{engine.id} {name}".encode()).digest(),
+        ),
+    )

@@ -18,10 +18,11 @@ from app import db
 from app.accounts.caller import Caller
 from app.adapters import names
 from app.adapters import service as adapters
+from app.adapters.names import Named
 from app.core import ids
 from app.core.catalog import Base, Catalog
-from app.core.engine import AdapterRef, Chunk, GenerateRequest
-from app.core.errors import AppError, BadRequest, Unavailable
+from app.core.engine import Chunk, GenerateRequest, Share
+from app.core.errors import AppError, BadRequest, RateLimited, Unavailable
 from app.core.render import Renderer
 from app.core.settings import InferenceSettings
 from app.inference import engines
@@ -53,12 +54,12 @@ class BaseNotServed(AppError):
 @dataclass(frozen=True)
 class Target:
     """A model name, understood: its base, its adapter if it has one, and the engines that can answer. `model` is the one behind
-    `alias`, where it was asked for by that."""
+    `alias`, where it was asked for by that. A mix has the name of its base."""
 
     model: str
     alias: str | None
     base: Base
-    adapter: AdapterRef | None
+    shares: tuple[Share, ...]
     engines: Sequence[Engine]
     renderer: Renderer
 
@@ -106,17 +107,23 @@ class Gateway:
         if self._recording:
             await asyncio.wait(self._recording, timeout=CLOSE_SECONDS)
 
-    async def target(self, caller: Caller, model: str) -> Target:
-        """What this name means to this caller. Raises NotFound, BaseNotServed, or Unavailable when its engines are away."""
-        return await run_in_threadpool(self._target, caller, model)
+    async def target(self, caller: Caller, model: str, mix: Sequence[tuple[str, float]] = ()) -> Target:
+        """What these names mean to this caller. Raises NotFound, BaseNotServed, or Unavailable when its engines are away, and
+        BadRequest for models that cannot be mixed."""
+        return await run_in_threadpool(self._target, caller, model, mix)
 
-    def _target(self, caller: Caller, model: str) -> Target:
+    def _target(self, caller: Caller, model: str, mix: Sequence[tuple[str, float]]) -> Target:
         with db.organization_session(self._sessions, caller.organization_id) as session:
             named = names.resolve(session, caller, self._catalog, model, param="model")
-            ref = adapters.ref_of(named.adapter) if named.adapter else None
-            serving = self._serving(session, named.base, named.adapter)
+            mixed = [names.resolve(session, caller, self._catalog, name, param=_part(at)) for at, (name, _) in enumerate(mix)]
+            if mixed:
+                _require_mixable(named, mixed)
+            held = [one.adapter for one in mixed or [named] if one.adapter]
+            weights = [weight for _, weight in mix] or [1.0] * len(held)
+            shares = tuple(Share(adapter=adapters.ref_of(one), weight=weight) for one, weight in zip(held, weights, strict=True))
+            serving = self._serving(session, named.base, held[0] if held else None)
         renderer = self._renderers.get(named.base.id, serving[0].base_digest)
-        return Target(named.model, named.alias, named.base, ref, serving, renderer)
+        return Target(named.model, named.alias, named.base, shares, serving, renderer)
 
     def _serving(self, session: orm.Session, base: Base, adapter: Adapter | None) -> Sequence[Engine]:
         """The engines that can answer. Raises Unavailable when they are away, BaseNotServed when there are none."""
@@ -194,8 +201,9 @@ class Gateway:
     async def _accepted(self, target: Target, request: GenerateRequest) -> AsyncIterator[httpx.Response]:
         """The streaming response of the first engine that takes the request; unreachable and full ones are passed over."""
         failure: AppError = Unavailable(f"no engine of {target.base.id} answers; try again shortly", code="engine_unavailable")
-        for engine in engines.ranked(target.engines, target.adapter):
-            sent = self._client.build_request("POST", f"{engine.url}/generate", content=request.model_dump_json())
+        path = "blend" if request.mix else "generate"
+        for engine in engines.ranked(target.engines, [share.adapter for share in target.shares]):
+            sent = self._client.build_request("POST", f"{engine.url}/{path}", content=request.model_dump_json())
             try:
                 response = await self._client.send(sent, stream=True)
             except httpx.TransportError as error:
@@ -238,6 +246,28 @@ class Gateway:
         with db.organization_session(self._sessions, record["organization_id"]) as session:
             # an outage may have hidden that it was written
             session.execute(insert(UsageRecord).values(record).on_conflict_do_nothing())
+
+
+def _part(number: int) -> str:
+    return f"adapters.{number}.model"
+
+
+def _require_mixable(named: Named, mixed: Sequence[Named]) -> None:
+    """Raises BadRequest."""
+    if named.adapter:
+        message = f"with adapters, model must be the base that they are added to: {named.base.id}"
+        raise BadRequest(message, param="model")
+    for number, one in enumerate(mixed):
+        if one.adapter is None:
+            raise BadRequest(f"{one.model} is a base: there is nothing of it to add", param=_part(number))
+        if one.base.id != named.base.id:
+            message = f"{one.model} was trained on {one.base.id} and cannot be added to {named.base.id}"
+            raise BadRequest(message, param=_part(number))
+        if one.adapter.id in {other.adapter.id for other in mixed[:number] if other.adapter}:
+            raise BadRequest(f"{one.model} is in the mix already; give it one weight", param=_part(number))
+        if mixed[0].adapter and one.adapter.base_digest != mixed[0].adapter.base_digest:
+            message = f"{one.model} was trained on {one.base.id} held in another way than {mixed[0].model}: they cannot be mixed"
+            raise BadRequest(message, param=_part(number))
 
 
 def _not_held(adapter: Adapter, quantization: str, live: Sequence[Engine]) -> str:
@@ -310,7 +340,13 @@ async def _failure_of(response: httpx.Response) -> AppError:
     try:
         told = response.json()["error"]
     except (ValueError, KeyError):
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return Unavailable(
+                "an engine that mixes adapters is needed, and this one is of an older release", code="engine_outdated"
+            )
         return EngineFailed(502, "the engine answered with an error", type="server_error", code="engine_failed")
     if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
         return Unavailable(told["message"], code=told["code"])
+    if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
+        return RateLimited(told["message"], code=told["code"])
     return EngineFailed(response.status_code, told["message"], type=told["type"], code=told["code"], param=told["param"])

@@ -34,6 +34,7 @@ _HARMLESS = ("user", "metadata", "safety_identifier", "prompt_cache_key", "promp
 
 MAX_ANSWERS = 16  # n of a request
 MAX_BIASED = 300
+MAX_MIXED, MAX_WEIGHT = 8, 2.0  # models of a mix, and how much each may count
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -45,10 +46,30 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+class Mixed(BaseModel):
+    """A model whose adapter is added to the base, so many times."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelName
+    weight: Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)] = 1.0
+
+    @field_validator("weight")
+    @classmethod
+    def _something(cls, weight: float) -> float:
+        if weight == 0:
+            raise ValueError("must not be 0: leave the model out")
+        return weight
+
+
 class _Request(Request):
     """What both endpoints take."""
 
-    model: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    model: ModelName
+    adapters: Annotated[list[Mixed], Field(min_length=1, max_length=MAX_MIXED)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -86,6 +107,11 @@ class _Request(Request):
         if any(not token.isdecimal() for token in bias or ()):
             raise ValueError("must map token ids, as decimal numbers, to biases")
         return bias
+
+    @property
+    def mix(self) -> list[tuple[str, float]]:
+        """Models whose adapters are added to `model`, and how much each counts."""
+        return [(part.model, part.weight) for part in self.adapters or ()]
 
     @property
     def includes_usage(self) -> bool:
@@ -351,13 +377,23 @@ class CompletionRequest(_Request):
                 raise BadRequest("send one prompt a request", param="prompt", code="unsupported_parameter")
 
 
+class PromptTokens(BaseModel):
+    """Of the prompt, what had been read before for this organization and these weights. Counted like the rest."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokens
 
     @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int) -> "Usage":
+    def of(cls, prompt_tokens: int, completion_tokens: int, *, cached_tokens: int) -> "Usage":
         return cls(
-            prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=prompt_tokens + completion_tokens
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokens(cached_tokens=cached_tokens),
         )

@@ -35,6 +35,7 @@ class Whole:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
     tokens: tuple[ToldToken, ...] = ()
 
 
@@ -56,7 +57,8 @@ class Answer:
 
     def whole(self, answers: Sequence[Whole]) -> dict[str, Any]:
         kind = "chat.completion" if self._is_chat else "text_completion"
-        usage = Usage.of(answers[0].prompt_tokens, sum(answer.completion_tokens for answer in answers))
+        completion_tokens = sum(answer.completion_tokens for answer in answers)
+        usage = Usage.of(answers[0].prompt_tokens, completion_tokens, cached_tokens=answers[0].cached_tokens)
         choices = [self._whole_choice(number, answer) for number, answer in enumerate(answers)]
         return self._object(kind, choices, usage.model_dump())
 
@@ -133,7 +135,7 @@ async def prepare(
     gateway: Gateway, caller: Caller, request: ChatRequest | CompletionRequest, request_id: str
 ) -> tuple[Target, GenerateRequest]:
     """Find the model, render the prompt, see that it fits."""
-    target = await gateway.target(caller, request.model)
+    target = await gateway.target(caller, request.model, request.mix)
     param = "messages" if isinstance(request, ChatRequest) else "prompt"
     prompt = await run_in_threadpool(_tokens_of, target, request)
     if not prompt:
@@ -147,7 +149,8 @@ async def prepare(
         tenant=caller.organization_id,
         prompt=tuple(prompt),
         sampling=sampling,
-        adapter=target.adapter,
+        adapter=None if request.mix or not target.shares else target.shares[0].adapter,
+        mix=target.shares if request.mix else (),
     )
     return target, wanted
 
@@ -176,6 +179,7 @@ async def _collect(gateway: Gateway, caller: Caller, target: Target, generate: G
             finish_reason=of_answer[-1].finish_reason or "stop",
             prompt_tokens=len(generate.prompt),
             completion_tokens=of_answer[-1].completion_tokens,
+            cached_tokens=of_answer[-1].cached_tokens,
             tokens=tuple(token for chunk in of_answer for token in chunk.tokens),
         )
         for of_answer in told
@@ -218,13 +222,14 @@ async def _events(
         for number in range(answers):
             if opening := answer.opening(number):
                 yield _event(opening)
-        completion_tokens = [0] * answers
+        completion_tokens, cached_tokens = [0] * answers, 0
         async for number, chunk in chunks:
             completion_tokens[number] = chunk.completion_tokens
+            cached_tokens = cached_tokens if number else chunk.cached_tokens
             for piece in answer.pieces(number, chunk):
                 yield _event(piece)
         if includes_usage:
-            yield _event(answer.usage(Usage.of(prompt_tokens, sum(completion_tokens))))
+            yield _event(answer.usage(Usage.of(prompt_tokens, sum(completion_tokens), cached_tokens=cached_tokens)))
     except AppError as error:
         yield _event(error.envelope())
     yield b"data: [DONE]\n\n"

@@ -96,13 +96,8 @@ def page_bytes(base: LoadedBase) -> int:
 
 async def answer(driver: EngineDriver, wanted: GenerateRequest) -> list[Chunk]:
     """All of an answer, the lease taken and given back as the server does it."""
-    lease = await driver.ensure(wanted.adapter) if wanted.adapter else None
-    try:
-        async with contextlib.aclosing(driver.stream(wanted, lease)) as chunks:
-            return [chunk async for chunk in chunks]
-    finally:
-        if lease:
-            driver.release(lease)
+    async with driver.holding(wanted) as leases, contextlib.aclosing(driver.stream(wanted, leases)) as chunks:
+        return [chunk async for chunk in chunks]
 
 
 def text_of(chunks: Sequence[Chunk]) -> str:

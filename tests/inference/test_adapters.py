@@ -13,6 +13,7 @@ from app.core.errors import BadRequest, NotFound, Unavailable
 from app.core.manifest import BaseEntry
 from app.core.storage import Storage
 from tests.inference.make import Words
+from worker.inference import adapters
 from worker.inference.adapters import AdapterStore, Room
 from worker.inference.disk import AdapterDisk
 

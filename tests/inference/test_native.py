@@ -168,9 +168,9 @@ def test_a_lease_answers_only_for_its_own_adapter(open_driver: OpenDriver, publi
         lease = await driver.ensure(published["first"])
         for wanted in (make.request(), make.request(ref=published["second"])):
             with pytest.raises(ValueError, match="lease"):
-                await anext(driver.stream(wanted, lease))
+                await anext(driver.stream(wanted, [lease]))
         with pytest.raises(ValueError, match="lease"):
-            await anext(driver.stream(make.request(ref=published["first"]), None))
+            await anext(driver.stream(make.request(ref=published["first"]), []))
 
     asyncio.run(mixed_up())
 
@@ -214,7 +214,7 @@ def test_leaving_early_frees_sequence_and_lease(open_driver: OpenDriver, publish
         driver = open_driver(max_adapters=1)
         wanted = make.request(ref=published["first"], max_tokens=400, temperature=2.0, seed=1)
         lease = await driver.ensure(published["first"])
-        chunks = driver.stream(wanted, lease)
+        chunks = driver.stream(wanted, [lease])
         await anext(chunks)
         assert driver.evict(published["first"].digest) is False  # in use
         await chunks.aclose()
@@ -230,7 +230,7 @@ def test_cancelling_by_name_ends_the_stream(open_driver: OpenDriver) -> None:
     async def cancel() -> None:
         driver = open_driver()
         wanted = make.request(max_tokens=400, temperature=2.0, seed=1)
-        chunks = driver.stream(wanted, None)
+        chunks = driver.stream(wanted, [])
         await anext(chunks)
         driver.cancel(wanted.request_id)
         driver.cancel("unknown")

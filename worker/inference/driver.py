@@ -1,6 +1,7 @@
 """The one interface of an inference engine: what a base can do, adapters held by lease, answers as a stream."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +43,10 @@ class EngineDriver(Protocol):
         """
         ...
 
+    def holding(self, request: GenerateRequest) -> AbstractAsyncContextManager[Sequence[Lease]]:
+        """Leases of all the request's adapters, until it is left. Raises what `ensure` raises."""
+        ...
+
     def release(self, lease: Lease) -> None:
         """Give the lease back; twice is the same as once."""
         ...
@@ -54,8 +59,8 @@ class EngineDriver(Protocol):
         """Take an adapter that nobody leases, pinned or not, out of its slot. False if it is not loaded or in use."""
         ...
 
-    def stream(self, request: GenerateRequest, lease: Lease | None) -> AsyncGenerator[Chunk, None]:
-        """The answer; leaving the iterator early frees all it held. `lease` is that of `request.adapter`.
+    def stream(self, request: GenerateRequest, leases: Sequence[Lease]) -> AsyncGenerator[Chunk, None]:
+        """The answer; leaving the iterator early frees all it held. `leases` are those of `request.shares`, in their order.
 
         Raises BadRequest (`context_length_exceeded`) and Unavailable (queue full, draining) before the first chunk.
         """

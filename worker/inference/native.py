@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from worker.inference.lora import LoraWeights
 from worker.inference.pages import Pages
 from worker.inference.runner import ModelRunner, cache_dtype
 from worker.inference.scheduler import Scheduler
-from worker.inference.sequence import Sequence
+from worker.inference.sequence import Sequence as Running
 from worker.inference.vocabulary import Vocabulary
 from worker.model import adapter as directories
 from worker.model.adapter import AdapterRefused
@@ -47,6 +47,7 @@ class NativeDriver:
         self, engine: Engine, store: AdapterStore, renderer: Renderer, caps: Caps, *, disk: AdapterDisk | None = None
     ) -> None:
         self._engine, self._store, self._caps, self._disk = engine, store, caps, disk
+        self._several = asyncio.Lock()
         self._vocabulary = Vocabulary(renderer.tokenizer, size=caps.vocabulary, stop_ids=renderer.stop_ids)
         self._vocabulary.prepare()
         engine.start()
@@ -58,6 +59,20 @@ class NativeDriver:
     async def ensure(self, adapter: AdapterRef, *, pin: bool = False) -> AdapterLease:
         return await self._store.acquire(adapter, pin=pin)
 
+    @contextlib.asynccontextmanager
+    async def holding(self, request: GenerateRequest) -> AsyncIterator[Sequence[AdapterLease]]:
+        if len(request.shares) > self._caps.max_adapters:
+            message = f"{len(request.shares)} adapters are mixed, and this engine holds {self._caps.max_adapters} at once"
+            raise BadRequest(message, param="adapters")
+        with contextlib.ExitStack() as held:
+            # who needs several slots takes them alone: two that each have one and wait for the other's would wait for ever
+            async with self._several if len(request.shares) > 1 else contextlib.nullcontext():
+                leases = list[AdapterLease]()
+                for share in request.shares:
+                    leases.append(await self._store.acquire(share.adapter))
+                    held.callback(self._store.release, leases[-1])
+            yield leases
+
     def release(self, lease: Lease) -> None:
         assert isinstance(lease, AdapterLease)
         self._store.release(lease)
@@ -68,19 +83,19 @@ class NativeDriver:
     def evict(self, digest: str, *, keep_in_memory: bool = True) -> bool:
         return self._store.evict(digest, keep_in_memory=keep_in_memory)
 
-    async def stream(self, request: GenerateRequest, lease: Lease | None) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, request: GenerateRequest, leases: Sequence[Lease]) -> AsyncGenerator[Chunk, None]:
         loop, chunks = asyncio.get_running_loop(), asyncio.Queue[Chunk]()
 
         def emit(chunk: Chunk) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
-        sequence = Sequence(
+        sequence = Running(
             request,
             vocabulary=self._vocabulary,
             max_tokens=min(request.sampling.max_tokens, self._room_after(request.prompt)),
             emit=emit,
-            adapters=_held(request, lease),
+            adapters=_held(request, leases),
             seed=_seed(request, self._caps.base.digest),
         )
         self._engine.submit(sequence)
@@ -139,19 +154,21 @@ class NativeDriver:
         return room
 
 
-def _held(request: GenerateRequest, lease: Lease | None) -> tuple[tuple[object, float], ...]:
+def _held(request: GenerateRequest, leases: Sequence[Lease]) -> tuple[tuple[object, float], ...]:
     """The weights that this request asked for, and no others: a mistake here would answer with another model."""
-    wanted = request.adapter.digest if request.adapter else None
-    if wanted != (lease.digest if lease else None):
-        raise ValueError("the lease is not that of the request's adapter")
-    assert lease is None or isinstance(lease, AdapterLease)
-    return ((lease.weights, 1.0),) if lease else ()
+    if [share.adapter.digest for share in request.shares] != [lease.digest for lease in leases]:
+        raise ValueError("the leases are not those of the request's adapters")
+    held = list[tuple[object, float]]()
+    for share, lease in zip(request.shares, leases, strict=True):
+        assert isinstance(lease, AdapterLease)
+        held.append((lease.weights, share.weight))
+    return tuple(held)
 
 
 def _seed(request: GenerateRequest, base_digest: str) -> bytes:
     """Names what keys and values depend on besides the text, and whose they are: others never find them."""
-    adapter = request.adapter.digest if request.adapter else None
-    return hashlib.blake2b(json.dumps([base_digest, adapter, request.tenant]).encode(), digest_size=32).digest()
+    shares = [[share.adapter.digest, share.weight] for share in request.shares]
+    return hashlib.blake2b(json.dumps([base_digest, shares, request.tenant]).encode(), digest_size=32).digest()
 
 
 def open_driver(base: LoadedBase, storage: Storage, *, cache_dir: Path, settings: InferenceSettings) -> NativeDriver:

@@ -35,6 +35,7 @@ def create_app(driver: EngineDriver, *, token: str) -> ASGIApp:
     app = Starlette(
         routes=[
             Route("/generate", _generate, methods=["POST"]),
+            Route("/blend", _generate, methods=["POST"]),
             Route("/prefetch", _prefetch, methods=["POST"]),
             Route("/stats", _stats),
             Route("/healthz", _healthz),
@@ -115,29 +116,27 @@ class Answer:
             log.info("client_left", request_id=self._wanted.request_id)
 
     async def _answer(self, send: Send) -> None:
-        lease = await self._driver.ensure(self._wanted.adapter) if self._wanted.adapter else None
-        try:
-            async with contextlib.aclosing(self._driver.stream(self._wanted, lease)) as chunks:
-                first = await anext(chunks)
-                if first.error is not None:
-                    raise EngineError(first.error)
-                headers = [(b"content-type", b"application/x-ndjson")]
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-                await send(_line(first))
-                last = first
-                async for last in chunks:
-                    await send(_line(last))
-                await send({"type": "http.response.body", "body": b""})
-                self._log(last)
-        finally:
-            if lease:
-                self._driver.release(lease)
+        async with (
+            self._driver.holding(self._wanted) as leases,
+            contextlib.aclosing(self._driver.stream(self._wanted, leases)) as chunks,
+        ):
+            first = await anext(chunks)
+            if first.error is not None:
+                raise EngineError(first.error)
+            headers = [(b"content-type", b"application/x-ndjson")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send(_line(first))
+            last = first
+            async for last in chunks:
+                await send(_line(last))
+            await send({"type": "http.response.body", "body": b""})
+            self._log(last)
 
     def _log(self, last: Chunk) -> None:
         log.info(
             "answered",
             request_id=self._wanted.request_id,
-            adapter=self._wanted.adapter.internal_name if self._wanted.adapter else None,
+            adapters=[share.adapter.internal_name for share in self._wanted.shares],
             prompt_tokens=len(self._wanted.prompt),
             completion_tokens=last.completion_tokens,
             finish_reason=last.finish_reason,
