@@ -3,107 +3,33 @@
     PYTHONPATH=. python bench/serving.py [--quick] [--json FILE] [--only PART …] [--cache-dir DIR]
 
 Everything runs in this process on as many threads as an engine takes, adapters come from a real S3 server, rounds are interleaved
-and ratios taken round by round. `succeeded` starts a whole stack. Parts: throughput, latency, cold, prefix, fairness, succeeded.
+and ratios taken round by round. `succeeded` starts a whole stack. Parts: throughput, latency, cold, memory, prefix, fairness,
+succeeded.
 """
 
 import argparse
 import asyncio
-import contextlib
-import itertools
-import json
+import gc
 import random
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+import psutil
 import torch
-from rivals import Rivals, random_adapter
+from engine import BASE, MAX_BATCH, Bench, Report, answering, gaps, opened, percentile, timed
+from rivals import Rivals
 from stack import ROOT, stack, wait
 
-from app.core import catalog, ids
-from app.core.engine import AdapterRef, Chunk, GenerateRequest, Sampling
-from app.core.render import Renderer
-from app.core.settings import InferenceSettings
-from app.core.storage import Storage, open_storage
-from tests.inference import make
-from worker.embedded import Servers
-from worker.inference import native
+from app.core.engine import AdapterRef, GenerateRequest
 from worker.inference.native import NativeDriver
-from worker.model import base as bases
-from worker.model.base import LoadedBase
 
-BASE, ROWS, PARTS = "smollm2-135m-instruct", 32, ("throughput", "latency", "cold", "prefix", "fairness", "succeeded")
-RANKS = (16, 8)
-
-
-@dataclass
-class Report:
-    """Lines as they come, and what the issue asks for at the end."""
-
-    targets: list[dict[str, Any]] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
-
-    def told(self, name: str, value: float, unit: str = "") -> float:
-        self.figures[name] = value
-        print(f"{name:70} {value:10.2f} {unit}", flush=True)
-        return value
-
-    def target(self, name: str, value: float, target: float, *, at_most: bool = False) -> None:
-        is_met = value <= target if at_most else value >= target
-        self.targets.append({"name": name, "value": value, "target": target, "ok": is_met})
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What the parts share."""
-
-    driver: NativeDriver
-    renderer: Renderer
-    adapters: list[AdapterRef]
-    folder: Path
-    report: Report
-    is_quick: bool
-
-    @property
-    def prompt(self) -> list[int]:
-        """Goes on counting, so that no answer ends early."""
-        return self.count_to(12)
-
-    def count_to(self, number: int) -> list[int]:
-        return list(self.renderer.plain(" ".join(map(str, range(1, number + 1)))))
-
-    def request(
-        self, adapter: AdapterRef | None, *, tokens: int, tenant: str = "", prompt: Sequence[int] = ()
-    ) -> GenerateRequest:
-        """Of a tenant of its own, so that nothing is found in the prefix cache, unless it names one."""
-        sampling = Sampling(max_tokens=tokens, temperature=0)
-        return GenerateRequest(
-            request_id=ids.new("req_"),
-            tenant=tenant or ids.new("org_"),
-            prompt=tuple(prompt or self.prompt),
-            sampling=sampling,
-            adapter=adapter,
-        )
-
-
-async def timed(driver: NativeDriver, wanted: GenerateRequest) -> list[float]:
-    """Seconds from the request to each of its chunks."""
-    began_at, times = time.perf_counter(), []
-    async with answering(driver, wanted) as chunks:
-        async for _ in chunks:
-            times.append(time.perf_counter() - began_at)
-    return times
-
-
-@contextlib.asynccontextmanager
-async def answering(driver: NativeDriver, wanted: GenerateRequest) -> AsyncIterator[AsyncIterator[Chunk]]:
-    async with driver.holding(wanted) as leases, contextlib.aclosing(driver.stream(wanted, leases)) as chunks:
-        yield chunks
+PARTS = ("throughput", "latency", "cold", "memory", "prefix", "fairness", "succeeded")
+ROWS = 32
+SIZES = (1, 8, 16, ROWS)
 
 
 def throughput(bench: Bench, rivals: Rivals) -> None:
@@ -114,20 +40,23 @@ def throughput(bench: Bench, rivals: Rivals) -> None:
     for _ in range(rounds):
         for name, adapters in _mixes(bench).items():
             cells.setdefault(name, []).append(asyncio.run(_tokens_per_second(bench, adapters, tokens)))
-        cells.setdefault("generate", []).append(rivals.generate(prompt, rows=ROWS, tokens=tokens))
+        for rows in SIZES:
+            name = f"generate, {rows} rows"
+            cells.setdefault(name, []).append(rivals.generate(prompt, rows=rows, tokens=tokens))
         cells.setdefault("generate, unpacked", []).append(rivals.generate_unpacked(prompt, rows=ROWS, tokens=tokens))
         cells.setdefault("PEFT, 8 adapters", []).append(rivals.peft(prompt, rows=ROWS, tokens=tokens))
+    print(f"generate and PEFT compute in {rivals.dtype}, which is the faster one here")
     for name, speeds in cells.items():
         bench.report.told(f"tokens/s, {name}", statistics.median(speeds), "tokens/s")
     base, mixed = f"ours, {ROWS} rows, base", f"ours, {ROWS} rows, 8 adapters"
-    bench.report.target(f"base-only at {ROWS} rows over generate", _ratio(cells, base, "generate"), 1.3)
+    bench.report.target(f"base-only at {ROWS} rows over generate", _ratio(cells, base, f"generate, {ROWS} rows"), 1.3)
     bench.report.target(f"8 adapters over {ROWS} rows against our base-only", _ratio(cells, mixed, base), 0.7)
     bench.report.target(f"8 adapters over {ROWS} rows over PEFT's mixed batch", _ratio(cells, mixed, "PEFT, 8 adapters"), 3.0)
 
 
 def _mixes(bench: Bench) -> dict[str, list[AdapterRef | None]]:
     """The adapter of each row."""
-    mixes: dict[str, list[AdapterRef | None]] = {f"ours, {rows} rows, base": [None] * rows for rows in (1, 8, 16, ROWS)}
+    mixes: dict[str, list[AdapterRef | None]] = {f"ours, {rows} rows, base": [None] * rows for rows in SIZES}
     for count in (1, 4, 8, 16):
         mixes[f"ours, {ROWS} rows, {count} adapters"] = [bench.adapters[row % count] for row in range(ROWS)]
     if not bench.is_quick:
@@ -143,8 +72,7 @@ def _ratio(cells: dict[str, list[float]], one: str, other: str) -> float:
 
 
 async def _tokens_per_second(bench: Bench, adapters: Sequence[AdapterRef | None], tokens: int) -> float:
-    for adapter in {one.digest: one for one in adapters if one}.values():  # loading is measured elsewhere
-        bench.driver.release(await bench.driver.ensure(adapter))
+    await _load(bench, {one.digest: one for one in adapters if one}.values())  # which is measured elsewhere
     began_at = time.perf_counter()
     told = await asyncio.gather(*(timed(bench.driver, bench.request(one, tokens=tokens)) for one in adapters))
     assert all(len(times) == tokens for times in told), "an answer ended early"
@@ -157,6 +85,9 @@ def latency(bench: Bench, _rivals: Rivals) -> None:
     for name, adapter in (("base", None), ("an adapter", bench.adapters[0])):
         for rows in (1, 8):
             asyncio.run(_latency(bench, f"{name}, {rows} at once", adapter, rows, repeats))
+    for rows in (1, 8):
+        one, other = (bench.report.figures[f"ITL p50, {name}, {rows} at once"] for name in ("an adapter", "base"))
+        bench.report.told(f"ITL p50 of an adapter over the base's, {rows} at once", one / other)
 
 
 async def _latency(bench: Bench, name: str, adapter: AdapterRef | None, rows: int, repeats: int) -> None:
@@ -228,16 +159,42 @@ async def _load_for_ever(bench: Bench, number: int) -> None:
         await asyncio.sleep(0.3)
 
 
+def memory(bench: Bench, _rivals: Rivals) -> None:
+    """What an adapter takes in each tier, by the engine's own count and by what the process grows when all are loaded."""
+    for adapter in bench.adapters:
+        _leave_in(bench, adapter, "S3")
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    asyncio.run(_load(bench, bench.adapters))
+    grown = psutil.Process().memory_info().rss - before
+    for tier, stats in bench.driver.stats().tiers.items():
+        if stats.held:
+            bench.report.told(f"MB per adapter, {tier} ({stats.held} held)", stats.size_bytes / stats.held / 1e6, "MB")
+    bench.report.told("MB of resident memory per adapter loaded", grown / len(bench.adapters) / 1e6, "MB")
+
+
+async def _load(bench: Bench, adapters: Iterable[AdapterRef]) -> None:
+    for adapter in adapters:
+        bench.driver.release(await bench.driver.ensure(adapter))
+
+
 def prefix(bench: Bench, _rivals: Rivals) -> None:
     """The first token of a long prompt with an adapter, new and known."""
     prompt = bench.count_to(300)[:400]
-    first, again = [], []
+    first, again, known = list[float](), list[float](), list[int]()
     for adapter in bench.adapters[: 4 if bench.is_quick else 12]:
-        tenant = ids.new("org_")
+        wanted = bench.request(adapter, tokens=1, prompt=prompt)
         for times in (first, again):
-            times.append(asyncio.run(timed(bench.driver, bench.request(adapter, tokens=1, tenant=tenant, prompt=prompt)))[0])
+            times.append(asyncio.run(timed(bench.driver, wanted))[0])
+        known.append(asyncio.run(_cached_tokens(bench.driver, wanted)))
     bench.report.told("TTFT p50, 400 tokens and an adapter, new", 1e3 * statistics.median(first), "ms")
     bench.report.told("TTFT p50, 400 tokens and an adapter, known", 1e3 * statistics.median(again), "ms")
+    bench.report.told("of 400 tokens, found in the cache", statistics.median(known), "tokens")
+
+
+async def _cached_tokens(driver: NativeDriver, wanted: GenerateRequest) -> int:
+    async with answering(driver, wanted) as chunks:
+        return [chunk async for chunk in chunks][-1].cached_tokens
 
 
 def fairness(bench: Bench, _rivals: Rivals) -> None:
@@ -254,8 +211,9 @@ async def _quiet(bench: Bench, *, is_noisy: bool) -> list[float]:
     async def ask(tenant: str) -> list[float]:
         return [(await timed(bench.driver, bench.request(None, tokens=4, tenant=tenant)))[0] for _ in range(4)]
 
-    noise = [
-        asyncio.create_task(timed(bench.driver, bench.request(None, tokens=32, tenant="noisy"))) for _ in range(60 * is_noisy)
+    noise = [  # a full batch, and sixty that wait
+        asyncio.create_task(timed(bench.driver, bench.request(None, tokens=32, tenant="noisy")))
+        for _ in range((MAX_BATCH + 60) * is_noisy)
     ]
     await asyncio.sleep(0.5)
     told = await asyncio.gather(*(ask(f"quiet-{number}") for number in range(3)))
@@ -306,49 +264,6 @@ def succeeded(report: Report, cache_dir: Path, *, jobs: int) -> None:
     report.target("succeeded to first token, s", max(took), 2, at_most=True)
 
 
-def gaps(times: Sequence[float]) -> list[float]:
-    return [after - before for before, after in itertools.pairwise(times)]
-
-
-def percentile(values: Sequence[float], share: int) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, len(ordered) * share // 100)]
-
-
-@contextlib.contextmanager
-def opened(cache_dir: Path, report: Report, *, is_quick: bool) -> Iterator[tuple[Bench, Rivals]]:
-    load = lambda: bases.load(  # noqa: E731  # a fresh copy each time: drivers and PEFT change theirs
-        catalog.load()[BASE], cache_dir, dtype=bases.fastest_dtype(), device="cpu", for_training=False
-    )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        servers = Servers(folder).start()
-        try:
-            storage = open_storage(servers.settings.storage)
-            adapters = _published(storage, load, 24 if is_quick else 64, folder)
-            settings = InferenceSettings(base=BASE, max_batch=64, max_adapters=64, max_waiting_of_tenant=256)
-            base = load()
-            driver = native.open_driver(base, storage, cache_dir=folder, settings=settings)
-            try:
-                yield Bench(driver, base.renderer, adapters, folder, report, is_quick), Rivals(load)
-            finally:
-                driver.close()
-        finally:
-            servers.stop()
-
-
-def _published(storage: Storage, load: Callable[[], LoadedBase], count: int, folder: Path) -> list[AdapterRef]:
-    """As training writes them, with noise for what was learnt."""
-    made, base = [], load()
-    models = [make.peft_model(load(), rank=rank, seed=rank) for rank in RANKS]
-    for number in range(count):
-        model = models[number % len(RANKS)]
-        random_adapter(model, seed=number)
-        made.append(make.publish(storage, base, model, folder / f"made-{number}"))
-        shutil.rmtree(folder / f"made-{number}")
-    return made
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two rounds instead of five, 24 adapters instead of 64")
@@ -358,7 +273,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # as worker.inference.server does
     report = Report()
-    parts = {"throughput": throughput, "latency": latency, "cold": cold, "prefix": prefix, "fairness": fairness}
+    parts = {"throughput": throughput, "latency": latency, "cold": cold, "memory": memory, "prefix": prefix, "fairness": fairness}
     if set(asked.only) & parts.keys():
         with opened(asked.cache_dir, report, is_quick=asked.quick) as (bench, rivals):
             for name, measure in parts.items():
@@ -366,10 +281,7 @@ def main() -> None:
                     measure(bench, rivals)
     if "succeeded" in asked.only:
         succeeded(report, asked.cache_dir, jobs=1 if asked.quick else 4)
-    for target in report.targets:
-        print(f"{target['name']:60} {target['value']:8.2f}   target {target['target']}: {'met' if target['ok'] else 'MISSED'}")
-    if asked.json:
-        asked.json.write_text(json.dumps({"targets": report.targets, "figures": report.figures}, indent=2) + "\n")
+    report.end(asked.json)
 
 
 if __name__ == "__main__":
