@@ -5,6 +5,7 @@ A process of its own, since a crash in native code ends it, and torch is not for
 
 import json
 import warnings
+from importlib.metadata import version
 
 
 def main() -> None:
@@ -20,11 +21,10 @@ def main() -> None:
         devices=torch.cuda.device_count() if is_cuda else 0,
         threads=torch.get_num_threads(),
     )
-    import bitsandbytes
-    from bitsandbytes import cextension, functional
+    from worker.model.bnb import functional
 
     device = "cuda" if is_cuda else "cpu"
-    _say(version=bitsandbytes.__version__, device=device, library=type(cextension.lib).__name__)
+    _say(version=version("bitsandbytes"), device=device, library=type(functional.lib).__name__)
     weights_OI = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
     packed, state = functional.quantize_4bit(weights_OI, blocksize=64, quant_type="nf4", compress_statistics=True)
     restored_OI = functional.dequantize_4bit(packed, state)
