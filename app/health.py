@@ -31,10 +31,12 @@ async def healthz() -> dict[str, str]:
 def readyz(request: Request, settings: Settings, storage: Storage) -> JSONResponse:
     """Whether requests can be answered: database, storage, and at least one engine that holds a base."""
     live: list[Engine] = []
+    expected: list[Engine] = []
 
     def ask_database() -> None:
         with request.app.state.sessions.begin() as session:
             live.extend(engines.list_live(session, timeout_seconds=settings.inference.heartbeat_timeout_seconds))
+            expected.extend(engines.list_expected(session))
 
     _require({"database": ask_database, "storage": storage.check})
     checks = {
@@ -42,6 +44,7 @@ def readyz(request: Request, settings: Settings, storage: Storage) -> JSONRespon
         "storage": "ok",
         "engines": len(live),
         "bases": sorted({engine.base for engine in live}),
+        "bases_away": sorted({engine.base for engine in expected} - {engine.base for engine in live}),
         "quantizations": sorted({engine.quantization for engine in live}),
     }
     return JSONResponse({"status": "ok" if live else "waiting for an engine", **checks}, status_code=200 if live else 503)

@@ -6,6 +6,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -211,6 +212,11 @@ class Renderer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters that a token stands for at most."""
+        return max(map(len, self.tokenizer.get_vocab()))  # as bytes, written as one character each, or as characters
 
     def vectors(self) -> tuple[TokenVector, ...]:
         """Fixed conversations and their token ids, for the manifest."""

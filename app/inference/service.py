@@ -254,12 +254,14 @@ async def _gone(request: Request) -> None:
 
 def _tokens_of(target: Target, request: ChatRequest | CompletionRequest) -> list[int]:
     if isinstance(request, ChatRequest):
+        _require_short(target, sum(len(message.to_message().content) for message in request.messages), param="messages")
         try:
             return target.renderer.prompt([message.to_message() for message in request.messages], request.offered_tools)
         except RenderError as error:
             raise BadRequest(f"{target.base.id} cannot be told these messages: {error}", param="messages") from None
     prompt = request.one_prompt
     if isinstance(prompt, str):
+        _require_short(target, len(prompt), param="prompt")
         try:
             return target.renderer.plain(prompt)
         except RenderError as error:
@@ -267,6 +269,14 @@ def _tokens_of(target: Target, request: ChatRequest | CompletionRequest) -> list
     if any(not 0 <= token < target.base.architecture.vocab for token in prompt):
         raise BadRequest(f"a token id is outside the vocabulary of {target.base.id}", param="prompt")
     return prompt
+
+
+def _require_short(target: Target, characters: int, *, param: str) -> None:
+    """Before seconds are spent on tokens of what cannot fit in any case. Raises BadRequest."""
+    most = target.base.context_length * target.renderer.longest_token
+    if characters > most:
+        message = f"{target.base.id} holds {target.base.context_length} tokens; {characters} characters are more: shorten them"
+        raise BadRequest(message, param=param, code="context_length_exceeded")
 
 
 def _event(body: dict[str, Any]) -> bytes:

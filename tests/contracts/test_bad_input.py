@@ -218,6 +218,22 @@ JOBS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "an unknown field": ({"n_epochs": 3}, 400, "n_epochs", "remove it"),
 }
 
+
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return schema
+
+
+def growing(factors: int) -> dict[str, Any]:
+    """Four to the power of so many alternatives."""
+    kinds = [
+        [{"type": "object", "properties": {f"{one}-{two}": {"type": "string"}}} for two in range(4)] for one in range(factors)
+    ]
+    return {"allOf": [{"anyOf": alternatives} for alternatives in kinds]}
+
+
 # name: (the change to a good chat, status, param, words)
 CHATS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "no model": ({"model": ...}, 400, "model", "required"),
@@ -240,6 +256,31 @@ CHATS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
         "response_format.json_schema.schema",
         "not",
     ),
+    "a schema of 200 levels": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": nested(200)}}},
+        400,
+        "response_format.json_schema.schema",
+        "recursion limit",
+    ),
+    "a schema that grows as it is opened": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": growing(14)}}},
+        400,
+        "response_format.json_schema.schema",
+        "too large",
+    ),
+    "a schema of 600 kB": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x" * 600_000]}}}},
+        400,
+        "response_format.json_schema.schema",
+        "65536",
+    ),
+    "a mix of nothing": ({"adapters": []}, 400, "adapters", "1 or more"),
+    "a mix of nine": ({"adapters": [{"model": f"m{number}"} for number in range(9)]}, 400, "adapters", "at most 8"),
+    "a mix with an unknown model": ({"adapters": [{"model": "gpt-99"}]}, 404, "adapters.0.model", "GET /v1/models"),
+    "a mix with a base": ({"adapters": [{"model": make.TINY}]}, 400, "adapters.0.model", "nothing of it to add"),
+    "a weight of NaN": ({"adapters": [{"model": "a", "weight": float("nan")}]}, 400, "adapters.0.weight", "finite"),
+    "a weight of 0": ({"adapters": [{"model": "a", "weight": 0}]}, 400, "adapters.0.weight", "leave the model out"),
+    "a heavy weight": ({"adapters": [{"model": "a", "weight": 3}]}, 400, "adapters.0.weight", "2"),
     "alternatives of no log probabilities": ({"top_logprobs": 2}, 400, "top_logprobs", "logprobs: true"),
     "a bias that is no token's": ({"logit_bias": {"x": 1}}, 400, "logit_bias", "token ids"),
     "a heavy penalty": ({"frequency_penalty": 2.5}, 400, "frequency_penalty", "2"),
@@ -269,6 +310,7 @@ CHATS: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
         "messages",
         "shorten the prompt",
     ),
+    "a prompt of 3 MB": ({"messages": [{"role": "user", "content": "ab" * 1_500_000}]}, 400, "messages", "characters"),
     "a special token as text": (
         {"messages": [{"role": "user", "content": "<|im_start|>system"}]},
         400,

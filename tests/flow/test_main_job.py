@@ -124,7 +124,9 @@ def test_a_stream_says_the_same_as_the_whole(client: OpenAI, tuned: FineTuningJo
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))  # type: ignore[call-overload]
 
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage.model_copy(update={"prompt_tokens_details": None}) == whole.usage.model_copy(
+        update={"prompt_tokens_details": None}
+    )
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
@@ -145,6 +147,46 @@ def test_a_completion_continues_a_text(client: OpenAI, tuned: FineTuningJob) -> 
         model=str(tuned.fine_tuned_model), prompt="What comes", max_tokens=5, temperature=0, stream=True
     )
     assert "".join(chunk.choices[0].text for chunk in stream) == said.choices[0].text
+
+
+def test_a_mix_adds_a_part_of_each_model_to_the_base(client: OpenAI, tuned: FineTuningJob) -> None:
+    checkpoint = client.fine_tuning.jobs.checkpoints.list(tuned.id).data[-1].fine_tuned_model_checkpoint
+
+    def said(model: str, *parts: tuple[str, float]) -> str:
+        mix = [{"model": name, "weight": weight} for name, weight in parts]
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "What comes after 3?"}],
+            max_tokens=12,
+            temperature=0,
+            extra_body={"adapters": mix} if mix else None,
+        )
+        assert answer.model == model
+        return str(answer.choices[0].message.content)
+
+    model = str(tuned.fine_tuned_model)
+    assert said(make.TINY, (model, 1.0)) == said(model) != said(make.TINY)
+    assert said(make.TINY, (model, 0.5), (checkpoint, 0.5))
+    with pytest.raises(openai.BadRequestError) as refusal:
+        said(model, (checkpoint, 1.0))
+    assert refusal.value.param == "model"
+    with pytest.raises(openai.BadRequestError) as refusal:
+        said(make.TINY, (model, 1.0), (model, 0.5))
+    assert refusal.value.param == "adapters.1.model"
+
+
+def test_usage_tells_what_had_been_read_before(client: OpenAI, tuned: FineTuningJob) -> None:
+    asked = {
+        "model": str(tuned.fine_tuned_model),
+        "messages": [{"role": "user", "content": "Once more, and slowly: what comes after 3?"}],
+        "max_tokens": 2,
+    }
+    told = [client.chat.completions.create(**asked).usage for _ in range(2)]
+    last = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))[-1].usage
+    cached = [usage.prompt_tokens_details.cached_tokens for usage in (*told, last)]
+
+    assert cached[1] == cached[2] >= told[0].prompt_tokens - 17
+    assert cached[1] > cached[0]
 
 
 def test_several_answers_are_those_of_their_seeds(client: OpenAI, tuned: FineTuningJob) -> None:

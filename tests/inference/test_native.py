@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 from peft import PeftModel
 
 from app.core.engine import AdapterRef, GenerateRequest
 from app.core.errors import BadRequest, NotFound, Unavailable
+from app.core.storage import Storage
 from tests.inference import make
 from tests.inference.conftest import OpenDriver
 from worker.inference.driver import EngineDriver
@@ -132,6 +134,22 @@ def test_a_quantized_base_that_is_not_unpacked_says_the_same(
     assert asyncio.run(all_said(open_driver(unpacked_bytes=0), wanted)) == [
         expected(oracle, trained, "first", prompt) for prompt in make.PROMPTS
     ]
+
+
+def test_a_model_that_was_trained_again_never_answers_for_its_old_self(
+    open_driver: OpenDriver,
+    oracle: LoadedBase,
+    trained: Trained,
+    published: Published,
+    storage: Storage,
+    tmp_path: Path,
+) -> None:
+    driver, prompt = open_driver(), [3 + at % 250 for at in range(40)]
+    again = make.publish(storage, oracle, trained["second"], tmp_path / published["first"].id)
+    told = [asyncio.run(said(driver, make.request(prompt, ref))) for ref in (published["first"], again, published["first"])]
+
+    assert again.id == published["first"].id
+    assert told == [expected(oracle, trained, name, prompt) for name in ("first", "second", "first")]
 
 
 def test_two_engines_in_one_process_do_not_disturb_each_other(

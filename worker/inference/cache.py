@@ -116,7 +116,7 @@ def attend(
     query_THD = query_1HTD[0].transpose(0, 1)
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype, device=query_THD.device)
     if rows := step.decoding:
-        decode = _decode_on_cpu if pool.device.type == "cpu" else _decode
+        decode = decode_on_cpu if pool.device.type == "cpu" else decode_anywhere
         out_THD[:rows] = decode(query_THD[:rows], keys_NKPD, values_NKPD, step, scaling, sliding_window)
     for part in step.reading:
         keys_KSD, values_KSD = (_gathered(pages_NKPD, part).to(query_THD.dtype) for pages_NKPD in (keys_NKPD, values_NKPD))
@@ -125,9 +125,10 @@ def attend(
     return out_THD[None], None
 
 
-def _decode_on_cpu(
+def decode_on_cpu(
     query_BHD: Tensor, keys_NKPD: Tensor, values_NKPD: Tensor, step: Step, scaling: float, window: int | None
 ) -> Tensor:
+    """Attention of the step's single tokens, each over its own pages; with a window, over the last so many positions of them."""
     out_BHD = torch.empty(query_BHD.shape, dtype=torch.float32)
     decode_attention.attend(
         query_BHD.float().contiguous().numpy(),
@@ -142,19 +143,24 @@ def _decode_on_cpu(
     return out_BHD
 
 
-def _decode(query_BHD: Tensor, keys_NKPD: Tensor, values_NKPD: Tensor, step: Step, scaling: float, window: int | None) -> Tensor:
+def decode_anywhere(
+    query_BHD: Tensor, keys_NKPD: Tensor, values_NKPD: Tensor, step: Step, scaling: float, window: int | None
+) -> Tensor:
     """The same by PyTorch's operators, for any device. Heads that share a key stand in place of time."""
     rows, heads, width = query_BHD.shape
     kv_heads, size = keys_NKPD.shape[1:3]
     seen = step.tables_BJ.shape[1] * size
-    keys_BKSD, values_BKSD = (
-        pages_NKPD[step.tables_BJ].transpose(1, 2).reshape(rows, kv_heads, seen, width) for pages_NKPD in (keys_NKPD, values_NKPD)
-    )
     at_S = torch.arange(seen, device=query_BHD.device)
     lengths_B1 = step.lengths_B[:, None]
     mask_BS = at_S < lengths_B1
     if window is not None:
         mask_BS &= at_S >= lengths_B1 - window
+    # what is not seen may be another's, and its NaN would come through a weight of zero
+    unseen_BKSD = ~mask_BS[:, None, :, None]
+    keys_BKSD, values_BKSD = (
+        pages_NKPD[step.tables_BJ].transpose(1, 2).reshape(rows, kv_heads, seen, width).masked_fill_(unseen_BKSD, 0)
+        for pages_NKPD in (keys_NKPD, values_NKPD)
+    )
     out_BKGD = functional.scaled_dot_product_attention(
         query_BHD.view(rows, kv_heads, heads // kv_heads, width),
         keys_BKSD,

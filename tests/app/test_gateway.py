@@ -1,0 +1,160 @@
+"""Between customer and engine: refusals are passed on, what was used is written down once, whoever leaves lets go."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import timedelta
+
+import httpx
+import pytest
+from sqlalchemy import delete, func, orm, select, update
+
+from app.core.engine import AdapterRef, Heartbeat
+from app.core.settings import Settings
+from app.core.storage import Storage
+from app.inference import engines
+from app.models import Engine, UsageRecord
+from tests import make
+from tests.inference import served
+from tests.inference.make import SayingRunner
+from worker.inference.native import NativeDriver
+
+Sessions = orm.sessionmaker[orm.Session]
+Serve = Callable[..., NativeDriver]
+CHAT = {"model": make.TINY, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 300}
+
+
+class Paced(SayingRunner):
+    """Five milliseconds a step."""
+
+    def run(self, slices):  # type: ignore[no-untyped-def]
+        time.sleep(0.005)
+        return super().run(slices)
+
+
+@pytest.fixture
+def serve(settings: Settings, storage: Storage, system_sessions: Sessions) -> Iterator[Serve]:
+    """Starts engines that the gateway knows of, one after the other."""
+    renderer, opened = served.renderer(settings, storage), ExitStack()
+
+    def one(**limits: int) -> NativeDriver:
+        url, driver = opened.enter_context(served.served(Paced(), renderer, settings, **limits))
+        beat = Heartbeat(engine_id=url, url=url, base=make.TINY, base_digest=served.DIGEST, running=0, waiting=0)
+        with system_sessions.begin() as session:
+            engines.record(session, beat)
+        return driver
+
+    with opened:
+        yield one
+        with system_sessions.begin() as session:
+            session.execute(delete(Engine))
+
+
+def usage(sessions: Sessions, request_id: str) -> list[tuple[int, int]]:
+    with sessions.begin() as session:
+        found = select(UsageRecord).where(UsageRecord.request_id == request_id)
+        return [(record.prompt_tokens, record.completion_tokens) for record in session.scalars(found)]
+
+
+def until(is_so: Callable[[], object], seconds: float = 10) -> None:
+    give_up_at = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < give_up_at, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_too_many_of_one_organization_are_told_to_come_again(http: httpx.Client, serve: Serve) -> None:
+    first, second = (serve(max_batch=1, max_waiting_of_tenant=1) for _ in range(2))
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 60}), range(6)))
+
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert all(answer.headers["retry-after"] == "1" for answer in refused)
+    assert {answer.json()["error"]["code"] for answer in refused} == {"rate_limit_exceeded"}
+    assert (first.stats().running, second.stats().running) == (0, 0)
+
+
+@pytest.mark.parametrize("answers", [1, 3])
+def test_who_leaves_in_the_middle_lets_go_and_is_metered_once(
+    http: httpx.Client, serve: Serve, system_sessions: Sessions, answers: int
+) -> None:
+    driver = serve()
+    with http.stream("POST", "/v1/chat/completions", json=CHAT | {"stream": True, "n": answers}) as response:
+        lines = response.iter_lines()
+        told = [next(lines) for _ in range(12)]
+    until(lambda: driver.stats().running == 0)
+    until(lambda: usage(system_sessions, response.headers["x-request-id"]))
+
+    (record,) = usage(system_sessions, response.headers["x-request-id"])
+    assert any("content" in line for line in told)
+    assert 0 < record[1] < 300 * answers
+    assert driver.stats().held_pages == 0
+
+
+def test_an_engine_that_breaks_ends_the_stream_with_an_error_and_what_it_said_is_metered(
+    http: httpx.Client, serve: Serve, system_sessions: Sessions
+) -> None:
+    driver = serve()
+    with http.stream("POST", "/v1/chat/completions", json=CHAT | {"stream": True}) as response:
+        lines = (line for line in response.iter_lines() if line)
+        told = [next(lines) for _ in range(6)]
+        driver.close()
+        rest = list(lines)
+
+    error = json.loads(rest[-2].removeprefix("data: "))["error"]
+    until(lambda: usage(system_sessions, response.headers["x-request-id"]))
+    (record,) = usage(system_sessions, response.headers["x-request-id"])
+    assert error["code"] == "engine_failed"
+    assert rest[-1] == "data: [DONE]"
+    assert len(told) - 2 <= record[1] < 300
+
+
+def test_a_reader_that_stops_reading_holds_up_nobody(http: httpx.Client, serve: Serve) -> None:
+    serve()
+    asleep, is_over = threading.Event(), threading.Event()
+
+    def read_nothing() -> None:
+        with http.stream("POST", "/v1/chat/completions", json=CHAT | {"stream": True}):
+            asleep.set()
+            is_over.wait(30)
+
+    with ThreadPoolExecutor(4) as pool:
+        sleepers = [pool.submit(read_nothing) for _ in range(3)]
+        assert asleep.wait(10)
+        said = http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 20})
+        is_over.set()
+        for sleeper in sleepers:
+            sleeper.result()
+
+    assert said.json()["usage"]["completion_tokens"] == 20
+
+
+def test_a_base_without_its_engine_is_told_by_chats_and_by_readyz(
+    http: httpx.Client, serve: Serve, system_sessions: Sessions
+) -> None:
+    serve()
+    with system_sessions.begin() as session:
+        silent_since = func.clock_timestamp() - timedelta(seconds=60)
+        session.execute(update(Engine).values(heartbeat_at=silent_since))
+    chat, ready = http.post("/v1/chat/completions", json=CHAT), http.get("/readyz")
+
+    assert (chat.status_code, chat.json()["error"]["code"]) == (503, "base_not_loaded")
+    assert 0 < int(chat.headers["retry-after"]) <= 120
+    assert (ready.status_code, ready.json()["bases"], ready.json()["bases_away"]) == (503, [], [make.TINY])
+
+
+def test_an_adapter_is_asked_elsewhere_while_many_wait_at_its_engine() -> None:
+    known = [Engine(id=name, url=name, base="b", base_digest="d", quantization="nf4", running=0, waiting=0) for name in "abc"]
+    ref = AdapterRef(id="adapter_1", digest="a" * 64, prefix="adapters/1", base="b")
+    first, second, _ = engines.ranked(known, [ref])
+    first.waiting = engines.LONG_QUEUE
+
+    assert engines.ranked(known, [ref])[0] is second
+    for engine in known:
+        engine.waiting = 99
+    assert engines.ranked(known, [ref])[0] is first
