@@ -18,7 +18,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.core import statistics
 from cli.failure import failed
 
 if TYPE_CHECKING:
@@ -263,6 +262,8 @@ def _report(
     console: "Console", job: "FineTuningJob", stages: Stages, of_base: list[bool], of_tuned: list[bool], size_bytes: int
 ) -> bool:
     from rich.table import Table
+
+    from app.core import statistics
 
     base_rate, tuned_rate = (100 * sum(answers) / len(answers) for answers in (of_base, of_tuned))
     pairs = list(zip(of_base, of_tuned, strict=True))

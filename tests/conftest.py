@@ -3,6 +3,8 @@
 The API is a real server, spoken to by the real SDK.
 """
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +14,9 @@ import httpx
 import hypothesis
 import pytest
 import uvicorn
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 from sqlalchemy import orm
+from xdist.scheduler import LoadScopeScheduling
 
 from app import db
 from app.accounts import keys
@@ -32,7 +35,23 @@ from worker.embedded import Servers
 hypothesis.settings.register_profile("here", deadline=None)  # a machine may be busy
 hypothesis.settings.load_profile("here")
 
-CACHE = Path(__file__).parent.parent / ".tunesmith" / "test-cache"  # quantized bases, kept between runs
+# each of the many processes that tests start would compile all of our code again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+CACHE = Path(__file__).parent.parent / ".tunesmith" / "test-cache"  # quantized bases and kernels, kept between runs
+TOGETHER = ("tests/flow/", "tests/training/")  # one stack for all, and kernels that are compiled once
+
+
+class ByFixture(LoadScopeScheduling):
+    """Tests that share what takes long to make stay in one process: those of a module, and of some folders."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next(filter(nodeid.startswith, TOGETHER), nodeid.partition("::")[0])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFixture:
+    return ByFixture(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -117,12 +136,17 @@ def api_url(settings: Settings) -> Iterator[str]:
     thread.join()
 
 
+def sdk(api_url: str, key: str) -> OpenAI:
+    """The SDK. It reads no certificates, which takes longer than most tests do: nothing here speaks TLS."""
+    return OpenAI(base_url=f"{api_url}/v1", api_key=key, max_retries=0, http_client=DefaultHttpxClient(verify=False))
+
+
 @pytest.fixture
 def client(
     api_url: str, settings: Settings, system_sessions: orm.sessionmaker[orm.Session], organization: Caller
 ) -> Iterator[OpenAI]:
     """The SDK with a key of a fresh organization."""
-    with OpenAI(base_url=f"{api_url}/v1", api_key=make_key(system_sessions, settings, organization), max_retries=0) as made:
+    with sdk(api_url, make_key(system_sessions, settings, organization)) as made:
         yield made
 
 
@@ -138,13 +162,12 @@ def file_id(client: OpenAI, system_sessions: orm.sessionmaker[orm.Session]) -> s
 @pytest.fixture
 def stranger(api_url: str, settings: Settings, system_sessions: orm.sessionmaker[orm.Session]) -> Iterator[OpenAI]:
     """The SDK with a key of another organization."""
-    key = make_key(system_sessions, settings, make_organization(system_sessions))
-    with OpenAI(base_url=f"{api_url}/v1", api_key=key, max_retries=0) as made:
+    with sdk(api_url, make_key(system_sessions, settings, make_organization(system_sessions))) as made:
         yield made
 
 
 @pytest.fixture
 def http(api_url: str, client: OpenAI) -> Iterator[httpx.Client]:
     """Plain HTTP with the client's key, for what the SDK would not send."""
-    with httpx.Client(base_url=api_url, headers={"Authorization": f"Bearer {client.api_key}"}) as made:
+    with httpx.Client(base_url=api_url, headers={"Authorization": f"Bearer {client.api_key}"}, verify=False) as made:
         yield made

@@ -50,6 +50,7 @@ def running_stack(
         "TUNESMITH_CACHE_DIR": str(bases_dir),
         "TUNESMITH_LEASES__LEASE_SECONDS": "6",
         "TUNESMITH_LEASES__HEARTBEAT_SECONDS": "1",
+        "OMP_NUM_THREADS": "1",  # tiny products: threads would only wait for each other
         "TORCH_COMPILE_DISABLE": "1",  # the tiny base gains nothing by it, and each trainer would take ten seconds
     }
     arguments = ["up", "--data-dir", str(data_dir), "--port", str(make.free_port())]

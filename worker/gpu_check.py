@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bitsandbytes import functional as nf4
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from worker.inference.pages import Pages
 from worker.inference.runner import ModelRunner
 from worker.inference.sequence import Sequence, Slice
 from worker.inference.vocabulary import Vocabulary
-from worker.model import adapter, card
+from worker.model import adapter, bnb, card
 from worker.model import base as bases
 from worker.training.run import Paths, run
 from worker.training.trainee import adapted
@@ -194,9 +193,9 @@ def _nf4(bench: Bench) -> Numbers:
     """bitsandbytes on this device against the definition: per block, the nearest of 16 levels times the largest magnitude."""
     torch.manual_seed(0)
     weights_OI = torch.randn(1024, 1024, dtype=torch.bfloat16)
-    packed, state = nf4.quantize_4bit(weights_OI.to(bench.device), blocksize=_BLOCK, quant_type="nf4")
-    found_OI = nf4.dequantize_4bit(packed, state).float().cpu()
-    levels = nf4.get_4bit_type("nf4", device="cpu", blocksize=_BLOCK)
+    packed, state = bnb.functional.quantize_4bit(weights_OI.to(bench.device), blocksize=_BLOCK, quant_type="nf4")
+    found_OI = bnb.functional.dequantize_4bit(packed, state).float().cpu()
+    levels = bnb.functional.get_4bit_type("nf4", device="cpu", blocksize=_BLOCK)
     blocks = weights_OI.float().reshape(-1, _BLOCK)
     scales = blocks.abs().amax(dim=1, keepdim=True)
     nearest = ((blocks / scales)[..., None] - levels).abs().argmin(dim=-1)

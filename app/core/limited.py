@@ -11,12 +11,10 @@ import signal
 import subprocess
 import sys
 
-from app.core.settings import PREFIX
-
 OUT_OF_MEMORY = 3  # the exit status
 _PR_SET_PDEATHSIG = 1
 _MOST_THREADS = 8
-_SECRET = re.compile(f"^{PREFIX}|KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|_URL$|_URI$|_DSN$|PROXY")
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|_URL$|_URI$|_DSN$|PROXY")
 
 
 class TookTooMuch(Exception):
@@ -77,7 +75,10 @@ def accept() -> str:
 
 def environment() -> dict[str, str]:
     """This process's without any secret. Threads are few, since each takes memory, and what is large is given back at once."""
-    kept = {name: value for name, value in os.environ.items() if not _SECRET.search(name.upper())}
+    from app.core.settings import PREFIX  # the process itself has no settings, and does not load what reads them
+
+    names = {name: name.upper() for name in os.environ}
+    kept = {name: os.environ[name] for name, upper in names.items() if not (upper.startswith(PREFIX) or _SECRET.search(upper))}
     return {
         "OPENBLAS_NUM_THREADS": "1",
         "RAYON_NUM_THREADS": str(min(_MOST_THREADS, len(os.sched_getaffinity(0)))),

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from jinja2 import TemplateError
 from tokenizers import Encoding, Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from app.core import chat_template
 from app.core.chat import Message, ToolCall
 from app.core.manifest import TokenVector
 
@@ -304,20 +304,14 @@ class Renderer:
                 raise RenderError("the chat template of this base has no tools; choose another base, or remove them")
             template = self.tools_template
         try:
-            (text,), (spans,) = render_jinja_template(
-                [_conversation(messages)],
-                tools=list(tools) or None,
-                chat_template=template,
-                add_generation_prompt=opens_turn,
-                return_assistant_tokens_mask=True,
-            )
+            text, spans = chat_template.render(template, _conversation(messages), tools=list(tools), opens_turn=opens_turn)
         except TemplateError as error:
             raise RenderError(f"the chat template refuses it: {error}") from None
         _require_whole(text)
         for what, piece in _pieces(messages, tools):
             if not _shows(text, piece):
                 raise RenderError(f"the chat template leaves out {what}; move its text into another")
-        return text, [(start, end) for start, end in spans]
+        return text, spans
 
 
 def _pieces(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -366,17 +360,11 @@ def _stock_text(stock: str, conversation: Conversation, *, opens_turn: bool, var
     Mistral's, for one, shows a system message only as long as the last question has no answer.
     """
     try:
-        (text,), _ = render_jinja_template(
-            [_conversation(conversation.messages)],
-            tools=list(conversation.tools) or None,
-            chat_template=stock,
-            add_generation_prompt=opens_turn,
-            **DATE,
-            **variables,
-        )
+        messages, tools = _conversation(conversation.messages), list(conversation.tools)
+        text, _ = chat_template.render(stock, messages, tools=tools, opens_turn=opens_turn, **DATE, **variables)
     except TemplateError:
         return None
-    return str(text) if all(_shows(text, message.content.strip()) for message in conversation.messages) else None
+    return text if all(_shows(text, message.content.strip()) for message in conversation.messages) else None
 
 
 def _shows(text: str, said: str) -> bool:

@@ -178,13 +178,20 @@ class Gateway:
 
     @asynccontextmanager
     async def _several(self, target: Target, request: GenerateRequest, meter: Meter) -> AsyncIterator[Answers]:
-        """All at once, their chunks as they come; the first failure is everyone's. Readers that are slow are waited for."""
+        """Side by side, their chunks as they come; the first failure is everyone's. Readers that are slow are waited for.
+
+        The first is asked for alone until it speaks: the others then find the prompt read.
+        """
         told = asyncio.Queue[tuple[int, Chunk] | Exception](maxsize=4 * meter.answers)
+        is_prompt_read = asyncio.Event()
 
         async def follow(number: int) -> None:
             try:
+                if number:
+                    await is_prompt_read.wait()
                 async with self._one(target, _variant(request, number), meter, number=number) as chunks:
                     async for chunk in chunks:
+                        is_prompt_read.set()
                         await told.put(chunk)
             except Exception as error:  # whoever reads raises it
                 await told.put(error)

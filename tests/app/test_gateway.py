@@ -40,8 +40,8 @@ def serve(settings: Settings, storage: Storage, system_sessions: Sessions) -> It
     """Starts engines that the gateway knows of, one after the other."""
     renderer, opened = served.renderer(settings, storage), ExitStack()
 
-    def one(**limits: int) -> NativeDriver:
-        url, driver = opened.enter_context(served.served(Paced(), renderer, settings, **limits))
+    def one(runner: SayingRunner | None = None, **limits: int) -> NativeDriver:
+        url, driver = opened.enter_context(served.served(runner or Paced(), renderer, settings, **limits))
         beat = Heartbeat(engine_id=url, url=url, base=make.TINY, base_digest=served.DIGEST, running=0, waiting=0)
         with system_sessions.begin() as session:
             engines.record(session, beat)
@@ -77,6 +77,17 @@ def test_too_many_of_one_organization_are_told_to_come_again(http: httpx.Client,
     assert all(answer.headers["retry-after"] == "1" for answer in refused)
     assert {answer.json()["error"]["code"] for answer in refused} == {"rate_limit_exceeded"}
     assert (first.stats().running, second.stats().running) == (0, 0)
+
+
+def test_the_prompt_of_several_answers_is_read_once(http: httpx.Client, serve: Serve) -> None:
+    runner = Paced()
+    serve(runner)
+    said = http.post("/v1/chat/completions", json=CHAT | {"n": 4, "max_tokens": 5}).json()
+    read = sum(count for step in runner.steps for _, count in step) - 4 * 4  # all but the first token of an answer are read
+
+    assert said["usage"]["completion_tokens"] == 4 * 5
+    assert read <= said["usage"]["prompt_tokens"] + 3 * 16
+    assert said["usage"]["prompt_tokens"] > 16
 
 
 @pytest.mark.parametrize("answers", [1, 3])

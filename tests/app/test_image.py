@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-ABSENT = ("torch", "peft", "bitsandbytes", "celery", "kombu", "redis", "gguf", "worker")
+ABSENT = ("torch", "transformers", "huggingface_hub", "peft", "bitsandbytes", "celery", "kombu", "redis", "gguf", "worker")
 
 
 def test_the_api_starts_without_torch_and_celery() -> None:

@@ -33,8 +33,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(INSTALL_SECONDS)
 def test_the_api_starts_in_its_image_and_nothing_else_is_there(image: Path) -> None:
     program = (
-        "import importlib.util as u; from app.main import create_app;"
-        "print(create_app().title, *(name for name in ('torch', 'celery', 'worker', 'pytest') if u.find_spec(name)))"
+        "import importlib.util as u; from app.main import create_app; print(create_app().title, *("
+        "name for name in ('torch', 'transformers', 'celery', 'worker', 'pytest') if u.find_spec(name)))"
     )
 
     assert _in_image(image, "python", "-c", program) == "Tunesmith\n"

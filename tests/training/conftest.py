@@ -10,11 +10,17 @@ from tests.make import TINY
 from tests.training.make import Runner
 from worker.model import base as bases
 from worker.model.base import LoadedBase
+from worker.training import fused
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # tiny products: threads would only wait for each other
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels(bases_dir: Path) -> None:
+    fused.keep_in(bases_dir)  # where trainers look for them: compiling takes longer than most of these tests together
 
 
 @pytest.fixture(scope="session")

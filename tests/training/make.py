@@ -124,3 +124,12 @@ class Runner:
     @property
     def weights(self) -> bytes:
         return (self.folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def overfitting(tiny: LoadedBase, folder: Path) -> Runner:
+    """A run whose first evaluation is its best: other answers are asked for than are trained on."""
+    runner = Runner(tiny, folder, has_validation=True)
+    assert runner.paths.validation is not None
+    answers = [chat(line, "Count to 3.", answer) for line, answer in enumerate(("abc", "xyz"), 1)]
+    tokenise(answers, tiny.renderer, max_seq_length=64).write(runner.paths.validation)
+    return runner

@@ -113,10 +113,9 @@ def test_pairs_are_told_by_their_preferred_answer_and_by_which_is_likelier(exact
 @pytest.mark.parametrize(("publish", "kept"), [("last", 6), ("best", 4)])
 def test_a_stop_in_the_middle_of_it_changes_nothing(exact: LoadedBase, tmp_path: Path, publish: str, kept: int) -> None:
     """With `best`, an older adapter is in the model by then: the run goes on from its last checkpoint."""
-    spec = make.spec(publish=publish, optimizer={"learning_rate": 0.2, "scheduler": "constant"})  # gets worse, not better
-    straight = Runner(exact, tmp_path / "straight", has_validation=True)
+    spec = make.spec(publish=publish)
+    straight, stopped = (make.overfitting(exact, tmp_path / name) for name in ("straight", "stopped"))
     straight.go(spec)
-    stopped = Runner(exact, tmp_path / "stopped", has_validation=True)
     early = stopped.go(spec, should_stop=lambda: any(event.step == 6 for event in stopped.of(Evaluated)))
     stopped.said.clear()
     stopped.go(spec)

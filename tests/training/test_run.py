@@ -139,7 +139,7 @@ def test_another_run_s_checkpoint_is_neither_gone_on_from_nor_deleted(runner: Ru
 
 
 def test_the_last_two_checkpoints_are_kept_and_the_best(tiny: LoadedBase, tmp_path: Path) -> None:
-    runner = overfitting(tiny, tmp_path)
+    runner = make.overfitting(tiny, tmp_path)
     runner.go(make.spec(n_epochs=4))
     judged = [event.valid_loss for event in runner.of(Evaluated)]
 
@@ -147,20 +147,11 @@ def test_the_last_two_checkpoints_are_kept_and_the_best(tiny: LoadedBase, tmp_pa
     assert runner.kept == [2, 8, 10]
 
 
-def overfitting(tiny: LoadedBase, folder: Path) -> Runner:
-    """A run whose first evaluation is its best: other answers are asked for than are trained on."""
-    runner = Runner(tiny, folder, has_validation=True)
-    assert runner.paths.validation is not None
-    answers = [make.chat(line, "Count to 3.", answer) for line, answer in enumerate(("abc", "xyz"), 1)]
-    tokenise(answers, tiny.renderer, max_seq_length=64).write(runner.paths.validation)
-    return runner
-
-
 EARLY = {"early_stopping": EarlyStopping(patience=2), "n_epochs": 4}
 
 
 def test_a_run_that_gains_nothing_stops_early_and_leaves_an_adapter(tiny: LoadedBase, tmp_path: Path) -> None:
-    runner = overfitting(tiny, tmp_path)
+    runner = make.overfitting(tiny, tmp_path)
     result = runner.go(make.spec(**EARLY))
     said = Manifest.model_validate_json((runner.paths.output / manifest.NAME).read_bytes())
 
@@ -183,7 +174,7 @@ def test_a_run_that_gains_more_than_the_least_goes_on(tiny: LoadedBase, tmp_path
 @pytest.mark.parametrize("stop_after", [3, 5, 6])
 def test_an_early_stop_and_the_best_are_the_same_after_a_resume(tiny: LoadedBase, tmp_path: Path, stop_after: int) -> None:
     asked = make.spec(**EARLY, publish="best")
-    straight, halting = overfitting(tiny, tmp_path / "a"), overfitting(tiny, tmp_path / "b")
+    straight, halting = make.overfitting(tiny, tmp_path / "a"), make.overfitting(tiny, tmp_path / "b")
     straight.go(asked)
     halting.go(asked, should_stop=halting.stop_after(stop_after))
     finished = halting.go(asked)
@@ -193,7 +184,7 @@ def test_an_early_stop_and_the_best_are_the_same_after_a_resume(tiny: LoadedBase
 
 
 def test_the_best_is_published_when_asked_for(tiny: LoadedBase, tmp_path: Path) -> None:
-    runner, last = overfitting(tiny, tmp_path / "a"), overfitting(tiny, tmp_path / "b")
+    runner, last = make.overfitting(tiny, tmp_path / "a"), make.overfitting(tiny, tmp_path / "b")
     kept: dict[int, bytes] = {}
 
     def keep(event: Event) -> None:
@@ -221,7 +212,7 @@ def test_the_last_is_published_where_it_is_the_best(tiny: LoadedBase, tmp_path: 
 
 
 def test_a_best_that_is_damaged_is_not_published(tiny: LoadedBase, tmp_path: Path) -> None:
-    runner, last = overfitting(tiny, tmp_path / "a"), overfitting(tiny, tmp_path / "b")
+    runner, last = make.overfitting(tiny, tmp_path / "a"), make.overfitting(tiny, tmp_path / "b")
 
     def lose(event: Event) -> None:
         if isinstance(event, Stepped) and event.step == event.total_steps:

@@ -23,7 +23,7 @@ X = TypeVar("X")
 
 REMEMBER_FAILURE_SECONDS = 5.0
 SLOT_WAIT_SECONDS = 20.0  # for someone else's answer to end
-_NICENESS = 10  # of the threads that load: on few cores the step loop goes first
+_NICENESS = 3  # of the threads that load: on few cores the step loop goes first, though a load must not starve
 
 
 @dataclass(eq=False)

@@ -6,9 +6,9 @@ from typing import Any
 
 import structlog
 import torch
-from bitsandbytes.functional import has_avx512bf16
-from bitsandbytes.nn import Linear4bit
 from torch import Tensor
+
+from worker.model import bnb
 
 log = structlog.get_logger()
 
@@ -24,8 +24,8 @@ def enable(model: Any, probe: Sequence[int]) -> bool:
     `probe` should be text as the model knows it: on tokens that it never saw, small differences become large ones. Packing
     changes the weights in place; they cannot be trained or saved afterwards.
     """
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    if not layers or model.device.type != "cpu" or model.dtype != torch.bfloat16 or not has_avx512bf16():
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    if not layers or model.device.type != "cpu" or model.dtype != torch.bfloat16 or not bnb.functional.has_avx512bf16():
         return False
     plain_BTV = _logits(model, probe)
     kept = [(layer, layer.weight.data, copy.copy(layer.weight.quant_state)) for layer in layers]
@@ -42,7 +42,7 @@ def enable(model: Any, probe: Sequence[int]) -> bool:
     return False
 
 
-def _fits(layer: Linear4bit) -> bool:
+def _fits(layer: bnb.nn.Linear4bit) -> bool:
     state = layer.weight.quant_state
     return bool(layer.out_features % _BLOCK_OUT == 0 and layer.in_features % state.blocksize == 0)
 

@@ -2,9 +2,9 @@
 
 import structlog
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from torch import nn
+
+from worker.model import bnb
 
 log = structlog.get_logger()
 
@@ -15,7 +15,7 @@ def enable(model: nn.Module, *, dtype: torch.dtype, max_bytes: int) -> bool:
     bitsandbytes dequantizes a layer anew for each product, which on a CPU takes longer than the product. What is written
     here are the very numbers that it multiplies with. On a GPU nothing is done: there memory is short and dequantizing fast.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     size_bytes = sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
     if not layers or next(iter(layers.values())).weight.device.type != "cpu" or size_bytes > max_bytes:
         return False
@@ -25,10 +25,10 @@ def enable(model: nn.Module, *, dtype: torch.dtype, max_bytes: int) -> bool:
     return True
 
 
-def _plain(layer: Linear4bit, dtype: torch.dtype) -> nn.Linear:
+def _plain(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> nn.Linear:
     with torch.device("meta"):
         made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    weight_OI = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+    weight_OI = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
     made.weight = nn.Parameter(weight_OI.view(layer.out_features, layer.in_features), requires_grad=False)
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)

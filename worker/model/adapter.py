@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -100,6 +99,8 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
 @torch.no_grad()
 def norms_of(model: Any) -> dict[str, Tensor]:
     """The lengths of the rows of W + s B A, by layer; none without DoRA."""
+    from peft.utils.integrations import dequantize_module_weight  # engines, which measure none, do without PEFT
+
     found = dict[str, Tensor]()
     for name, layer in model.named_modules():
         if getattr(layer, "lora_magnitude_vector", None):

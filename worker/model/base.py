@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from bitsandbytes.functional import has_avx512bf16
-from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,7 +17,7 @@ from app.core.catalog import Base
 from app.core.manifest import BaseEntry
 from app.core.render import Renderer
 from app.core.spec import QuantizationSpec
-from worker.model import card, pointer, source
+from worker.model import bnb, card, pointer, source
 from worker.model.directory import locked, written_whole
 from worker.model.int8 import Int8Linear
 from worker.model.source import BaseRefused
@@ -82,7 +80,7 @@ def prepare(base: Base, cache_dir: Path, *, quantization: QuantizationSpec = Qua
 
 def fastest_dtype() -> torch.dtype:
     """What this machine multiplies fastest in: 16 bits, but on CPUs without instructions for these 32."""
-    return torch.bfloat16 if _device() == "cuda" or has_avx512bf16() else torch.float32
+    return torch.bfloat16 if _device() == "cuda" or bnb.functional.has_avx512bf16() else torch.float32
 
 
 def _device() -> str:
@@ -96,7 +94,7 @@ def keep_weights_unpacked(model: nn.Module) -> None:
     longer be read back (seen in 0.50.2).
     """
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
@@ -201,7 +199,8 @@ def _assemble(directory: Path, device: str, dtype: torch.dtype) -> Any:
             model.set_submodule(name, type(module)(config).to(device))  # rotary tables: made from the config, never stored
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), f"{directory} lacks tensors"
     layers = {type(module) for module in model.modules()}
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = Linear4bit in layers, Int8Linear in layers  # PEFT chooses its own by it
+    # PEFT chooses its own layers by it
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = bnb.nn.Linear4bit in layers, Int8Linear in layers
     return model.requires_grad_(False)
 
 
@@ -223,7 +222,7 @@ def _linear(like: Any, parts: dict[str, Tensor], device: str, dtype: torch.dtype
     if data.dtype == torch.int8:
         return Int8Linear(like, data, parts["SCB"])
     with torch.device("meta"):
-        made = Linear4bit(like.in_features, like.out_features, bias=like.bias is not None, compute_dtype=dtype)
-    made.weight = Params4bit.from_prequantized(data, parts, requires_grad=False, device=device, module=made)
+        made = bnb.nn.Linear4bit(like.in_features, like.out_features, bias=like.bias is not None, compute_dtype=dtype)
+    made.weight = bnb.nn.Params4bit.from_prequantized(data, parts, requires_grad=False, device=device, module=made)
     made.weight.quant_state.dtype = dtype  # what bitsandbytes' own backward computes in
     return made

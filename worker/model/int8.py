@@ -9,21 +9,22 @@ Axes: O out features, I in features.
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Int8Params, Linear8bitLt
 from torch import Tensor, nn
 from torch.nn import functional
+
+from worker.model import bnb
 
 LARGEST = 127.0
 _FEW = 16  # rows up to which torch's kernel for whole numbers is faster than making 16-bit ones of them: 7 times with one row
 
 
-class Int8Linear(Linear8bitLt):  # type: ignore[misc]  # bitsandbytes has no types
+class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc]  # bitsandbytes has no types
     """Frozen. PEFT takes it for the layer of bitsandbytes that it is."""
 
     def __init__(self, like: nn.Linear, weight_OI: Tensor, absmax_O: Tensor) -> None:
         with torch.device("meta"):
             super().__init__(like.in_features, like.out_features, bias=like.bias is not None, has_fp16_weights=False)
-        self.weight = Int8Params(weight_OI, requires_grad=False, SCB=absmax_O)
+        self.weight = bnb.nn.Int8Params(weight_OI, requires_grad=False, SCB=absmax_O)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, self.weight)  # type: ignore[no-untyped-call]  # torch gives it none
@@ -44,7 +45,7 @@ class _Product(torch.autograd.Function):
     way back: W in 16 bits would be as large as without quantization."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Int8Params) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: bnb.nn.Int8Params) -> Tensor:
         ctx.weight, kind = weight, _kind(x)
         scaled: Tensor = _whole(x.to(kind), weight.data) * (weight.SCB / LARGEST)
         return scaled.to(kind)

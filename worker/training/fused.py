@@ -50,6 +50,10 @@ def keep_in(cache_dir: Path) -> None:
 
     Machine code for one CPU must not meet another, so that its abilities are in the folder's name.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == default_cache_dir():  # which torch's own modules set as they are imported
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
     abilities = hashlib.sha256(f"{torch.__version__} {_cpu_flags()}".encode()).hexdigest()[:16]
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "kernels" / abilities))
 

@@ -12,10 +12,9 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_blockwise
 from torch import Tensor, nn
 
-from worker.model import int8
+from worker.model import bnb, int8
 
 Empty = Callable[..., Tensor]  # of a shape and a dtype=
 Learn = Callable[[Tensor], None]  # of the rows that a projection read
@@ -172,7 +171,7 @@ def _is_int8(weight: Any) -> bool:
 
 def _scales(state: Any) -> Tensor:
     scales: Tensor = state.absmax
-    return dequantize_blockwise(scales, state.state2) + state.offset if state.nested else scales
+    return bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset if state.nested else scales
 
 
 def _joined_bias(layers: Sequence[Any]) -> Tensor | None:

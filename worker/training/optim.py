@@ -3,19 +3,19 @@
 import math
 from collections.abc import Iterable, Sequence
 
-import bitsandbytes
 import torch
 from torch import Tensor, nn
 
 from app.core.spec import OptimizerKind, OptimizerSpec
+from worker.model import bnb
 from worker.training.failures import OptimizerUnsupported
 
 _STATE = ("state1", "state2", "absmax1", "absmax2")  # what of bitsandbytes' state a step changes
 _UPDATES = "updates"
-_KINDS: dict[OptimizerKind, type[bitsandbytes.optim.optimizer.Optimizer2State]] = {
-    "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-    "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-    "adamw_32bit": bitsandbytes.optim.AdamW32bit,
+_KINDS: dict[OptimizerKind, type[bnb.optim.optimizer.Optimizer2State]] = {
+    "adamw_8bit": bnb.optim.AdamW8bit,
+    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    "adamw_32bit": bnb.optim.AdamW32bit,
 }
 
 
