@@ -52,7 +52,7 @@ NF4 = {
 
 
 class NotStarted(Exception):
-    """The server ended, or did not answer in time; the message is the end of its log."""
+    """The server ended, or did not answer in time; the message is what its log says of it, the cause first."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def main() -> None:
         except NotStarted as error:
             print(f"vLLM does not serve here:\n{error}")
             for name, target in _targets():
-                report.missed(name, target, str(error).splitlines()[-1])
+                report.missed(name, target, str(error).splitlines()[0])
         else:
             asyncio.run(_measure(report, ours, theirs, made.adapters, prompts, rounds=2 if asked.quick else 5))
     report.end(asked.json)
@@ -174,6 +174,7 @@ def _vllm(made: Published, python: Path, cache_dir: Path) -> Iterator[Served]:
     port, checkpoint = _free_port(), _checkpoint(made.folder / "checkpoint", cache_dir)
     command: list[Any] = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint, "--port", port]
     command += ["--host", "127.0.0.1", "--dtype", str(bases.fastest_dtype()).removeprefix("torch."), "--max-model-len", 1024]
+    command += ["--gpu-memory-utilization", 0.5]  # of this machine's memory, which must be free when it starts; it takes less
     command += ["--max-num-seqs", MAX_BATCH, "--enable-lora", "--max-lora-rank", 16, "--max-loras", max(COUNTS)]
     command += ["--lora-modules", *(f"{adapter.id}={disk.open(adapter)}" for adapter in made.adapters)]
     threads = str(max(1, torch.get_num_threads() // 2))  # as worker.inference.server takes
@@ -216,7 +217,7 @@ def _process(command: list[str], variables: dict[str, str], log: Path, health: s
         give_up_at = time.monotonic() + PATIENCE_SECONDS
         while not _is_healthy(health, headers):
             if running.poll() is not None or time.monotonic() > give_up_at:
-                raise NotStarted("\n".join(log.read_text().splitlines()[-30:]))
+                raise NotStarted(_reasons(log.read_text()))
             time.sleep(0.5)
         yield
     finally:
@@ -227,6 +228,13 @@ def _process(command: list[str], variables: dict[str, str], log: Path, health: s
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, signal.SIGKILL)
             running.wait()
+
+
+def _reasons(log: str) -> str:
+    """The lines that name an exception, the first of which is nearest to the cause, and the end."""
+    lines = log.splitlines()
+    named = (line for line in lines if re.search(r"\b\w*(Error|Exception|SystemExit)\b: ", line))
+    return "\n".join([*dict.fromkeys(named), *lines[-5:]])
 
 
 def _is_healthy(url: str, headers: dict[str, str]) -> bool:
