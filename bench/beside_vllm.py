@@ -173,7 +173,8 @@ def _vllm(made: Published, python: Path, cache_dir: Path) -> Iterator[Served]:
     disk = AdapterDisk(made.storage, made.folder / "vllm-adapters", max_bytes=1 << 40)
     port, checkpoint = _free_port(), _checkpoint(made.folder / "checkpoint", cache_dir)
     command: list[Any] = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint, "--port", port]
-    command += ["--host", "127.0.0.1", "--dtype", str(bases.fastest_dtype()).removeprefix("torch."), "--max-model-len", 1024]
+    command += ["--host", "127.0.0.1", "--max-model-len", 1024]
+    command += ["--dtype", "bfloat16"]  # in 32 bits the plugin expects quantized weights of half their size
     command += ["--gpu-memory-utilization", 0.5]  # of this machine's memory, which must be free when it starts; it takes less
     command += ["--max-num-seqs", MAX_BATCH, "--enable-lora", "--max-lora-rank", 16, "--max-loras", max(COUNTS)]
     command += ["--lora-modules", *(f"{adapter.id}={disk.open(adapter)}" for adapter in made.adapters)]
@@ -233,7 +234,7 @@ def _process(command: list[str], variables: dict[str, str], log: Path, health: s
 def _reasons(log: str) -> str:
     """The lines that name an exception, the first of which is nearest to the cause, and the end."""
     lines = log.splitlines()
-    named = (line for line in lines if re.search(r"\b\w*(Error|Exception|SystemExit)\b: ", line))
+    named = (line for line in lines if re.search(r"(^|\] )[\w.]*(Error|Exception)(: |$)", line))
     return "\n".join([*dict.fromkeys(named), *lines[-5:]])
 
 
