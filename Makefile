@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 LOCK   := requirements.lock
 
-WORKERS ?= 0
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check format docs dev bench-serving bench-vllm gpu-check lock clean
@@ -27,7 +27,7 @@ install: $(STAMP)  ## make the virtual environment from the lock file
 demo: $(STAMP)  ## tune a real model on this machine and talk to it (KEEP=1 leaves the stack running)
 	$(BIN)/tunesmith demo $(if $(KEEP),--keep)
 
-# WORKERS=2 runs two at a time, each with servers of its own
+# two at a time, each with servers of its own; WORKERS=0 for one process that a debugger can enter
 test: $(STAMP)  ## run all tests against real Postgres, Valkey and S3
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
