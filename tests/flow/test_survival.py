@@ -15,14 +15,14 @@ SECONDS = 120
 T = TypeVar("T")
 
 
-def begin(client: OpenAI, *, epochs: int = 16) -> FineTuningJob:
+def begin(client: OpenAI, *, epochs: int = 16, batch_size: int = 4) -> FineTuningJob:
     """A job that is busy for some seconds and keeps checkpoints on the way."""
     training = client.files.create(file=("train.jsonl", make.chat_file(64)), purpose="fine-tune")
     return client.fine_tuning.jobs.create(
         model=make.TINY,
         training_file=training.id,
         seed=11,
-        hyperparameters={"n_epochs": epochs, "batch_size": 4},
+        hyperparameters={"n_epochs": epochs, "batch_size": batch_size},
         extra_body={"training": {"checkpoint_every_steps": 16}},
     )
 
@@ -109,11 +109,11 @@ def test_a_lost_broker_loses_nothing(stack: Stack, client: OpenAI) -> None:
 
 
 def test_a_trainer_without_enough_memory_is_followed_by_one_that_takes_less_at_once(stack: Stack, client: OpenAI) -> None:
-    undisturbed = wait_for_end(client, begin(client, epochs=2))
+    undisturbed = wait_for_end(client, begin(client, epochs=2, batch_size=64))
     (waiting,) = wait_until(lambda: stack.children("worker.trainer"))
     wait_until(lambda: waiting.num_threads() > 1 and waiting.cpu_percent(interval=1) < 5)  # it is warm
-    waiting.rlimit(psutil.RLIMIT_AS, (waiting.memory_info().vms + 20 * 2**20, psutil.RLIM_INFINITY))
-    starved = wait_for_end(client, begin(client, epochs=2))
+    waiting.rlimit(psutil.RLIMIT_AS, (waiting.memory_info().vms + 2**20, psutil.RLIM_INFINITY))
+    starved = wait_for_end(client, begin(client, epochs=2, batch_size=64))
 
     told = messages(client, starved)
     assert starved.status == "succeeded", told

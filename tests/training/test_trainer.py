@@ -171,7 +171,9 @@ def test_a_job_without_memory_is_tried_with_half_the_tokens_and_layers_computed_
 def test_a_trainer_that_is_short_of_memory_says_so(trainer: Trainer, tiny: LoadedBase, tmp_path: Path) -> None:
     held = psutil.Process(trainer.pid)
     held.rlimit(psutil.RLIMIT_AS, (held.memory_info().vms + 2**20, psutil.RLIM_INFINITY))
-    send(trainer, job(tiny, tmp_path))
+    more_than_warming_up_took = job(tiny, tmp_path, batch_size=400, micro_batch_tokens=60_000)
+    make.examples(tiny.renderer, 400).write(tmp_path / "training.safetensors")
+    send(trainer, more_than_warming_up_took)
     *_, said = words_of(trainer)
 
     assert isinstance(said, events.Failed) and (said.code, said.is_user_error) == (events.OUT_OF_MEMORY, False)
