@@ -18,6 +18,7 @@ from app.core.storage import Storage
 from app.inference import engines
 from app.models import Engine, UsageRecord
 from tests import make
+from tests.embedded.patience import eventually
 from tests.inference import served
 from tests.inference.make import SayingRunner
 from worker.inference.native import NativeDriver
@@ -59,13 +60,6 @@ def usage(sessions: Sessions, request_id: str) -> list[tuple[int, int]]:
         return [(record.prompt_tokens, record.completion_tokens) for record in session.scalars(found)]
 
 
-def until(is_so: Callable[[], object], seconds: float = 10) -> None:
-    give_up_at = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < give_up_at, "it did not happen"
-        time.sleep(0.01)
-
-
 def test_too_many_of_one_organization_are_told_to_come_again(http: httpx.Client, serve: Serve) -> None:
     first, second = (serve(max_batch=1, max_waiting_of_tenant=1) for _ in range(2))
     with ThreadPoolExecutor(6) as pool:
@@ -98,8 +92,8 @@ def test_who_leaves_in_the_middle_lets_go_and_is_metered_once(
     with http.stream("POST", "/v1/chat/completions", json=CHAT | {"stream": True, "n": answers}) as response:
         lines = response.iter_lines()
         told = [next(lines) for _ in range(12)]
-    until(lambda: driver.stats().running == 0)
-    until(lambda: usage(system_sessions, response.headers["x-request-id"]))
+    eventually(lambda: driver.stats().running == 0)
+    eventually(lambda: usage(system_sessions, response.headers["x-request-id"]))
 
     (record,) = usage(system_sessions, response.headers["x-request-id"])
     assert any("content" in line for line in told)
@@ -118,7 +112,7 @@ def test_an_engine_that_breaks_ends_the_stream_with_an_error_and_what_it_said_is
         rest = list(lines)
 
     error = json.loads(rest[-2].removeprefix("data: "))["error"]
-    until(lambda: usage(system_sessions, response.headers["x-request-id"]))
+    eventually(lambda: usage(system_sessions, response.headers["x-request-id"]))
     (record,) = usage(system_sessions, response.headers["x-request-id"])
     assert error["code"] == "engine_failed"
     assert rest[-1] == "data: [DONE]"

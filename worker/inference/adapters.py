@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -106,7 +106,7 @@ class AdapterStore:
 
         Raises what `load` raised, Unavailable without its base or a slot for it, BadRequest when it is larger than all slots.
         """
-        self._require_base(ref)
+        self._require_possible(ref)
         slot = self._slots.get(ref.digest)
         self._hits += slot is not None
         slot = slot or await self._seat(ref, await self._prepared(ref))
@@ -122,7 +122,7 @@ class AdapterStore:
 
     async def prefetch(self, ref: AdapterRef) -> None:
         """Have it ready: in a slot if one is free, otherwise in memory. Nobody is put out. Raises as `acquire` does."""
-        self._require_base(ref)
+        self._require_possible(ref)
         if ref.digest in self._slots:
             return
         prepared = await self._prepared(ref)
@@ -151,7 +151,8 @@ class AdapterStore:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _require_base(self, ref: AdapterRef) -> None:
+    def _require_possible(self, ref: AdapterRef) -> None:
+        """That it is of this base, and was not refused a moment ago."""
         if ref.base != self._base.id:
             raise Unavailable(f"this engine serves {self._base.id}, not {ref.base}", code="base_not_loaded")
         if ref.base_digest not in (None, self._base.digest):
@@ -232,7 +233,7 @@ class AdapterStore:
             self._evictions += 1
         return True
 
-    def _fits(self, wanted: Weights, *, without: list[str] = []) -> bool:  # noqa: B006  # never changed
+    def _fits(self, wanted: Weights, *, without: Collection[str] = ()) -> bool:
         staying = [slot.prepared.size_bytes for digest, slot in self._slots.items() if digest not in without]
         return len(staying) < self._room.max_slots and sum(staying) + wanted.size_bytes <= self._room.slot_bytes
 
