@@ -47,7 +47,7 @@ docs: $(STAMP)  ## write docs/configuration.md anew
 dev: $(STAMP)  ## run the whole stack on port 8000, data in .tunesmith/dev
 	$(BIN)/tunesmith up --data-dir .tunesmith/dev --port 8000
 
-bench-serving: $(STAMP)  ## measure the serving engine (QUICK=1: about ten minutes instead of an hour)
+bench-serving: $(STAMP)  ## measure the serving engine (QUICK=1: fewer rounds and adapters)
 	@mkdir -p .tunesmith
 	PYTHONPATH=. $(BIN)/python bench/serving.py $(if $(QUICK),--quick) --json .tunesmith/bench-serving.json
 
