@@ -68,9 +68,10 @@ class Scheduler:
             sequence = part.sequence
             before, sequence.computed = sequence.computed // self.pages.size, sequence.computed + part.count
             full = sequence.computed // self.pages.size
-            names = sequence.page_names(self.pages.size, full)
-            for place in range(before, full):
-                self.pages.name(sequence.pages[place], names[place])
+            if full > before:  # most steps fill no page
+                names = sequence.page_names(self.pages.size, full)
+                for place in range(before, full):
+                    self.pages.name(sequence.pages[place], names[place])
             self.waiting.charge(sequence.tenant, part.count + WRITTEN_WEIGHT * part.is_last)
 
     def sweep(self) -> list[Sequence]:
