@@ -111,6 +111,11 @@ def scheduler(**changes: Any) -> Scheduler:
     return Scheduler(asked.pop("pages", None) or Pages(count=256, size=4), **asked)
 
 
+def words(model: Any, renderer: Renderer, prompt: Sequence[int], max_tokens: int = 24) -> str:
+    """What `greedy` finds, as text."""
+    return renderer.decode(greedy(model, prompt, renderer.stop_ids, max_tokens))
+
+
 async def until(condition: Any, seconds: float = 10.0) -> None:
     """Wait for another thread."""
     async with asyncio.timeout(seconds):

@@ -30,7 +30,7 @@ def by_hand(load_tiny: Callable[[], LoadedBase], trained: dict[str, PeftModel]) 
     def answer(mix: Mix, prompt: list[int]) -> str:
         weights.clear()
         weights.update(mix)
-        return base.renderer.decode(make.greedy(base.model, prompt, base.renderer.stop_ids, 24))
+        return make.words(base.model, base.renderer, prompt)
 
     return answer
 
@@ -68,10 +68,7 @@ def test_mixes_say_what_the_sum_says_and_leave_the_others_alone(
     asked = [wanted(mix, published, prompt) for mix in MIXES]
     alone = [make.request(prompt), make.request(prompt, published["first"])]
     expected = [by_hand(mix, prompt) for mix in MIXES]
-    plain = [
-        oracle.renderer.decode(make.greedy(model, prompt, oracle.renderer.stop_ids, 24))
-        for model in (oracle.model, trained["first"])
-    ]
+    plain = [make.words(model, oracle.renderer, prompt) for model in (oracle.model, trained["first"])]
 
     assert len({*expected, *plain}) == 5  # the comparison could have failed
     assert asyncio.run(said(driver, asked[:1])) == expected[:1]

@@ -21,7 +21,7 @@ Trained = dict[str, PeftModel]
 
 def expected(base: LoadedBase, trained: Trained, name: str | None, prompt: list[int], max_tokens: int = 24) -> str:
     model = trained[name] if name else base.model
-    return base.renderer.decode(make.greedy(model, prompt, base.renderer.stop_ids, max_tokens))
+    return make.words(model, base.renderer, prompt, max_tokens)
 
 
 async def said(driver: EngineDriver, wanted: GenerateRequest) -> str:

@@ -31,9 +31,7 @@ def test_five_thousand_requests_leave_nothing_behind(
     chance = random.Random(7)
     models = {None: oracle.model, **trained}
     right = {
-        (name, prompt): oracle.renderer.decode(make.greedy(model, prompt, oracle.renderer.stop_ids, 6))
-        for name, model in models.items()
-        for prompt in prompts()
+        (name, prompt): make.words(model, oracle.renderer, prompt, 6) for name, model in models.items() for prompt in prompts()
     }
     few = {"max_adapters": 2, "max_batch": 24, "max_waiting": 32, "max_waiting_of_tenant": 12}
     driver = open_driver(**few, cache_bytes=60 * make.page_bytes(oracle))
