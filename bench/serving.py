@@ -15,17 +15,17 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
-import torch
 from engine import BASE, MAX_BATCH, Bench, Report, answering, gaps, opened, percentile, timed
 from rivals import Rivals
 from stack import ROOT, stack, wait
 
 from app.core import logging
 from app.core.engine import AdapterRef, GenerateRequest
+from worker.inference import threads
 from worker.inference.native import NativeDriver
 
 PARTS = ("throughput", "latency", "cold", "memory", "prefix", "fairness", "succeeded")
@@ -205,7 +205,7 @@ def fairness(bench: Bench, _rivals: Rivals) -> None:
     for share in (50, 95):
         bench.report.told(f"TTFT p{share}, quiet tenants alone", 1e3 * percentile(alone, share), "ms")
         bench.report.told(f"TTFT p{share}, quiet tenants beside a noisy one", 1e3 * percentile(beside, share), "ms")
-    bench.report.told("Jain's index of four tenants that ask for 60, 20, 20, 20 answers", asyncio.run(_jain(bench)))
+    bench.report.told("Jain's index of four tenants that keep 60, 20, 20, 20 requests going", asyncio.run(_jain(bench)))
 
 
 async def _quiet(bench: Bench, *, is_noisy: bool) -> list[float]:
@@ -225,24 +225,29 @@ async def _quiet(bench: Bench, *, is_noisy: bool) -> list[float]:
 
 
 async def _jain(bench: Bench) -> float:
-    """(Σx)² / (n Σx²) of the tokens each was given while all of them waited (Jain, Chiu and Hawe, 1984)."""
-    given = dict.fromkeys(("one", "two", "three", "four"), 0)
+    """(Σx)² / (n Σx²) of the tokens that each was given while all of them had more to ask (Jain, Chiu and Hawe, 1984)."""
+    given = {"one": 0, "two": 0, "three": 0, "four": 0}
 
-    async def count(tenant: str) -> None:
-        async with answering(bench.driver, bench.request(None, tokens=24, tenant=tenant)) as chunks:
-            async for _ in chunks:
-                given[tenant] += 1
+    async def ask(tenant: str) -> None:
+        while True:
+            async with answering(bench.driver, bench.request(None, tokens=24, tenant=tenant)) as chunks:
+                async for _ in chunks:
+                    given[tenant] += 1
 
-    asked = [
-        asyncio.create_task(count(tenant)) for tenant, many in zip(given, (60, 20, 20, 20), strict=True) for _ in range(many)
-    ]
-    while min(given.values()) < 200:
-        await asyncio.sleep(0.05)
-    shares = list(given.values())
-    for task in asked:
+    asking = [asyncio.create_task(ask(name)) for name, many in zip(given, (60, 20, 20, 20), strict=True) for _ in range(many)]
+    await _given(given, 24)  # whoever came first has had the whole batch until now
+    before = list(given.values())
+    await _given(given, min(before) + 200)
+    shares = [after - earlier for after, earlier in zip(given.values(), before, strict=True)]
+    for task in asking:
         task.cancel()
-    await asyncio.gather(*asked, return_exceptions=True)
+    await asyncio.gather(*asking, return_exceptions=True)
     return sum(shares) ** 2 / (len(shares) * sum(share * share for share in shares))
+
+
+async def _given(given: Mapping[str, int], least: int) -> None:
+    while min(given.values()) < least:
+        await asyncio.sleep(0.05)
 
 
 def succeeded(report: Report, cache_dir: Path, *, jobs: int) -> None:
@@ -272,7 +277,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "tunesmith", metavar="DIR")
     asked = parser.parse_args()
-    torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # as worker.inference.server does
+    threads.share()
     logging.configure("bench", level="WARNING")  # not a line for every adapter that comes and goes
     report = Report()
     parts = {"throughput": throughput, "latency": latency, "cold": cold, "memory": memory, "prefix": prefix, "fairness": fairness}

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from worker.inference import lora
-from worker.inference.lora import Blend, LoraLayers, LoraWeights
+from worker.inference.lora import Blend, LoraWeights
+from worker.inference.lora_layers import LoraLayers
 from worker.model import adapter
 from worker.model.adapter import AdapterWeights, Dora
 
@@ -43,6 +44,10 @@ def weights_of(model: peft.PeftModel) -> LoraWeights:
     return lora.prepare(held, dtype=torch.float32)
 
 
+def layers_on(model: nn.Module) -> LoraLayers:
+    return LoraLayers(model, torch.device("cpu"), dtype=torch.float32)
+
+
 def only(weights: LoraWeights) -> Blend:
     return ((weights, 1.0),)
 
@@ -56,14 +61,14 @@ def test_rows_get_their_own_adapter_whatever_kind_the_others_have() -> None:
     x_TI = torch.randn(12, INSIDE)
     expected = torch.cat([models[0](x_TI[:3]), base(x_TI[3:5]), models[1](x_TI[5:9]), models[2](x_TI[9:])])
 
-    layers, alone = LoraLayers(base), copy.deepcopy(base)
-    layers.use([(only(first), 3), ((), 2), (only(second), 4), (only(third), 3)], torch.device("cpu"))
+    layers, alone = layers_on(base), copy.deepcopy(base)
+    layers.use([(only(first), 3), ((), 2), (only(second), 4), (only(third), 3)])
     torch.testing.assert_close(base(x_TI[None])[0], expected)
-    layers.use([(only(second), 12)], torch.device("cpu"))  # what is built still knows the gains of those that left
+    layers.use([(only(second), 12)])  # what is built still knows the gains of those that left
     torch.testing.assert_close(base(x_TI[None])[0], models[1](x_TI))
-    layers.use([(only(first), 12)], torch.device("cpu"))
+    layers.use([(only(first), 12)])
     torch.testing.assert_close(base(x_TI[None])[0], models[0](x_TI))
-    layers.use([((), 12)], torch.device("cpu"))
+    layers.use([((), 12)])
     assert torch.equal(base(x_TI[None])[0], nn.functional.linear(x_TI, alone.q_proj.weight, alone.q_proj.bias))
 
 
@@ -77,7 +82,7 @@ def test_a_blend_adds_what_each_of_its_adapters_would_change_by_itself() -> None
     plain = base(x_TI)
     changes = [model(x_TI) - plain for model in models]
 
-    layers = LoraLayers(base)
-    layers.use([(((first, 0.7), (second, -0.4)), 4), ((), 1), (only(second), 2)], torch.device("cpu"))
+    layers = layers_on(base)
+    layers.use([(((first, 0.7), (second, -0.4)), 4), ((), 1), (only(second), 2)])
     expected = torch.cat([(plain + 0.7 * changes[0] - 0.4 * changes[1])[:4], plain[4:5], (plain + changes[1])[5:]])
     torch.testing.assert_close(base(x_TI[None])[0], expected)

@@ -15,7 +15,7 @@ from tests.make import TINY
 from tests.training import make
 from tests.training.make import Runner
 from worker.inference import lora
-from worker.inference.lora import LoraLayers
+from worker.inference.lora_layers import LoraLayers
 from worker.model import adapter
 from worker.model import base as bases
 from worker.model.base import LoadedBase
@@ -100,8 +100,8 @@ def served(base: LoadedBase, directory: Path) -> Tensor:
     """Logits of the probe, the adapter applied as an engine does it. The base gets hooks that nothing else wants."""
     weights = adapter.open(directory, base=base, max_rank=128)
     made = lora.prepare(weights, dtype=torch.float32)
-    layers = LoraLayers(base.model.eval())
-    layers.use([(((made, 1.0),), len(PROBE))], torch.device("cpu"))
+    layers = LoraLayers(base.model.eval(), torch.device("cpu"), dtype=torch.float32)
+    layers.use([(((made, 1.0),), len(PROBE))])
     logits: Tensor = base.model(torch.tensor([PROBE]), use_cache=False).logits
     return logits
 

@@ -4,12 +4,12 @@ PyTorch has no operator for it: gathering the pages into one tensor takes four t
 first use and keeps what it compiled beside this file or in the user's cache.
 """
 
-from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from worker.inference.compiled import compiled
 
 _SIGNATURE = "void(f4[:,:,::1], f4[:,:,:,::1], f4[:,:,:,::1], i4[:,::1], i4[::1], f4, i8, f4[:,:,::1])"
 
@@ -59,15 +59,6 @@ def _attend(
                 out_BHD[row, head, axis] = sum_D[axis] / mass
 
 
-def _compiled() -> Any:
-    # sums in any order, but infinities and NaN stay what they are: a broken row must be seen as such
-    compile_with = partial(numba.njit, _SIGNATURE, nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
-    try:
-        return compile_with(cache=True)(_attend)
-    except RuntimeError:  # no folder to keep it in
-        return compile_with()(_attend)
-
-
-attend = _compiled()
+attend: Any = compiled(_SIGNATURE, _attend)
 """Queries [B, H, D] over pages [N, K, P, D]: row b sees the last `window` of `lengths[b]` positions, which lie in the pages that
 `tables[b]` lists. Writes [B, H, D]. All float32; pages are counted in int32."""

@@ -10,7 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from worker.inference import sampling
 from worker.inference.cache import KeyValuePool, attend, plan
-from worker.inference.lora import Blend, LoraLayers, LoraWeights
+from worker.inference.lora import Blend, LoraWeights
+from worker.inference.lora_layers import LoraLayers
 from worker.inference.sequence import Choice, Sequence, Slice
 
 _ATTENTION = "tunesmith_ragged"
@@ -28,9 +29,9 @@ class ModelRunner:
         model.config._attn_implementation = _ATTENTION
         self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
         self.device: torch.device = self._head.weight.device
-        # as it was trained; and on CPUs a small 16-bit product takes longer than a 32-bit one
+        # as it was trained; on CPUs as the loops that apply it are written
         self.lora_dtype: torch.dtype = torch.float32 if self.device.type == "cpu" else self._head.weight.dtype
-        self._lora = LoraLayers(model)
+        self._lora = LoraLayers(model, self.device, dtype=self.lora_dtype)
         config = model.config.get_text_config()
         self._pool = KeyValuePool(config, count=page_count, size=page_size, dtype=cache_dtype(model), device=self.device)
 
@@ -43,7 +44,7 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, slices: SequenceOf[Slice]) -> tuple[Tensor, list[Sequence]]:
         """Logits after the last token of each sequence whose slice is its last. Slices of one token stand first."""
-        self._lora.use([(_blend(part.sequence), part.count) for part in slices], self.device)
+        self._lora.use([(_blend(part.sequence), part.count) for part in slices])
         hidden_1TD = self._decoder(
             input_ids=torch.tensor([[token for part in slices for token in part.tokens]], device=self.device),
             position_ids=torch.tensor(

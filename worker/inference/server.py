@@ -8,7 +8,6 @@ from pathlib import Path
 from types import FrameType
 
 import structlog
-import torch
 import uvicorn
 
 from app.core import catalog, logging
@@ -16,7 +15,7 @@ from app.core.settings import Settings
 from app.core.spec import QUANTIZATIONS
 from app.core.storage import open_storage
 from worker import gpu
-from worker.inference import native
+from worker.inference import native, threads
 from worker.inference.announce import advertised_url, announce
 from worker.inference.driver import EngineDriver
 from worker.inference.routes import create_app
@@ -96,10 +95,7 @@ def main() -> None:
         raise SystemExit(str(error)) from error
     gpu.limit_engine(settings.gpu)
     wanted = catalog.load(settings.catalog_file).resolve(settings.inference.base)
-    if torch.get_num_threads() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(
-            torch.get_num_threads() // 2
-        )  # two threads waiting for each other on a busy core are slower than one
+    threads.share()
     quantization = QUANTIZATIONS[settings.inference.quantization]
     base = bases.load(wanted, settings.cache_dir, quantization=quantization, dtype=bases.fastest_dtype(), for_training=False)
     asyncio.run(serve(settings, base, card.prepared(wanted, settings.cache_dir)))
