@@ -72,9 +72,7 @@ def test_rows_get_what_their_own_adapters_add(way: type[Products], dtype: torch.
 @pytest.mark.parametrize("way", [Masked, Grouped])
 def test_an_overflow_stays_with_the_rows_that_have_it(way: type[Products], dtype: torch.dtype) -> None:
     shelf = Shelf(torch.float32, CPU)
-    broken = LoraWeights(
-        2, {"q_proj": (torch.full((2, INSIDE), 1e38), torch.ones(2, OUTSIDE))}, {}
-    )  # finite, as all served
+    broken = LoraWeights(2, {"q_proj": (torch.full((2, INSIDE), 1e38), torch.ones(2, OUTSIDE))}, {})  # finite, as all served
     shelf.hold([ADAPTERS[0], broken])
     shares_TA = torch.tensor([[1.0, 0], [0, 1], [0, 0], [1, 0]])
     pair = shelf.matrices("q_proj")
