@@ -64,7 +64,7 @@ def test_rows_get_their_own_adapter_whatever_kind_the_others_have() -> None:
     layers, alone = layers_on(base), copy.deepcopy(base)
     layers.use([(only(first), 3), ((), 2), (only(second), 4), (only(third), 3)])
     torch.testing.assert_close(base(x_TI[None])[0], expected)
-    layers.use([(only(second), 12)])  # what is built still knows the gains of those that left
+    layers.use([(only(second), 12)])  # the shelf still has the gains of those that left
     torch.testing.assert_close(base(x_TI[None])[0], models[1](x_TI))
     layers.use([(only(first), 12)])
     torch.testing.assert_close(base(x_TI[None])[0], models[0](x_TI))

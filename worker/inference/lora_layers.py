@@ -32,7 +32,7 @@ class LoraLayers:
         self._shelf = Shelf(dtype, device)
         self._held: list[LoraWeights] = []
         self._gains: dict[str, Tensor] = {}  # by module, those of all on the shelf [A, O], zeros where one has none
-        self._shares_TA = torch.empty(0)  # how much each on the shelf counts for each row
+        self._shares_TA = torch.empty(0)  # how much each on the shelf counts for each row, where there are gains
         self._products: Products | None = None  # None where no row has an adapter
 
     def use(self, segments: Sequence[tuple[Blend, int]]) -> None:
@@ -52,13 +52,13 @@ class LoraLayers:
             for weights, share in blend:
                 shares_TA[start : start + count, places[weights]] = share
             start += count
-        self._shares_TA = shares_TA.to(shelf.device, shelf.dtype)
+        if self._gains:
+            self._shares_TA = shares_TA.to(shelf.device, shelf.dtype)
         self._products = (Grouped if shelf.device.type == "cpu" else Masked)(shares_TA, shelf)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output_1TO: Tensor) -> Tensor | None:
-            pair = self._shelf.matrices(name) if self._products else None
-            if self._products is None or pair is None:
+            if self._products is None or (pair := self._shelf.matrices(name)) is None:
                 return None
             more_TO = self._more(name, module, output_1TO[0])
             self._products.add(inputs[0][0], output_1TO[0], *pair)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import types
 from numpy.typing import NDArray
 
 from worker.inference.compiled import compiled
@@ -18,41 +17,27 @@ _SIGNATURES = [f"void(f4[:,::1], f4[:,::1], {_ADAPTERS})", f"void(u2[:,::1], u2[
 _NUMBERS, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 
 
+@numba.njit
 def _widen(row: Any, bits: Any) -> None:
-    """Write the row's 32-bit floats to `bits`."""
-    raise NotImplementedError  # chosen by type below
-
-
-def _narrow(bits: Any, row: Any) -> None:
-    """The way back, to the nearest, ties to even."""
-    raise NotImplementedError
-
-
-@numba.extending.overload(_widen)
-def _chosen_widen(row: Any, bits: Any) -> Any:  # noqa: ARG001  # types of arrays, here
-    def of_32_bits(row: Any, bits: Any) -> None:
+    """Write the row's 32-bit floats to `bits`. Of the branches, one is left when it is compiled for the row's type."""
+    if row.itemsize == bits.itemsize:
         bits[: len(row)] = row.view(np.uint32)
-
-    def of_16_bits(row: Any, bits: Any) -> None:
+    else:
         for axis in range(len(row)):
             bits[axis] = np.uint32(row[axis]) << np.uint32(16)
 
-    return of_32_bits if row.dtype == types.float32 else of_16_bits
 
-
-@numba.extending.overload(_narrow)
-def _chosen_narrow(bits: Any, row: Any) -> Any:  # noqa: ARG001  # types of arrays, here
-    def to_32_bits(bits: Any, row: Any) -> None:
+@numba.njit
+def _narrow(bits: Any, row: Any) -> None:
+    """The way back, to the nearest, ties to even."""
+    if row.itemsize == bits.itemsize:
         row.view(np.uint32)[:] = bits[: len(row)]
-
-    def to_16_bits(bits: Any, row: Any) -> None:
+    else:
         for axis in range(len(row)):
             one = bits[axis]
             rounded = one + np.uint32(0x7FFF) + ((one >> np.uint32(16)) & np.uint32(1))
             quiet = one | np.uint32(0x400000)  # NaN stays NaN
             row[axis] = np.uint16((quiet if (one & _NUMBERS) > _INFINITE else rounded) >> np.uint32(16))
-
-    return to_32_bits if row.dtype == types.float32 else to_16_bits
 
 
 def _add(
