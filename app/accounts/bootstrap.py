@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from sqlalchemy import orm, select
 
 from app import db
-from app.accounts import keys
+from app.accounts import keys, users
 from app.core import ids
 from app.core.settings import Settings
-from app.models import ApiKey, Organization, Project
+from app.models import ApiKey, Organization, Project, User
+
+OPERATOR = "operator@localhost"
 
 
 def ensure_first_key(settings: Settings) -> str | None:
@@ -19,6 +21,24 @@ def ensure_first_key(settings: Settings) -> str | None:
             return None
         _, project = create_organization(session, name="Default", slug="default")
         return _key_of(session, project, settings)
+
+
+def sign_in_link(settings: Settings) -> str:
+    """The path of a page that signs the operator in once. Whoever may read the database's secrets may have it."""
+    with _system_session(settings) as session:
+        token = users.make_link(session, _operator(session), pepper=settings.key_pepper.get_secret_value().encode())
+        return f"/sign-in/{token}"
+
+
+def _operator(session: orm.Session) -> User:
+    """The first one; made with the first link, since an earlier release had no users."""
+    found = session.scalar(select(User).where(User.is_operator).order_by(User.created_at).limit(1))
+    if found is None:
+        project = session.scalars(select(Project).order_by(Project.created_at).limit(1)).one()
+        mine = {"organization_id": project.organization_id, "project_id": project.id}
+        found = users.create(session, **mine, email=OPERATOR, name="Operator", is_operator=True)
+        session.flush()
+    return found
 
 
 def another_key(settings: Settings) -> str:

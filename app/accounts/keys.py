@@ -7,13 +7,14 @@ import secrets
 import time
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from threading import Lock
 
-from sqlalchemy import orm, text
+from sqlalchemy import Select, func, orm, select, text
 
 from app.accounts.caller import Caller
 from app.core import ids
-from app.core.errors import Unauthenticated
+from app.core.errors import NotFound, Unauthenticated
 from app.models import ApiKey
 
 PREFIX = "ts-"
@@ -35,6 +36,26 @@ def create(session: orm.Session, *, organization_id: str, project_id: str, name:
         )
     )
     return secret
+
+
+def list_all(session: orm.Session, caller: Caller) -> Sequence[ApiKey]:
+    """Of the caller's project, the newest first, those that were revoked too."""
+    return session.scalars(_visible(caller).order_by(ApiKey.id.desc())).all()
+
+
+def revoke(session: orm.Session, caller: Caller, key_id: str) -> None:
+    """Twice is the same as once. It may still work for `REMEMBERED_SECONDS`."""
+    key = session.scalar(_visible(caller).where(ApiKey.id == key_id))
+    if key is None:
+        raise NotFound(f"the key {key_id!r} does not exist or is not yours", code="key_not_found")
+    if key.revoked_at is None:
+        key.revoked_at = func.clock_timestamp()
+    session.flush()
+    session.refresh(key)
+
+
+def _visible(caller: Caller) -> Select[ApiKey]:
+    return select(ApiKey).where(ApiKey.organization_id == caller.organization_id, ApiKey.project_id == caller.project_id)
 
 
 def generate() -> str:

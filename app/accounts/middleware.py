@@ -6,6 +6,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.accounts.browser import Browser
 from app.accounts.caller import Caller
 from app.accounts.keys import KeyRing
 from app.core.errors import Unauthenticated
@@ -13,20 +14,24 @@ from app.handlers import respond
 
 
 class Authenticate:
-    """Puts the Caller of a `/v1/` request into its state, or answers 401. Internal routes are for our own engines."""
+    """Puts the Caller of a `/v1/` request into its state, or answers 401. Internal routes are for our own engines.
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, engine_token: str) -> None:
-        self._app, self._keys, self._engine_token = app, keys, engine_token
+    A caller sends a key; a page of the dashboard has the cookie of whoever is signed in, and no key.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, browser: Browser, engine_token: str) -> None:
+        self._app, self._keys, self._browser, self._engine_token = app, keys, browser, engine_token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(("/v1/", "/internal/")):
             headers = Headers(scope=scope)
             try:
-                secret = _bearer(headers)
                 if scope["path"].startswith("/internal/"):
-                    self._require_engine(secret)
+                    self._require_engine(_bearer(headers))
+                elif "authorization" not in headers and self._browser.cookie_of(scope):
+                    scope["state"]["caller"] = (await run_in_threadpool(self._browser.require_visitor, scope)).caller
                 else:
-                    caller = await run_in_threadpool(self._keys.caller_of, secret)
+                    caller = await run_in_threadpool(self._keys.caller_of, _bearer(headers))
                     _require_own(headers, caller)
                     scope["state"]["caller"] = caller
             except Exception as error:  # whatever it is becomes an answer: nothing outside knows how to

@@ -1,0 +1,55 @@
+"""Whoever is signed in: their password."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Form, Request, Response
+
+from app import db
+from app.accounts import users
+from app.accounts.users import Visitor
+from app.core.errors import BadRequest, RateLimited, Unauthenticated
+from app.dashboard.deps import OurBrowser, SignedIn
+from app.dashboard.rendering import render
+from app.dashboard.route import PageRoute
+from app.deps import Sessions
+
+router = APIRouter(prefix="/account", include_in_schema=False, route_class=PageRoute)
+
+
+@router.get("")
+def show_account(request: Request, sessions: Sessions, visitor: SignedIn, is_changed: bool = False) -> Response:
+    return _shown(request, sessions, visitor, is_changed=is_changed)
+
+
+@router.post("/password")
+def change_password(
+    request: Request,
+    sessions: Sessions,
+    visitor: SignedIn,
+    browser: OurBrowser,
+    password: Annotated[str, Form(max_length=1024)],
+    current: Annotated[str, Form(max_length=1024)] = "",
+) -> Response:
+    """All browsers of this user are signed out but this one, which is signed in anew."""
+    try:
+        users.change_password(sessions, visitor, current=current, password=password)
+    except (Unauthenticated, RateLimited, BadRequest) as error:
+        return _shown(request, sessions, visitor, problem=str(error))
+    response = Response(headers={"HX-Redirect": "/account?is_changed=true"})
+    browser.remember(response, request.scope, browser.sign_ins.begin(visitor))
+    return response
+
+
+def _shown(
+    request: Request, sessions: Sessions, visitor: Visitor, *, problem: str | None = None, is_changed: bool = False
+) -> Response:
+    with db.organization_session(sessions, visitor.caller.organization_id) as session:
+        has_password = users.has_password(session, visitor)
+    return render(
+        request,
+        "account.html",
+        has_password=has_password,
+        problem=problem,
+        is_changed=is_changed,
+        shortest=users.SHORTEST_PASSWORD,
+    )

@@ -1,0 +1,63 @@
+// On every page: partial updates, times, theme, menu.
+import htmx from "htmx.org";
+import { Idiomorph } from "idiomorph";
+import { csrfToken } from "./_api";
+import { tellTimes } from "./_time";
+import { toast } from "./_toast";
+
+Object.assign(htmx.config, {
+  allowEval: false,
+  includeIndicatorStyles: false,
+  selfRequestsOnly: true,
+  historyCacheSize: 0,
+  scrollIntoViewOnBoost: false,
+  defaultSwapStyle: "outerHTML",
+});
+
+// what is refreshed changes only where it differs: nothing flickers, and the focus stays
+htmx.defineExtension("morph", {
+  isInlineSwap: (style) => style === "morph",
+  handleSwap: (style, node, fragment) => {
+    if (style !== "morph") return false;
+    const content = fragment as DocumentFragment;
+    return Idiomorph.morph(node as Element, [...content.childNodes] as Element[], { morphStyle: "outerHTML" }) as unknown as Node[];
+  },
+});
+
+document.body.addEventListener("htmx:configRequest", (event) => {
+  const { detail } = event as CustomEvent<{ headers: Record<string, string> }>;
+  detail.headers["X-CSRF-Token"] = csrfToken();
+});
+document.body.addEventListener("htmx:responseError", (event) => {
+  const { xhr } = (event as CustomEvent<{ xhr: XMLHttpRequest }>).detail;
+  toast(xhr.getResponseHeader("X-Problem") ?? `the server answered ${xhr.status}; try again`);
+});
+document.body.addEventListener("htmx:sendError", (event) => {
+  const { elt } = (event as CustomEvent<{ elt: Element }>).detail;
+  if (!elt.hasAttribute("data-refreshes")) toast("the server does not answer; nothing was changed");
+});
+document.body.addEventListener("htmx:afterSettle", () => tellTimes());
+
+document.addEventListener("click", (event) => {
+  const pressed = (event.target as Element).closest<HTMLElement>("[data-does]");
+  switch (pressed?.dataset["does"]) {
+    case "theme": {
+      const next = document.documentElement.dataset["theme"] === "dark" ? "light" : "dark";
+      localStorage.setItem("theme", next);
+      document.documentElement.dataset["theme"] = next;
+      break;
+    }
+    case "menu": {
+      const rooms = document.querySelector(".rooms");
+      const isOpen = rooms?.toggleAttribute("data-open") ?? false;
+      pressed.setAttribute("aria-expanded", String(isOpen));
+      break;
+    }
+    case "copy":
+      void navigator.clipboard.writeText(pressed.dataset["text"] ?? "").then(() => toast("copied", "info"));
+      break;
+  }
+});
+
+tellTimes();
+setInterval(tellTimes, 15_000);

@@ -1,0 +1,247 @@
+// One question to several models at once: the same seed, answers side by side as they come, and how fast they came.
+import { ApiError, json, send } from "./_api";
+import { told } from "./_chart";
+import { toast } from "./_toast";
+
+interface Model {
+  id: string;
+  owned_by: string;
+  base_model: string;
+  alias_of: string | null;
+}
+
+interface Message {
+  role: "system" | "user" | "assistant";
+  content: string;
+}
+
+interface Chunk {
+  choices: { delta: { content?: string | null }; finish_reason: string | null }[];
+  usage?: { completion_tokens: number } | null;
+  error?: { message: string };
+}
+
+const columns = document.getElementById("columns") as HTMLElement;
+const template = document.getElementById("column") as HTMLTemplateElement;
+const form = document.getElementById("ask") as HTMLFormElement;
+const MOST = 4;
+let models: Model[] = [];
+
+class Column {
+  readonly root: HTMLElement;
+  private readonly history: Message[] = [];
+  private stopping: AbortController | undefined;
+
+  constructor(chosen: string) {
+    this.root = (template.content.cloneNode(true) as DocumentFragment).firstElementChild as HTMLElement;
+    const select = this.find<HTMLSelectElement>("select.model");
+    for (const model of models) select.add(new Option(model.alias_of ? `${model.id} → ${model.alias_of}` : model.id, model.id));
+    if (models.some((model) => model.id === chosen)) select.value = chosen;
+    select.addEventListener("change", () => this.offerMix());
+    this.find(".remove").addEventListener("click", () => this.remove());
+    this.find(".mix-weight").addEventListener("input", () => this.tellWeight());
+    this.find(".curl").addEventListener("click", () => void copy(asCurl(this.body())));
+    this.find(".python").addEventListener("click", () => void copy(asPython(this.body())));
+    columns.append(this.root);
+    this.offerMix();
+  }
+
+  /** What the API is asked: a mix of two adapters is asked of their base. */
+  body(): Record<string, unknown> {
+    const settings = new FormData(form);
+    const number = (name: string) => Number(settings.get(name));
+    const system = String(settings.get("system") ?? "").trim();
+    const messages: Message[] = [...(system ? [{ role: "system" as const, content: system }] : []), ...this.history];
+    const asked = { messages, temperature: number("temperature"), max_tokens: number("max_tokens"), seed: number("seed") };
+    const [model, other] = [this.model, this.find<HTMLSelectElement>(".mix-with").value];
+    if (!other) return { model, ...asked };
+    const weight = this.weight;
+    const base = models.find((one) => one.id === model)?.base_model ?? model;
+    const adapters = [{ model, weight: round(1 - weight) }, { model: other, weight }].filter((one) => one.weight !== 0);
+    return { model: base, adapters, ...asked };
+  }
+
+  async answer(question: string): Promise<void> {
+    this.stopping?.abort();
+    this.stopping = new AbortController();
+    this.history.push({ role: "user", content: question });
+    const said = this.say("assistant", "");
+    this.say("user", question, said);
+    const began = performance.now();
+    let [first, text, tokens] = [0, "", 0];
+    said.setAttribute("aria-busy", "true");
+    try {
+      const body = { ...this.body(), stream: true, stream_options: { include_usage: true } };
+      const answer = await send("/v1/chat/completions", { ...json(body), signal: this.stopping.signal });
+      for await (const chunk of chunks(answer)) {
+        if (chunk.error) throw new Error(chunk.error.message);
+        const piece = chunk.choices[0]?.delta.content ?? "";
+        if (piece && !first) first = performance.now();
+        text += piece;
+        said.textContent = text;
+        tokens = chunk.usage?.completion_tokens ?? tokens;
+        this.tell(began, first, tokens);
+      }
+      this.history.push({ role: "assistant", content: text });
+    } catch (problem) {
+      this.history.pop();
+      if (this.stopping.signal.aborted) return;
+      said.className = "problem";
+      said.textContent = problem instanceof ApiError || problem instanceof Error ? problem.message : String(problem);
+    } finally {
+      said.removeAttribute("aria-busy");
+    }
+  }
+
+  clear(): void {
+    this.stopping?.abort();
+    this.history.length = 0;
+    this.find(".turns").replaceChildren();
+    this.find(".speed").textContent = "";
+  }
+
+  get model(): string {
+    return this.find<HTMLSelectElement>("select.model").value;
+  }
+
+  private get weight(): number {
+    return Number(this.find<HTMLInputElement>(".mix-weight").value);
+  }
+
+  private say(role: Message["role"], text: string, before: HTMLElement | null = null): HTMLElement {
+    const turn = document.createElement("p");
+    turn.className = `turn ${role}`;
+    turn.textContent = text;
+    this.find(".turns").insertBefore(turn, before);
+    turn.scrollIntoView({ block: "nearest" });
+    return turn;
+  }
+
+  private tell(began: number, first: number, tokens: number): void {
+    if (!first) return;
+    const seconds = (performance.now() - first) / 1000;
+    const speed = tokens > 1 && seconds > 0 ? ` · ${told((tokens - 1) / seconds)} tokens/s` : "";
+    this.find(".speed").textContent = `first token after ${Math.round(first - began)} ms${speed}`;
+  }
+
+  /** Only tuned models of one base can be mixed. */
+  private offerMix(): void {
+    const own = models.find((model) => model.id === this.model);
+    const others = models.filter((one) => isTuned(one) && one.base_model === own?.base_model && one.id !== own.id);
+    const select = this.find<HTMLSelectElement>(".mix-with");
+    select.replaceChildren(new Option("nothing", ""), ...others.map((one) => new Option(one.id, one.id)));
+    this.find(".mix").toggleAttribute("hidden", !own || !isTuned(own) || others.length === 0);
+    select.onchange = () => this.tellWeight();
+    this.tellWeight();
+  }
+
+  private tellWeight(): void {
+    const isMixed = this.find<HTMLSelectElement>(".mix-with").value !== "";
+    this.find(".mix-slider").toggleAttribute("hidden", !isMixed);
+    this.find(".mix-told").textContent = `${round(1 - this.weight)} : ${this.weight}`;
+  }
+
+  private remove(): void {
+    this.stopping?.abort();
+    this.root.remove();
+    all.splice(all.indexOf(this), 1);
+    tellNumber();
+  }
+
+  private find<T extends Element = HTMLElement>(selector: string): T {
+    return this.root.querySelector<T>(selector) as T;
+  }
+}
+
+const all: Column[] = [];
+
+function isTuned(model: Model): boolean {
+  return model.owned_by !== "base" && model.alias_of === null;
+}
+
+function round(value: number): number {
+  return Math.round(value * 100) / 100;
+}
+
+async function* chunks(answer: Response): AsyncGenerator<Chunk> {
+  const reader = answer.body?.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (let part = await reader?.read(); part && !part.done; part = await reader?.read()) {
+    const lines = (rest + part.value).split("\n");
+    rest = lines.pop() ?? "";
+    for (const line of lines) {
+      if (line.startsWith("data: ") && line !== "data: [DONE]") yield JSON.parse(line.slice(6)) as Chunk;
+    }
+  }
+}
+
+function asCurl(body: unknown): string {
+  const text = JSON.stringify(body, null, 2).replaceAll("'", "'\\''");
+  const headers = "-H \"Authorization: Bearer $OPENAI_API_KEY\" -H 'Content-Type: application/json'";
+  return `curl ${location.origin}/v1/chat/completions ${headers} -d '${text}'`;
+}
+
+function asPython(body: Record<string, unknown>): string {
+  const { adapters, ...known } = body;
+  const lines = Object.entries(known).map(([name, value]) => `    ${name}=${python(value)},`);
+  if (adapters) lines.push(`    extra_body={"adapters": ${python(adapters)}},`);
+  return [
+    "from openai import OpenAI",
+    "",
+    `client = OpenAI(base_url="${location.origin}/v1")  # and OPENAI_API_KEY`,
+    "answer = client.chat.completions.create(",
+    ...lines,
+    ")",
+    "print(answer.choices[0].message.content)",
+  ].join("\n");
+}
+
+/** JSON is Python but for three words, none of which a body of ours has outside of text. */
+function python(value: unknown): string {
+  return JSON.stringify(value);
+}
+
+async function copy(text: string): Promise<void> {
+  await navigator.clipboard.writeText(text);
+  toast("copied", "info");
+}
+
+function tellNumber(): void {
+  columns.dataset["number"] = String(all.length);
+  (document.getElementById("add") as HTMLButtonElement).disabled = all.length >= MOST;
+}
+
+function add(model: string): void {
+  all.push(new Column(model));
+  tellNumber();
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  const question = form.elements.namedItem("question") as HTMLTextAreaElement;
+  const text = question.value.trim();
+  if (!text) return;
+  question.value = "";
+  for (const column of all) void column.answer(text);
+});
+form.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && (event.target as Element).id === "question") {
+    event.preventDefault();
+    form.requestSubmit();
+  }
+});
+document.getElementById("add")?.addEventListener("click", () => add(all.at(-1)?.model ?? ""));
+document.getElementById("clear")?.addEventListener("click", () => all.forEach((column) => column.clear()));
+
+void send("/v1/models")
+  .then((answer) => answer.json() as Promise<{ data: Model[] }>)
+  .then(({ data }) => {
+    const served = new Set((columns.dataset["served"] ?? "").split(" "));
+    models = data.filter((model) => served.has(model.base_model));
+    models.sort((a, b) => Number(isTuned(b)) - Number(isTuned(a)) || b.id.localeCompare(a.id));
+    const asked = new URLSearchParams(location.search).getAll("model");
+    const tuned = models.find(isTuned);
+    const chosen = asked.length ? asked : [tuned?.base_model ?? models[0]?.id ?? "", ...(tuned ? [tuned.id] : [])];
+    chosen.slice(0, MOST).forEach(add);
+  })
+  .catch((problem: unknown) => toast(String(problem)));

@@ -1,0 +1,132 @@
+"""`make screenshots`: every page, light and dark, on a desk and on a phone, with an organization's history in it."""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from playwright.sync_api import Browser, Page
+from sqlalchemy import select
+
+from app import db
+from app.accounts import bootstrap
+from app.accounts.caller import Caller
+from app.core.settings import Settings
+from app.core.storage import open_storage
+from app.models import Organization, Project
+from migrations.upgrade import upgrade
+from tests import make
+from tests.browser import seeding
+from tests.browser.chromium import launched
+from tests.conftest import serving_api
+from worker.embedded import Servers
+
+SCREENS = {"desk": {"width": 1360, "height": 850}, "phone": {"width": 390, "height": 844}}
+THEMES = ("light", "dark")
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """The API with a history, and a link that signs its owner in."""
+
+    url: str
+    link: str
+    paths: dict[str, str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(".tunesmith/screenshots"))
+    parser.add_argument("--only", help="pages whose name begins so")
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    logging.disable()
+    chosen = asked.only or ""
+    with TemporaryDirectory() as folder, seeded(Path(folder)) as site, launched() as browser:
+        session = _signed_in(browser, site)
+        for name, path in site.paths.items():
+            if name.startswith(chosen):
+                for (screen, size), theme in product(SCREENS.items(), THEMES):
+                    _shoot(browser, session, site.url + path, size, theme, asked.out / f"{name}-{screen}-{theme}.png")
+    print(f"{asked.out}: {len(list(asked.out.glob('*.png')))} pictures")
+
+
+def _signed_in(browser: Browser, site: Seeded) -> dict[str, object]:
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(site.url + site.link)
+    page.get_by_role("button", name="Continue").click()
+    page.wait_for_url(f"{site.url}/")
+    state: dict[str, object] = dict(context.storage_state())
+    context.close()
+    return state
+
+
+def _shoot(browser: Browser, session: dict[str, object], url: str, size: dict[str, int], theme: str, to: Path) -> None:
+    signed_in = {} if "sign-in" in url else {"storage_state": session}
+    context = browser.new_context(viewport=size, color_scheme=theme, device_scale_factor=1, **signed_in)
+    page: Page = context.new_page()
+    page.goto(url)
+    page.wait_for_timeout(700)  # curves are drawn when they have come
+    page.screenshot(path=to, full_page=True)
+    context.close()
+
+
+@contextmanager
+def seeded(folder: Path) -> Iterator[Seeded]:
+    """Servers of its own, gone at the end."""
+    servers = Servers(folder / "servers", durable=False).start()
+    try:
+        upgrade(servers.settings.database.owner_url.get_secret_value())
+        bootstrap.ensure_first_key(servers.settings)
+        link = bootstrap.sign_in_link(servers.settings)
+        paths = _history(servers.settings)
+        with serving_api(servers.settings) as url:
+            yield Seeded(url, link, paths)
+    finally:
+        servers.stop()
+
+
+def _history(settings: Settings) -> dict[str, str]:
+    sessions = db.open_sessions(settings.database.system_url)
+    with sessions.begin() as session:
+        organization, project = session.execute(select(Organization, Project).join(Project)).one()
+        owner = Caller("user-any", organization.id, project.id, organization.slug)
+        good, bad = seeding.uploads(session, owner, open_storage(settings.storage))
+        support, router, failed, running, waiting, _ = seeding.history(session, owner, good)
+        evaluation = seeding.evaluation(session, owner, [make.TINY, str(support.fine_tuned_model)])
+        endpoint, delivery = seeding.webhook(session, owner)
+        seeding.service(session)
+        return {
+            "sign-in": "/sign-in",
+            "overview": "/",
+            "files": "/files",
+            "file-valid": f"/files/{good.id}",
+            "file-invalid": f"/files/{bad.id}",
+            "new-job": f"/jobs/new?training_file={good.id}",
+            "jobs": "/jobs",
+            "job-succeeded": f"/jobs/{support.id}",
+            "job-running": f"/jobs/{running.id}",
+            "job-waiting": f"/jobs/{waiting.id}",
+            "job-failed": f"/jobs/{failed.id}",
+            "compare": f"/jobs/compare?ids={support.id}&ids={router.id}&ids={running.id}",
+            "models": "/models",
+            "evaluations": "/evaluations",
+            "evaluation": f"/evaluations/{evaluation.id}",
+            "playground": "/playground",
+            "webhooks": "/webhooks",
+            "webhook": f"/webhooks/{endpoint.id}",
+            "delivery": f"/webhooks/{endpoint.id}/deliveries/{delivery.id}",
+            "keys": "/keys",
+            "account": "/account",
+            "service": "/service",
+            "not-found": "/jobs/ftjob-of-nobody",
+        }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The operator's way into the dashboard."""
+
+import json
+
+import httpx
+import pytest
+
+from app.core.settings import Settings
+from tests.cli.conftest import Tunesmith
+from worker.embedded import environment
+
+
+def test_a_link_signs_the_operator_in_once(
+    tunesmith: Tunesmith, settings: Settings, api_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.of(settings, secrets=environment.PRIVATE).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TUNESMITH_DASHBOARD__URL", api_url)
+    said = tunesmith("sign-in", "--json")
+    assert said.status == 0, said.err
+    link = json.loads(said.out)["link"]
+    assert link.startswith(f"{api_url}/sign-in/")
+
+    with httpx.Client(follow_redirects=True, headers={"origin": api_url}, verify=False) as browser:
+        came = browser.post(link)
+        assert (came.status_code, came.url.path) == (200, "/") and "Operator" in came.text
+    assert httpx.post(link, headers={"origin": api_url}, verify=False).status_code == 404

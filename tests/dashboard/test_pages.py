@@ -1,0 +1,299 @@
+"""Every page, for whoever is signed in: whole, of their own organization, and nothing of what strangers write is markup."""
+
+import re
+from datetime import timedelta
+
+import httpx
+import pytest
+from sqlalchemy import func, select, update
+
+from app import processes, standing
+from app.accounts.caller import Caller
+from app.core import ids
+from app.core.engine import Heartbeat
+from app.core.events import Stepped
+from app.core.settings import Settings
+from app.core.storage import Storage
+from app.dashboard.rendering import POLICY
+from app.files import service as files
+from app.inference import engines
+from app.jobs import curves, events
+from app.models import Adapter, Job, Snapshot
+from tests import make
+from tests.browser import seeding
+from tests.dashboard.conftest import Open, Page, Sessions, link_of
+
+MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+PLAIN = ("/", "/files", "/jobs", "/jobs/new", "/models", "/playground", "/webhooks", "/keys", "/evaluations", "/account")
+
+
+@pytest.fixture
+def paths(system_sessions: Sessions, organization: Caller, storage: Storage) -> list[str]:
+    """Of all pages, in an organization with a history."""
+    with system_sessions.begin() as session:
+        uploaded = seeding.uploads(session, organization, storage)
+        jobs = seeding.history(session, organization, uploaded[0])
+        done, other = jobs[:2]
+        evaluation = seeding.evaluation(session, organization, [make.TINY, str(done.fine_tuned_model)])
+        endpoint, delivery = seeding.webhook(session, organization)
+        return [
+            *PLAIN,
+            *(f"/files/{file.id}" for file in uploaded),
+            *(f"/jobs/{job.id}" for job in jobs),
+            *(f"/jobs/{job.id}/state" for job in jobs),
+            *(f"/jobs/{job.id}/outcome" for job in jobs),
+            f"/jobs/{done.id}/examples",
+            f"/jobs/compare?ids={done.id}&ids={other.id}",
+            f"/evaluations/{evaluation.id}",
+            f"/webhooks/{endpoint.id}",
+            f"/webhooks/{endpoint.id}/deliveries/{delivery.id}",
+        ]
+
+
+def test_every_page_is_whole_and_forbids_what_is_not_ours(page: Page, paths: list[str]) -> None:
+    for path in paths:
+        answer = page.get(path)
+        assert answer.status_code == 200, (path, answer.text)
+        assert answer.headers["content-security-policy"] == POLICY
+        assert answer.headers["cache-control"] == "no-store"
+        assert not re.search(r"<script(?![^>]*\bsrc=)|\son\w+=|\sstyle=|javascript:", answer.text), path
+        assert "{{" not in answer.text and "None" not in answer.text, path
+
+
+def test_an_organization_without_anything_is_told_what_to_do_next(page: Page) -> None:
+    for path, advice in (("/", "Upload a file"), ("/jobs", "upload one first"), ("/models", "New job"), ("/files", "Drop a")):
+        assert advice in page.get(path).text
+
+
+def test_a_stranger_sees_none_of_it(strange_page: Page, paths: list[str]) -> None:
+    for path in paths:
+        answer = strange_page.get(path)
+        assert answer.status_code == (200 if path in PLAIN else 404), path
+        assert not re.search("support-tone|support-chats|Deploy on success", answer.text), path
+
+
+def test_markup_in_names_and_rows_is_text(page: Page, system_sessions: Sessions, organization: Caller, storage: Storage) -> None:
+    with system_sessions.begin() as session:
+        file_id = ids.new("file-")
+        content = f'{{"messages": [{{"role": "{MARKUP}'.encode()
+        stored = storage.put(files.key_for(organization, file_id), content)
+        file = files.add(session, organization, file_id=file_id, filename=MARKUP, purpose="fine-tune", stored=stored)
+        seeding.examined(session, file, content)
+        job = make.queued_job(session, organization)
+        events.append(session, job, MARKUP)
+        job.suffix = MARKUP
+        endpoint, _ = seeding.webhook(session, organization)
+        endpoint.name = MARKUP
+        paths = (f"/files/{file.id}", "/files", f"/jobs/{job.id}", "/jobs", "/", "/webhooks", f"/webhooks/{endpoint.id}")
+    assert page.ask("POST", "/keys", data={"name": MARKUP}).status_code == 200
+    for path in (*paths, "/keys"):
+        told = page.get(path).text
+        assert "&lt;script&gt;alert(1)" in told, path
+        assert "<script>alert" not in told and "<img src=x" not in told, path
+
+
+def test_a_missing_page_is_a_page(page: Page) -> None:
+    answer = page.get("/jobs/ftjob-of-nobody")
+    assert answer.status_code == 404
+    assert answer.headers["content-type"].startswith("text/html") and "does not exist or is not yours" in answer.text
+
+
+def test_what_a_part_asks_in_vain_is_told_in_a_header(page: Page) -> None:
+    answer = page.ask("POST", "/jobs/ftjob-ü/cancel")
+    assert answer.status_code == 404
+    part = page.http.get("/jobs/ftjob-\u00fc\u4e16/state", headers={"hx-request": "true"})
+    assert part.status_code == 404 and "does not exist or is not yours" in part.headers["x-problem"]
+
+
+def test_a_part_that_is_signed_out_leads_to_the_form(page: Page) -> None:
+    page.submit("/sign-out")
+    part = page.http.get("/jobs/any/state", headers={"hx-request": "true"})
+    assert (part.status_code, part.headers["hx-redirect"]) == (401, "/sign-in")
+
+
+def test_a_job_is_paused_resumed_and_cancelled(page: Page, system_sessions: Sessions, organization: Caller) -> None:
+    with system_sessions.begin() as session:
+        job = make.queued_job(session, organization)
+    for action, state in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelled")):
+        answer = page.ask("POST", f"/jobs/{job.id}/{action}")
+        assert answer.status_code == 200 and f'class="badge {state}"' in answer.text
+
+
+def test_the_form_makes_the_job_that_it_says(page: Page, system_sessions: Sessions, organization: Caller) -> None:
+    with system_sessions.begin() as session:
+        file = make.valid_file(session, organization)
+    form = {"model": make.TINY, "training_file": file.id, "n_epochs": "3", "learning_rate": "2e-4", "rank": "8", "suffix": "mine"}
+    made = page.ask("POST", "/jobs", data=form | {"batch_size": "", "seed": "5", "method": "supervised"})
+    assert made.status_code == 200, made.text
+    job_id = made.headers["hx-redirect"].removeprefix("/jobs/")
+
+    with system_sessions() as session:
+        job = session.get_one(Job, job_id)
+        assert (job.suffix, job.seed, job.organization_id) == ("mine", 5, organization.organization_id)
+        assert job.request["hyperparameters"]["n_epochs"] == 3 and job.request["hyperparameters"]["batch_size"] == "auto"
+        assert (job.request["adapter"]["rank"], job.request["training"]["learning_rate"]) == (8, 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("n_epochs", "many"), ("learning_rate", "-1"), ("rank", "1000"), ("model", "gpt-9")]
+)
+def test_a_wrong_field_is_told_where_the_plan_is(
+    page: Page, system_sessions: Sessions, organization: Caller, field: str, value: str
+) -> None:
+    with system_sessions.begin() as session:
+        file = make.valid_file(session, organization)
+    form = {"model": make.TINY, "training_file": file.id} | {field: value}
+    plan = page.ask("POST", "/jobs/new/plan", data=form)
+    assert plan.status_code == 200 and 'role="alert"' in plan.text
+    assert page.ask("POST", "/jobs", data=form).status_code in (400, 404)
+
+
+def test_keys_are_made_work_and_are_revoked(page: Page, api_url: str) -> None:
+    told = page.ask("POST", "/keys", data={"name": "CI"}).text
+    secret = re.search(r"ts-[\w-]{49}", told)
+    assert secret is not None and secret[0] not in page.get("/keys").text
+    bearer = {"authorization": f"Bearer {secret[0]}"}
+    assert page.http.get("/v1/models", headers=bearer).status_code == 200
+
+    (key_id,) = re.findall(r'hx-delete="/keys/(key_\w+)"', told)
+    assert "revoked" in page.ask("DELETE", f"/keys/{key_id}").text
+
+
+def test_a_long_curve_is_drawn_together(system_sessions: Sessions, organization: Caller) -> None:
+    with system_sessions.begin() as session:
+        job = make.queued_job(session, organization)
+        for step in [*range(1, 401), *range(390, 1001)]:  # a resumed attempt goes over steps again
+            events.record(session, job, stepped(step, loss=1000.0 - step + (step == 500) * 50, attempt=step > 400))
+        session.flush()
+        told = curves.of_job(session, organization, job.id, points=100)
+
+    assert len(told.train) == 100 and [point.step for point in told.train] == list(range(10, 1001, 10))
+    assert (told.train[0].low, told.train[0].high, told.train[0].loss) == (990, 999, 994.5)
+    assert told.train[49].high == 550  # the one that stands out is not lost
+    assert told.last_event_id and not told.validation
+
+
+def stepped(step: int, *, loss: float, attempt: bool) -> Stepped:
+    rate = 1e-4 * (1 + attempt)
+    return Stepped(
+        step=step, total_steps=1000, train_loss=loss, train_mean_token_accuracy=0.5, learning_rate=rate, grad_norm=1.0,
+        tokens=10, labelled_tokens=5, tokens_left=0, tokens_per_second=1.0,
+    )  # fmt: skip
+
+
+def test_assets_are_kept_for_ever_under_names_of_their_content(page: Page) -> None:
+    told = page.get("/keys").text
+    names = re.findall(r'"(/static/[^"]+)"', told)
+    assert len(names) >= 3
+    for name in names:
+        answer = page.get(name)
+        assert answer.status_code == 200 and "immutable" in answer.headers["cache-control"]
+    assert page.get("/static/manifest.jsonx").status_code == 404
+
+
+def test_hardest_rows_are_shown_as_they_stand_in_the_file(
+    page: Page, system_sessions: Sessions, organization: Caller, storage: Storage
+) -> None:
+    with system_sessions.begin() as session:
+        good, _ = seeding.uploads(session, organization, storage)
+        done, _, _, running, *_ = seeding.history(session, organization, good)
+        job_id, file_id, not_over = done.id, good.id, running.id
+    told = page.get(f"/jobs/{job_id}/examples").text
+    assert told.index("line 2") < told.index("line 7") < told.index("line 3")  # by their loss
+    assert "the base knew it better" in told and "Can I change the size after ordering?" in told
+
+    assert page.get(f"/jobs/{not_over}/examples").status_code == 404
+
+    assert page.ask("DELETE", f"/files/{file_id}").status_code == 200
+    left = page.get(f"/jobs/{job_id}/examples").text
+    assert "line 2" in left and "Can I change the size" not in left
+
+
+def test_a_manifest_is_shown_while_there_is_a_model(
+    page: Page, system_sessions: Sessions, organization: Caller, storage: Storage
+) -> None:
+    with system_sessions.begin() as session:
+        made = make.queued_job(session, organization)
+        make.complete(session, make.claim(session, made))
+        adapter = session.scalars(select(Adapter).where(Adapter.job_id == made.id)).one()
+        storage.put(f"{adapter.prefix}/manifest.json", make.manifest(made.id).to_bytes())
+        job_id, name = made.id, made.fine_tuned_model
+    assert "&#34;dataset_sha256&#34;: " in page.get(f"/jobs/{job_id}/manifest").text
+
+    page.ask("DELETE", f"/models/{name}")
+    assert page.get(f"/jobs/{job_id}/manifest").status_code == 404
+    assert "deleted" in page.get(f"/jobs/{job_id}/outcome").text
+
+
+def test_jobs_are_compared_by_what_differs(page: Page, system_sessions: Sessions, organization: Caller, storage: Storage) -> None:
+    with system_sessions.begin() as session:
+        good, _ = seeding.uploads(session, organization, storage)
+        one, other, *_ = (job.id for job in seeding.history(session, organization, good))
+    told = page.get(f"/jobs/compare?ids={one}&ids={other}").text
+    assert "training.learning_rate" in told and "hyperparameters.n_epochs" not in told
+    drawn = page.get(f"/jobs/compare/curves?ids={one}&ids={other}").json()
+    assert drawn.keys() == {one, other} and all(curves["train"] and curves["validation"] for curves in drawn.values())
+
+    alone = page.get(f"/jobs/compare?ids={one}")
+    assert alone.status_code == 400 and "name 2 to 20" in alone.text
+
+
+def test_an_evaluation_tells_of_every_model_and_is_cancelled_while_it_runs(
+    page: Page, system_sessions: Sessions, organization: Caller
+) -> None:
+    with system_sessions.begin() as session:
+        tuned = make.tuned_model(session, organization)
+        over = seeding.evaluation(session, organization, [make.TINY, tuned]).id
+        runs = make.evaluation(session, organization, make.TINY)[0].id
+    told = page.get(f"/evaluations/{over}").text
+    assert told.count(tuned) >= 3 and "Against the first model" in told and "I do not know." in told
+
+    assert 'class="badge cancelled"' in page.ask("POST", f"/evaluations/{runs}/cancel").text
+
+
+def test_a_password_is_set_and_signs_in(page: Page, open_page: Open) -> None:
+    """The browser that sets it stays signed in, and its old cookie is worth nothing."""
+    email = re.search(r"[\w.-]+@example\.org", page.get("/account").text)
+    assert email is not None
+    old = dict(page.http.cookies)
+    refused = page.ask("POST", "/account/password", data={"password": "short"})
+    assert "10 to 256 characters" in refused.text
+    made = page.ask("POST", "/account/password", data={"password": "correct horse"})
+    assert made.headers["hx-redirect"] == "/account?is_changed=true", made.text
+    assert "Your password is set" in page.get("/account?is_changed=true").text
+    wrong = page.ask("POST", "/account/password", data={"password": "battery staple", "current": "no"})
+    assert "is wrong" in wrong.text
+
+    assert old != dict(page.http.cookies)
+    assert httpx.get(f"{page.url}/account", cookies=old).status_code == 303
+    elsewhere = open_page()
+    assert elsewhere.submit("/sign-in", email=email[0], password="correct horse").url.path == "/"
+
+
+def test_an_operator_sees_how_the_installation_stands(
+    page: Page, open_page: Open, system_sessions: Sessions, settings: Settings, organization: Caller
+) -> None:
+    assert page.get("/service").status_code == 404 and "/service" not in page.get("/").text
+    operator = open_page()
+    operator.submit(link_of(system_sessions, settings, organization, is_operator=True))
+    beat = Heartbeat(
+        engine_id="engine-seen",
+        url="http://x",
+        base=make.TINY,
+        base_digest="d",
+        running=3,
+        waiting=1,
+        adapters={"slots": 2, "memory": 7},
+    )
+    with system_sessions.begin() as session:
+        engines.record(session, beat)
+        processes.record(session, "relay-seen", kind="relay", broker_seconds=2)
+        processes.record(session, "worker-seen", kind="train", queues=["train.cpu"], broker_seconds=1)
+        standing.keep(session, standing.read(session, engine_timeout_seconds=60))
+    told = operator.get("/service").text
+    assert all(word in told for word in ("engine-seen", "2 slots, 7 memory", "relay-seen", "worker-seen", "train.cpu"))
+    assert 'role="alert"' not in told
+
+    with system_sessions.begin() as session:
+        session.execute(update(Snapshot).values(taken_at=func.clock_timestamp() - timedelta(minutes=5)))
+    assert "it is not running, or does not reach the database" in operator.get("/service").text
