@@ -1,33 +1,36 @@
 """`tunesmith config`: what is set, and what may be."""
 
-import argparse
+from typing import Annotated
 
-from cli.failure import failed
+from typer import Option
+
+from cli.failure import say
+from cli.options import AsJson
+from cli.output import show
+
+Markdown = Annotated[bool, Option("--markdown", help="Write the reference instead: docs/configuration.md.")]
 
 
-def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "Show the settings a process started here would have, secrets hidden, and what is set in vain."
-    parser = subparsers.add_parser("config", help="show the configuration", description=text)
-    parser.add_argument("--markdown", action="store_true", help="write the reference instead: docs/configuration.md")
-    parser.set_defaults(run=run)
+def config(markdown: Markdown = False, as_json: AsJson = False) -> int:
+    """Show the configuration.
 
-
-def run(options: argparse.Namespace) -> int:
+    The settings that a process started here would have, secrets hidden, and what is
+    set in vain: then the status is 1.
+    """
     from app.core import reference
     from app.core.settings import Settings
     from cli.doctor import configuration
 
-    if options.markdown:
+    if markdown:
         print(reference.markdown(), end="")
         return 0
-    settings = configuration.read_or_say()
-    if settings is None:
-        return 1
-    defaults = Settings.model_construct()
-    for variable in reference.variables():
-        mark = " " if variable.value(settings) == variable.value(defaults) else "*"
-        print(f"{mark} {variable.name} = {variable.shown(settings)}")
+    settings, defaults = configuration.require(), Settings.model_construct()
+    variables = list(reference.variables())
+    shown = {variable.name: variable.shown(settings) for variable in variables}
+    changed = {variable.name for variable in variables if variable.value(settings) != variable.value(defaults)}
+    lines = (f"{'*' if name in changed else ' '} {name} = {value}" for name, value in shown.items())
+    show(shown, "\n".join(lines), as_json=as_json)
     unknown = reference.unknown()
     for name, meant in unknown.items():
-        failed(f"{name} sets nothing; " + (f"did you mean {meant}?" if meant else "docs/configuration.md lists what does"))
+        say(f"{name} sets nothing; " + (f"did you mean {meant}?" if meant else "docs/configuration.md lists what does"))
     return 1 if unknown else 0

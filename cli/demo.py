@@ -1,6 +1,5 @@
 """`tunesmith demo`: the main job on real input, measured: tune a model, get its webhook, ask base and tuned model."""
 
-import argparse
 import json
 import os
 import signal
@@ -13,12 +12,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cli.failure import failed
+from typer import Option
+
+from cli.failure import Failed
+from cli.options import AsJson
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -60,37 +62,61 @@ class Question:
     answer: Any
 
 
-def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "Start the embedded stack, tune SmolLM2-135M on 320 chats, receive the webhook, and compare base and tuned model."
-    parser = subparsers.add_parser("demo", help="see the main job done on this machine", description=text)
-    parser.add_argument("--keep", action="store_true", help="leave the stack running afterwards, until Ctrl-C")
-    parser.add_argument("--data-dir", type=Path, default=None, metavar="DIR", help="where to keep its data (a fresh folder)")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class Outcome:
+    """Parts of the held-out questions that were answered exactly, and whether the tuned model is better beyond doubt."""
+
+    model: str
+    base_rate: float
+    tuned_rate: float
+    p: float
+    trained_tokens: int | None
+    adapter_bytes: int
+
+    @property
+    def gain_points(self) -> float:
+        return 100 * (self.tuned_rate - self.base_rate)
+
+    @property
+    def is_better(self) -> bool:
+        return self.gain_points >= MIN_GAIN_POINTS and self.p < MAX_P
 
 
-def run(options: argparse.Namespace) -> int:
+Keep = Annotated[bool, Option("--keep", help="Leave the stack running afterwards, until Ctrl-C.")]
+DataDir = Annotated[Path | None, Option(metavar="DIR", help="Where to keep its data; by default a fresh folder.")]
+
+
+def demo(keep: Keep = False, data_dir: DataDir = None, as_json: AsJson = False) -> int:
+    """See the main job done on this machine.
+
+    Start the embedded stack, tune SmolLM2-135M on 320 chats, receive the webhook, and
+    compare base and tuned model. The status is 1 if the tuned model is no better.
+    """
+    from rich.console import Console
+
     try:
         from openai import OpenAI, OpenAIError
-        from rich.console import Console
     except ImportError as error:
-        return failed(f"{error}; `tunesmith demo` needs: pip install 'tunesmith[dev]'")
-    console = Console()
-    data_dir = options.data_dir or Path(tempfile.mkdtemp(prefix="tunesmith-demo-"))
+        raise Failed(f"{error}; `tunesmith demo` needs: pip install 'tunesmith[embedded]'") from error
+    console = Console(stderr=as_json)
+    data_dir = data_dir or Path(tempfile.mkdtemp(prefix="tunesmith-demo-"))
     stages = Stages()
     try:
         with _stack(data_dir, stages, console) as credentials, _Receiver() as receiver:
             client = OpenAI(base_url=credentials["base_url"], api_key=credentials["api_key"])
-            is_better = _tell_story(client, receiver, stages, console)
-            if options.keep:
+            outcome = _tell_story(client, receiver, stages, console)
+            if as_json:
+                print(json.dumps(asdict(outcome) | {"seconds": stages.seconds}), flush=True)
+            if keep:
                 console.print(f"The stack goes on; its key is in {data_dir}/credentials.json. Ctrl-C stops it.")
                 signal.pause()
     except (DemoFailed, OpenAIError) as error:
-        return failed(f"{error} (logs: {data_dir}/logs)")
-    return 0 if is_better else 1
+        raise Failed(f"{error} (logs: {data_dir}/logs)") from error
+    return 0 if outcome.is_better else 1
 
 
-def _tell_story(client: "OpenAI", receiver: "_Receiver", stages: Stages, console: "Console") -> bool:
-    """The way of a customer through the API, stage by stage. Returns whether the tuned model is better beyond doubt."""
+def _tell_story(client: "OpenAI", receiver: "_Receiver", stages: Stages, console: "Console") -> Outcome:
+    """The way of a customer through the API, stage by stage."""
     endpoint = client.webhooks.create(name="demo", url=receiver.url, event_types=["fine_tuning.job.succeeded"])
     with stages.timed("upload"):
         training, validation = (_upload(client, DATA / name) for name in ("train.jsonl", "heldout.jsonl"))
@@ -115,8 +141,9 @@ def _tell_story(client: "OpenAI", receiver: "_Receiver", stages: Stages, console
     with stages.timed(f"ask both {len(questions)} questions"):
         of_base = _ask(client, BASE, questions, console)
         of_tuned = _ask(client, tuned, questions, console)
-    size_bytes = (client.models.retrieve(tuned).model_extra or {})["size_bytes"]
-    return _report(console, job, stages, of_base, of_tuned, size_bytes)
+    outcome = _outcome(job, of_base, of_tuned, (client.models.retrieve(tuned).model_extra or {})["size_bytes"])
+    _report(console, outcome, stages, len(questions))
+    return outcome
 
 
 @contextmanager
@@ -258,26 +285,27 @@ def _ask(client: "OpenAI", model: str, questions: list[Question], console: "Cons
         return list(pool.map(is_right, questions))
 
 
-def _report(
-    console: "Console", job: "FineTuningJob", stages: Stages, of_base: list[bool], of_tuned: list[bool], size_bytes: int
-) -> bool:
-    from rich.table import Table
-
+def _outcome(job: "FineTuningJob", of_base: list[bool], of_tuned: list[bool], size_bytes: int) -> Outcome:
     from app.core import statistics
 
-    base_rate, tuned_rate = (100 * sum(answers) / len(answers) for answers in (of_base, of_tuned))
     pairs = list(zip(of_base, of_tuned, strict=True))
     p = statistics.mcnemar_p(gained=pairs.count((False, True)), lost=pairs.count((True, False)))
-    rates = Table("model", "exact answers", title=f"{len(of_base)} held-out questions, greedy")
-    rates.add_row(BASE, f"{base_rate:.0f} %")
-    rates.add_row(str(job.fine_tuned_model), f"{tuned_rate:.0f} %")
+    base_rate, tuned_rate = (sum(answers) / len(answers) for answers in (of_base, of_tuned))
+    return Outcome(str(job.fine_tuned_model), base_rate, tuned_rate, p, job.trained_tokens, size_bytes)
+
+
+def _report(console: "Console", outcome: Outcome, stages: Stages, questions: int) -> None:
+    from rich.table import Table
+
+    rates = Table("model", "exact answers", title=f"{questions} held-out questions, greedy")
+    rates.add_row(BASE, f"{outcome.base_rate:.0%}")
+    rates.add_row(outcome.model, f"{outcome.tuned_rate:.0%}")
     times = Table("stage", "seconds", title="Time of each stage")
     for name, seconds in stages.seconds.items():
         times.add_row(name, f"{seconds:.1f}")
     console.print(rates, times)
-    console.print(f"Gain {tuned_rate - base_rate:.0f} points, McNemar p = {p:.1e}")
-    console.print(f"Trained tokens {job.trained_tokens}, adapter {size_bytes / 1e6:.1f} MB")
-    return tuned_rate - base_rate >= MIN_GAIN_POINTS and p < MAX_P
+    console.print(f"Gain {outcome.gain_points:.0f} points, McNemar p = {outcome.p:.1e}")
+    console.print(f"Trained tokens {outcome.trained_tokens}, adapter {outcome.adapter_bytes / 1e6:.1f} MB")
 
 
 def _free_port() -> int:

@@ -3,7 +3,10 @@
 import sys
 
 
-def failed(why: object) -> int:
-    """One line on stderr, whatever the reason's own shape. Returns the exit status."""
+class Failed(Exception):
+    """What was asked for cannot be done: what, where, and what to do about it. `main` says it, and exits with 1."""
+
+
+def say(why: object) -> None:
+    """One line on stderr, whatever the reason's own shape."""
     print("tunesmith:", " ".join(str(why).split()), file=sys.stderr)
-    return 1

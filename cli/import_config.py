@@ -1,80 +1,76 @@
 """`tunesmith import-config`: a configuration of Axolotl or TRL as the body of a job, and a word on each of its keys."""
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cli.failure import failed
+from typer import Argument, Option
+
+from cli.failure import Failed
 from cli.table import columns
 
 if TYPE_CHECKING:
     from app.core.importing import Imported, Refused
 
-ABOUT = """\
-Read a YAML file that Axolotl or TRL trains by, and write the body of POST /v1/fine_tuning/jobs. On stderr: what was mapped, what
-is ignored because it does not matter here, what is refused with the next best thing, and the files to upload first.
-
-The status is 1, and no body is written, if something is refused that would train something else; --force writes it all the
-same, without that. docs/importing.md has more."""
 MOST_CORRECTIONS = 20
 
-
-def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
-        "import-config",
-        help="turn an Axolotl or TRL configuration into a job",
-        description=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("file", metavar="FILE", type=Path)
-    parser.add_argument(
-        "--method", choices=("sft", "dpo", "orpo", "kto"), help="the script that TRL is called with; by default sft"
-    )
-    parser.add_argument("--training-file", metavar="ID", help="of the uploaded file")
-    parser.add_argument("--validation-file", metavar="ID", help="of the uploaded file")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="where the body goes; by default stdout")
-    parser.add_argument("--force", action="store_true", help="write the body without what is refused")
-    parser.set_defaults(run=run)
+Configuration = Annotated[Path, Argument(metavar="FILE", help="A YAML file that Axolotl or TRL trains by.")]
+Script = Annotated[
+    Literal["sft", "dpo", "orpo", "kto"] | None, Option("--method", help="The script that TRL is called with; by default sft.")
+]
+Uploaded = Annotated[str | None, Option(metavar="ID", help="Of the uploaded file.")]
+Output = Annotated[Path | None, Option(metavar="FILE", help="Where the body goes; by default stdout.")]
+Force = Annotated[bool, Option("--force", help="Write the body without what is refused.")]
 
 
-def run(options: argparse.Namespace) -> int:
+def import_config(
+    file: Configuration,
+    method: Script = None,
+    training_file: Uploaded = None,
+    validation_file: Uploaded = None,
+    output: Output = None,
+    force: Force = False,
+) -> None:
+    """Turn an Axolotl or TRL configuration into a job.
+
+    Write the body of POST /v1/fine_tuning/jobs, as JSON, for `tunesmith jobs create
+    --body` or a program. On stderr: what was mapped, what is ignored because it does
+    not matter here, what is refused with the next best thing, and the files to upload
+    first.
+
+    The status is 1, and no body is written, if something is refused that would train
+    something else; --force writes it all the same, without that. docs/importing.md has
+    more.
+    """
     import yaml
 
     from app.core.importing import NotRecognised, convert
     from cli.doctor import configuration
 
-    settings = configuration.read_or_say()
-    if settings is None:
-        return 1
-    known, finding = configuration.read_catalog(settings)
-    if not configuration.is_fit(finding) or known is None:
-        return 1
+    known = configuration.require_catalog(configuration.require())
     try:
-        document = yaml.safe_load(options.file.read_text())
-        imported = convert(document, known, method=options.method)
+        imported = convert(yaml.safe_load(file.read_text()), known, method=method)
     except (OSError, NotRecognised, UnicodeDecodeError, yaml.YAMLError) as error:
-        return failed(f"{options.file}: {error}")
-    for name in ("training_file", "validation_file"):
-        if given := getattr(options, name):
+        raise Failed(f"{file}: {error}") from error
+    for name, given in (("training_file", training_file), ("validation_file", validation_file)):
+        if given:
             imported.body[name] = given
             imported.uploads = [upload for upload in imported.uploads if not upload.startswith(f"{name}:")]
     _correct(imported)
     _report(imported)
     stopping = [refused for refused in imported.refused if refused.matters]
-    if stopping and not options.force:
-        return failed(f"{len(stopping)} keys ask for what is not offered; --force writes the body without them")
+    if stopping and not force:
+        raise Failed(f"{len(stopping)} keys ask for what is not offered; --force writes the body without them")
     text = json.dumps(imported.body, indent=2) + "\n"
-    if options.output is None:
+    if output is None:
         print(text, end="")
-        return 0
+        return
     try:
-        options.output.write_text(text)
+        output.write_text(text)
     except OSError as error:
-        return failed(error)
-    return 0
+        raise Failed(error) from error
 
 
 def _correct(imported: "Imported") -> None:

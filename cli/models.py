@@ -1,13 +1,17 @@
 """`tunesmith models`: which base models there are, and bringing one onto this machine."""
 
-import argparse
+import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-from cli.failure import failed
-from cli.plan import WAYS
-from cli.table import columns
+import typer
+from typer import Argument
+
+from cli.failure import Failed
+from cli.options import AsJson, Stack
+from cli.output import busy, listed, local_time, show
+from cli.plan import Way
 
 if TYPE_CHECKING:
     from app.core.catalog import Base, Catalog
@@ -15,67 +19,79 @@ if TYPE_CHECKING:
     from app.core.spec import QuantizationSpec
 
 NO_WORKER = "base models are a worker's, which is not installed here; pip install 'tunesmith[worker]'"
-PULL = """\
-Fetch a base model, check it against its hub's digests, quantize it and keep it in TUNESMITH_CACHE_DIR, so that workers
-and engines that share the folder load it in seconds. Safe to repeat: what is there already is not fetched again.
 
-A gated model needs HF_TOKEN, of an account that has accepted its licence. HF_ENDPOINT names another hub or a mirror."""
+app = typer.Typer(help="Show your models; list and fetch a worker's bases.")
 
-
-def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser("models", help="list the base models, or fetch one ahead of its first use")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="the catalog, and what of it is prepared on this machine")
-    listing.set_defaults(run=run, action=_list)
-    pull = actions.add_parser(
-        "pull", help="fetch and quantize a base model", description=PULL, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    pull.add_argument("name", metavar="NAME", help="a base model's id or alias: see `tunesmith models list`")
-    pull.add_argument("--quantization", choices=WAYS, default="nf4", help="how workers and engines shall hold it; by default nf4")
-    pull.set_defaults(run=run, action=_pull)
+Name = Annotated[str, Argument(metavar="NAME", help="A base model's id or alias: see `tunesmith models list`.")]
 
 
-def run(options: argparse.Namespace) -> int:
-    if find_spec("worker") is None:
-        return failed(NO_WORKER)
-    from cli.doctor import configuration
+@app.callback(invoke_without_command=True)
+def models(context: typer.Context, data_dir: Stack = None, as_json: AsJson = False) -> None:
+    """Show your models, your aliases and the bases that the service knows."""
+    if context.invoked_subcommand is not None:
+        return
+    from cli.api import connect
 
-    settings = configuration.read_or_say()
-    if settings is None:
-        return 1
-    known, finding = configuration.read_catalog(settings)
-    if not configuration.is_fit(finding) or known is None:
-        return 1
-    status: int = options.action(options, settings, known)
-    return status
+    with connect(data_dir) as api:
+        found = api.get("/models")["data"]
+    rows = [(model["id"], model["base_model"], _whose(model), local_time(model["created"])) for model in found]
+    show(found, listed(("ID", "BASE", "WHOSE", "CREATED"), rows), as_json=as_json)
 
 
-def _list(_: argparse.Namespace, settings: "Settings", catalog: "Catalog") -> int:
-    rows = [("ID", "TIER", "LICENCE", "SOURCE", "GATED", "PREPARED")]
+def _whose(model: dict[str, Any]) -> str:
+    if model["alias_of"]:
+        return f"alias of {model['alias_of']}"
+    return "base" if model["owned_by"] == "base" else "yours"
+
+
+@app.command("list")
+def list_bases(as_json: AsJson = False) -> None:
+    """List the catalog of bases, and what of it is prepared on this machine."""
+    settings, catalog = _required()
+    names, rows = ("ID", "TIER", "LICENCE", "SOURCE", "GATED", "PREPARED"), list[tuple[str, ...]]()
     for base in catalog.values():
         prepared = "yes" if is_prepared(base, settings.cache_dir) else "no"
         rows.append((base.id, base.tier, base.licence, base.source.kind, "yes" if base.gated else "no", prepared))
-    for line in columns(rows):
-        print(line)
-    return 0
+    document = [dict(zip(map(str.lower, names), row, strict=True)) for row in rows]
+    show(document, listed(names, rows), as_json=as_json)
 
 
-def _pull(options: argparse.Namespace, settings: "Settings", catalog: "Catalog") -> int:
+@app.command()
+def pull(name: Name, quantization: Way = "nf4", as_json: AsJson = False) -> None:
+    """Fetch and quantize a base model.
+
+    It is checked against its hub's digests, quantized and kept in TUNESMITH_CACHE_DIR,
+    so that workers and engines that share the folder load it in seconds. Safe to
+    repeat: what is there already is not fetched again.
+
+    A gated model needs HF_TOKEN, of an account that has accepted its licence.
+    HF_ENDPOINT names another hub or a mirror.
+    """
+    settings, catalog = _required()
     from app.core import spec
     from app.core.errors import NotFound
     from worker.model import pointer
     from worker.model.refused import BaseRefused
 
     try:
-        base = catalog.resolve(options.name)
-        quantization = spec.QUANTIZATIONS[options.quantization]
-        if folder := pointer.find(base, settings.cache_dir, quantization):
-            print(f"{base.id} is here already: {_described(folder)}")
-        else:
-            print(f"{base.id} is ready: {_described(_pulled(base, settings.cache_dir, quantization))}")
+        base, way = catalog.resolve(name), spec.QUANTIZATIONS[quantization]
+        found = pointer.find(base, settings.cache_dir, way)
+        folder = found or _pulled(base, settings.cache_dir, way, sys.stderr if as_json else sys.stdout)
+        size_bytes = sum(path.stat().st_size for path in folder.iterdir())
     except (NotFound, BaseRefused, OSError) as error:
-        return failed(error)
-    return 0
+        raise Failed(error) from error
+    told = f"{base.id} is {'here already' if found else 'ready'}: {folder}, {size_bytes} bytes"
+    show({"id": base.id, "folder": str(folder), "bytes": size_bytes, "was_here": bool(found)}, told, as_json=as_json)
+
+
+def _required() -> "tuple[Settings, Catalog]":
+    """Raises Failed."""
+    if find_spec("worker") is None:
+        raise Failed(NO_WORKER)
+    from cli.doctor import configuration
+
+    settings = configuration.require()
+    return settings, configuration.require_catalog(settings)
 
 
 def is_prepared(base: "Base", cache_dir: Path) -> bool:
@@ -89,7 +105,7 @@ def is_prepared(base: "Base", cache_dir: Path) -> bool:
         return False
 
 
-def _pulled(base: "Base", cache_dir: Path, quantization: "QuantizationSpec") -> Path:
+def _pulled(base: "Base", cache_dir: Path, quantization: "QuantizationSpec", console: TextIO) -> Path:
     from worker.model import source
 
     bars = list[Any]()
@@ -100,7 +116,7 @@ def _pulled(base: "Base", cache_dir: Path, quantization: "QuantizationSpec") -> 
 
     def say(stage: str) -> None:
         close_bars()  # else the stage would be written into the bar's line
-        print(f"{base.id}: {stage}", flush=True)
+        print(f"{base.id}: {stage}", flush=True, file=console)
 
     try:
         source.fetch(base, cache_dir, progress=_bar_class(bars), say=say)
@@ -109,7 +125,8 @@ def _pulled(base: "Base", cache_dir: Path, quantization: "QuantizationSpec") -> 
     say("quantizing")
     from worker.model import base as bases  # imports torch, for which a download that fails need not wait
 
-    return bases.prepare(base, cache_dir, quantization=quantization)
+    with busy("quantizing"):
+        return bases.prepare(base, cache_dir, quantization=quantization)
 
 
 def _bar_class(shown: list[Any]) -> type[Any]:
@@ -123,8 +140,3 @@ def _bar_class(shown: list[Any]) -> type[Any]:
             shown.append(self)
 
     return Received
-
-
-def _described(folder: Path) -> str:
-    size_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    return f"{folder}, {size_bytes} bytes"

@@ -1,24 +1,22 @@
 """`tunesmith plan`: what a run would take, part by part, and where it fits. Nothing is downloaded."""
 
-import argparse
-import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from cli.failure import failed
+from typer import Argument, Option
+
+from cli.failure import Failed
+from cli.options import AsJson
+from cli.output import show
 
 if TYPE_CHECKING:
-    from app.core.catalog import Base, Catalog, Size
+    from app.core.catalog import Base, Size
     from app.core.planner import Plan, Remedy, Room, Run
     from app.core.settings import GpuSettings
+    from app.core.spec import LoraSpec
 
-ABOUT = """\
-Predict what fine-tuning a model takes, from its architecture alone: nothing is downloaded. Without --tier the smallest
-that holds it is shown. The status is 1 where it does not fit; what would is said then. docs/planner.md has the formulas.
-
-MODEL is a base model, its alias, or a plain size such as llama-65b."""
 BAR = 40
-WAYS = ("nf4", "nf4-single", "fp4", "fp4-single", "int8", "none")  # app.core.spec has them, and is not imported yet
 PARTS = {
     "weights": "weights of the base",
     "adapter": "adapter and its optimizer",
@@ -32,116 +30,108 @@ PARTS = {
 }
 
 
-def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
-        "plan",
-        help="what a run would take, and the GPU it fits",
-        description=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--tier", choices=("cpu", "16", "24", "40", "48", "80"), help="where it shall fit, in GB of a GPU")
-    parser.add_argument(
-        "--seq-length", type=_positive, default=2048, metavar="TOKENS", help="of the longest row; by default 2048"
-    )
-    parser.add_argument("--batch-size", type=_positive, default=16, metavar="ROWS", help="of an optimizer step; by default 16")
-    parser.add_argument("--rank", type=_positive, default=16, help="of the adapter; by default 16")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter; by default 0")
-    parser.add_argument("--dora", action="store_true", help="train the length of each output's weights too")
-    parser.add_argument("--quantization", choices=WAYS, default="nf4", help="of the base; by default nf4")
-    parser.add_argument(
-        "--optimizer",
-        choices=("adamw_8bit", "paged_adamw_8bit", "adamw_32bit"),
-        default="adamw_8bit",
-        help="by default adamw_8bit",
-    )
-    parser.add_argument(
-        "--beside",
-        choices=("engine", "trainer"),
-        action="append",
-        default=[],
-        help="leave room for one on the card; may be repeated",
-    )
-    parser.add_argument("--json", action="store_true", help="write the plan as JSON")
-    parser.set_defaults(run=run)
+class Beside(StrEnum):
+    """Who else is on the card."""
+
+    ENGINE = "engine"
+    TRAINER = "trainer"
 
 
-def run(options: argparse.Namespace) -> int:
+# app.core.spec has these words, and is not imported yet
+Way = Annotated[Literal["nf4", "nf4-single", "fp4", "fp4-single", "int8", "none"], Option(help="How the base is held.")]
+Model = Annotated[str, Argument(metavar="MODEL", help="A base model, its alias, or a plain size such as llama-65b.")]
+Tier = Annotated[Literal["cpu", "16", "24", "40", "48", "80"] | None, Option(help="Where it shall fit, in GB of a GPU.")]
+Length = Annotated[int, Option(min=1, metavar="TOKENS", help="Of the longest row.")]
+BatchSize = Annotated[int, Option(min=1, metavar="ROWS", help="Of an optimizer step.")]
+Rank = Annotated[int, Option(min=1, metavar="N", help="Of the adapter.")]
+Dropout = Annotated[float, Option(metavar="P", help="Of the adapter.")]
+Dora = Annotated[bool, Option("--dora", help="Train the length of each output's weights too.")]
+Optimizer = Annotated[Literal["adamw_8bit", "paged_adamw_8bit", "adamw_32bit"], Option(help="How its states are held.")]
+Besides = Annotated[list[Beside] | None, Option(help="Leave room for one on the card; may be repeated.")]
+
+
+def plan(
+    model: Model,
+    tier: Tier = None,
+    seq_length: Length = 2048,
+    batch_size: BatchSize = 16,
+    rank: Rank = 16,
+    dropout: Dropout = 0.0,
+    dora: Dora = False,
+    quantization: Way = "nf4",
+    optimizer: Optimizer = "adamw_8bit",
+    beside: Besides = None,
+    as_json: AsJson = False,
+) -> int:
+    """Say what a run would take, and the GPU it fits.
+
+    Predicted from the model's architecture alone: nothing is downloaded. Without
+    --tier the smallest that holds it is shown. The status is 1 where it does not fit;
+    what would is said then. docs/planner.md has the formulas.
+    """
     from app.core import planner, tiers
     from app.core.errors import NotFound
+    from app.core.spec import QUANTIZATIONS
     from cli.doctor import configuration
 
-    settings = configuration.read_or_say()
-    if settings is None:
-        return 1
-    known, finding = configuration.read_catalog(settings)
-    if not configuration.is_fit(finding) or known is None:
-        return 1
+    settings = configuration.require()
+    known, besides = configuration.require_catalog(settings), beside or ()
     try:
-        model, asked = _asked(options, known)
+        sized = known.sized(model)
+        _require_possible(sized, tier, seq_length, optimizer, besides)
+        asked = planner.Run(
+            model=sized.architecture,
+            lora=_lora(rank, dropout, dora),
+            quantization=QUANTIZATIONS[quantization],
+            optimizer=optimizer,
+            longest_tokens=seq_length,
+            mean_tokens=seq_length,
+            batch_size=batch_size,
+        )
     except (NotFound, ValueError) as error:
-        return failed(error)
-    rooms = [_room(tier, options.beside, asked, settings.gpu) for tier in ((options.tier,) if options.tier else tiers.GPUS)]
-    made = planner.plan(asked, rooms)
+        raise Failed(error) from error
+    made = planner.plan(asked, [_room(each, besides, asked, settings.gpu) for each in ((tier,) if tier else tiers.GPUS)])
     would_fit: tuple[Remedy, ...] = ()
     if not made.fits:
-        larger = [_room(tier, options.beside, asked, settings.gpu) for tier in tiers.GPUS]
+        larger = [_room(each, besides, asked, settings.gpu) for each in tiers.GPUS]
         would_fit = planner.remedies(asked, made.room, larger=larger, bases=known.values())
-    if options.json:
-        print(json.dumps(_json(model.id, made, would_fit), indent=2))
-    else:
-        print("\n".join(_table(model.id, asked, made, would_fit)))
+    show(_document(sized.id, made, would_fit), "\n".join(_table(sized.id, asked, made, would_fit)), as_json=as_json)
     return 0 if made.fits else 1
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
-def _asked(options: argparse.Namespace, known: "Catalog") -> "tuple[Base | Size, Run]":
-    """Raises NotFound; ValueError for what no job may ask."""
+def _lora(rank: int, dropout: float, use_dora: bool) -> "LoraSpec":
+    """Raises ValueError for what no job may ask."""
     from pydantic import ValidationError
 
-    from app.core.planner import Run
-    from app.core.spec import QUANTIZATIONS, LoraSpec
+    from app.core.spec import LoraSpec
 
-    model = known.sized(options.model)
     try:
-        lora = LoraSpec(rank=options.rank, dropout=options.dropout, use_dora=options.dora)
+        return LoraSpec(rank=rank, dropout=dropout, use_dora=use_dora)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
-    context = getattr(model, "context_length", None)
-    if options.beside and options.tier == "cpu":
+
+
+def _require_possible(sized: "Base | Size", tier: str | None, seq_length: int, optimizer: str, beside: Sequence[Beside]) -> None:
+    """Raises ValueError for what no job may ask."""
+    context = getattr(sized, "context_length", None)
+    if beside and tier == "cpu":
         raise ValueError("--beside is for a GPU: memory is not planned on a CPU")
-    if options.optimizer == "paged_adamw_8bit" and options.tier == "cpu":
+    if optimizer == "paged_adamw_8bit" and tier == "cpu":
         raise ValueError("--optimizer paged_adamw_8bit needs a GPU, whose driver pages the states")
-    if context and options.seq_length > context:
-        raise ValueError(f"--seq-length {options.seq_length}: {model.id} reads at most {context} tokens")
-    length = options.seq_length
-    return model, Run(
-        model=model.architecture,
-        lora=lora,
-        quantization=QUANTIZATIONS[options.quantization],
-        optimizer=options.optimizer,
-        longest_tokens=length,
-        mean_tokens=length,
-        batch_size=options.batch_size,
-    )
+    if context and seq_length > context:
+        raise ValueError(f"--seq-length {seq_length}: {sized.id} reads at most {context} tokens")
 
 
-def _room(tier: str, beside: list[str], asked: "Run", gpu: "GpuSettings") -> "Room":
+def _room(tier: str, beside: Sequence[Beside], asked: "Run", gpu: "GpuSettings") -> "Room":
     from app.core import memory, tiers
 
-    engine = tiers.shared_bytes(tier, gpu) if "engine" in beside else 0
-    trainer = memory.waiting_bytes(asked.model) if "trainer" in beside else 0
+    engine = tiers.shared_bytes(tier, gpu) if Beside.ENGINE in beside else 0
+    trainer = memory.waiting_bytes(asked.model) if Beside.TRAINER in beside else 0
     return tiers.room(tier, gpu, beside_bytes=engine + trainer)
 
 
-def _json(model: str, made: "Plan", would_fit: "tuple[Remedy, ...]") -> dict[str, object]:
+def _document(model: str, made: "Plan", would_fit: "tuple[Remedy, ...]") -> dict[str, object]:
     return {
         "model": model,
         **made.model_dump(mode="json"),

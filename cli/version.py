@@ -1,13 +1,12 @@
 """`tunesmith version`."""
 
-import argparse
-from importlib.metadata import version
+from importlib import metadata
+
+from cli.options import AsJson
+from cli.output import show
 
 
-def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    subparsers.add_parser("version", help="print the version").set_defaults(run=run)
-
-
-def run(_: argparse.Namespace) -> int:
-    print(version("tunesmith"))
-    return 0
+def version(as_json: AsJson = False) -> None:
+    """Print the version."""
+    released = metadata.version("tunesmith")
+    show({"version": released}, released, as_json=as_json)

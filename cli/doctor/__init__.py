@@ -3,67 +3,53 @@
 It lies here and not in `worker`, which the API's image does not hold. No module below imports what an install may lack.
 """
 
-import argparse
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
-from cli import up
+from typer import Option
+
+from cli.options import DATA_DIR, HOST, PORT, AsJson, Host, Port, StackDir
+from cli.output import busy, show
 
 if TYPE_CHECKING:
     from cli.doctor.finding import Finding
 
-DESCRIPTION = """\
-Look at this machine, this installation and its settings, and say what to mend. Nothing is changed.
-
-Exit status 1 if `tunesmith up` (or, with --service, a process of a service) would fail here, else 0."""
-
-MARKS = {"ok": "ok", "warning": "WARN", "failed": "FAIL", "skipped": "skip"}
+Service = Annotated[
+    bool, Option("--service", help="Ask Postgres, the broker and the bucket too, as is done anyway if the settings name one.")
+]
+Online = Annotated[bool, Option("--online", help="Ask the model hub too.")]
 
 
-def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
-        "doctor",
-        help="say what is missing on this machine",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data-dir", type=Path, default=up.DATA_DIR, metavar="DIR", help="as for `tunesmith up` (%(default)s)")
-    parser.add_argument("--port", type=int, default=up.PORT, help="as for `tunesmith up` (%(default)s)")
-    parser.add_argument("--host", default=up.HOST, help="as for `tunesmith up` (%(default)s)")
-    parser.add_argument(
-        "--service",
-        action="store_true",
-        help="ask Postgres, the broker and the bucket too, as is done anyway if the settings name one",
-    )
-    parser.add_argument("--online", action="store_true", help="ask the model hub too")
-    parser.add_argument("--json", action="store_true", help="a list of objects: name, state, found, remedy")
-    parser.set_defaults(run=run)
+def doctor(
+    data_dir: StackDir = DATA_DIR,
+    port: Port = PORT,
+    host: Host = HOST,
+    service: Service = False,
+    online: Online = False,
+    as_json: AsJson = False,
+) -> int:
+    """Say what is missing on this machine.
 
+    Look at this machine, this installation and its settings, and say what to mend.
+    Nothing is changed.
 
-def run(options: argparse.Namespace) -> int:
+    Exit status 1 if `tunesmith up` (or, with --service, a process of a service) would
+    fail here, else 0.
+    """
     from cli.doctor.examination import Asked, examine
 
-    asked = Asked(options.data_dir.expanduser().absolute(), options.host, options.port, options.online, options.service)
-    findings = examine(asked)
-    if options.json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
-    else:
-        print(_as_text(findings))
+    with busy("looking around"):
+        findings = examine(Asked(data_dir.expanduser().absolute(), host, port, online, service))
+    show([dataclasses.asdict(finding) for finding in findings], _as_text(findings), as_json=as_json)
     return 1 if any(finding.state == "failed" for finding in findings) else 0
 
 
 def _as_text(findings: "Sequence[Finding]") -> str:
-    width = max(len(finding.name) for finding in findings)
-    lines = []
-    for finding in findings:
-        lines.append(f"{MARKS[finding.state]:4}  {finding.name:{width}}  {finding.found}")
-        if finding.remedy is not None:
-            lines.append(f"{'':{width + 6}}  -> {finding.remedy}")
-    return "\n".join((*lines, "", _summary(findings)))
+    from cli.doctor.finding import as_lines
+
+    return "\n".join((*as_lines(findings), "", _summary(findings)))
 
 
 def _summary(findings: "Sequence[Finding]") -> str:

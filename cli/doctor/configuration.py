@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from cli import failure
 from cli.doctor.finding import Finding, failed, ok, warning
+from cli.failure import Failed
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -44,17 +44,26 @@ def read() -> "tuple[Settings | None, Finding]":
     return settings, ok("settings", f"valid, {ours} {PREFIX} variables set")
 
 
-def read_or_say() -> "Settings | None":
-    """For a command that cannot go on without them; what is wrong has been said."""
+def require() -> "Settings":
+    """For a command that cannot go on without them. Raises Failed."""
     settings, finding = read()
-    return settings if is_fit(finding) else None
+    require_fit(finding)
+    assert settings is not None
+    return settings
 
 
-def is_fit(finding: Finding) -> bool:
-    """Whether a command may go on; why not has been said."""
+def require_catalog(settings: "Settings") -> "Catalog":
+    """Raises Failed."""
+    bases, finding = read_catalog(settings)
+    require_fit(finding)
+    assert bases is not None
+    return bases
+
+
+def require_fit(finding: Finding) -> None:
+    """Raises Failed."""
     if finding.state == "failed":
-        failure.failed(f"{finding.found}; {finding.remedy}")
-    return finding.state != "failed"
+        raise Failed(f"{finding.found}; {finding.remedy}")
 
 
 def unknown() -> Finding:

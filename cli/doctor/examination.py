@@ -28,7 +28,7 @@ class Asked:
 def examine(asked: Asked) -> list[Finding]:
     """No check raises: what nobody foresaw is a finding as well."""
     settings, told = configuration.read()
-    return _without_secrets(_examined(asked, settings, told), settings)
+    return without_secrets(_examined(asked, settings, told), settings)
 
 
 def _examined(asked: Asked, settings: "Settings | None", told: Finding) -> Iterator[Finding]:
@@ -86,7 +86,7 @@ def _guarded(name: str, check: Callable[[], Finding]) -> Iterator[Finding]:
         yield failed(name, f"could not be examined: {type(error).__name__}: {error}", "report this as a bug, with this line")
 
 
-def _without_secrets(findings: Iterable[Finding], settings: "Settings | None") -> list[Finding]:
+def without_secrets(findings: Iterable[Finding], settings: "Settings | None") -> list[Finding]:
     """Errors of libraries quote what they were given."""
     hidden = configuration.secret_values(settings) if settings is not None else ()
 

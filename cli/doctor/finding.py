@@ -1,9 +1,11 @@
 """What a check has found."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 State = Literal["ok", "warning", "failed", "skipped"]
+MARKS: dict[State, str] = {"ok": "ok", "warning": "WARN", "failed": "FAIL", "skipped": "skip"}
 
 
 @dataclass(frozen=True)
@@ -30,3 +32,12 @@ def failed(name: str, found: str, remedy: str) -> Finding:
 
 def skipped(name: str, found: str, remedy: str) -> Finding:
     return Finding(name, "skipped", found, remedy)
+
+
+def as_lines(findings: Sequence[Finding]) -> Iterator[str]:
+    """One for each, and one for its remedy."""
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        yield f"{MARKS[finding.state]:4}  {finding.name:{width}}  {finding.found}"
+        if finding.remedy is not None:
+            yield f"{'':{width + 6}}  -> {finding.remedy}"

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from cli import up
+from cli import options
 from cli.doctor.finding import Finding, failed, ok
 
 
@@ -47,9 +47,9 @@ def _taken(host: str, port: int, data_dir: Path) -> Finding:
 def _command(data_dir: Path, host: str, port: int) -> str:
     """`tunesmith up` on another port, and as it was meant otherwise."""
     words = ["tunesmith", "up"]
-    if data_dir != up.DATA_DIR.absolute():
+    if data_dir != options.DATA_DIR.absolute():
         words += ["--data-dir", str(data_dir)]
-    if host != up.HOST:
+    if host != options.HOST:
         words += ["--host", host]
     return shlex.join((*words, "--port", str(port)))
 

@@ -79,7 +79,7 @@ def doctor(*arguments: str, without: tuple[str, ...] = ("torch",), variables: Ma
 
 
 def test_this_machine_is_fit(place: tuple[str, ...]) -> None:
-    told = doctor(*place, without=())
+    told = doctor(*place)
 
     assert told.status == 0
     lines = told.text.splitlines()

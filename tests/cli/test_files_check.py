@@ -1,4 +1,4 @@
-"""`tunesmith data check`: the same words as the service has, without one."""
+"""`tunesmith files check`: the same words as the service has, without one."""
 
 import json
 import os
@@ -18,7 +18,7 @@ CORPUS = Path(__file__).parents[1] / "data" / "corpus"
 def check(*arguments: str | Path) -> Said:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
     environment["TUNESMITH_CACHE_DIR"] = os.environ["TUNESMITH_CACHE_DIR"]
-    command = [sys.executable, "-m", "cli.main", "data", "check", *arguments]
+    command = [sys.executable, "-m", "cli.main", "files", "check", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     return Said(done.returncode, done.stdout, done.stderr)
 
@@ -73,7 +73,10 @@ def test_a_file_of_which_a_base_leaves_all_out_fails(tmp_path: Path) -> None:
     [
         (("nowhere.jsonl",), "nowhere.jsonl"),
         ((CORPUS / "chat-plain.jsonl", "--model", "gpt-9"), "not in the catalog"),
-        ((CORPUS / "chat-plain.jsonl", "--max-seq-length", "7"), "must be a number from 8"),
+        (
+            (CORPUS / "chat-plain.jsonl", "--max-seq-length", "7"),
+            "or equal to 8; see `tunesmith files check --help`",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_told_in_a_line(arguments: tuple[str | Path, ...], words: str) -> None:
