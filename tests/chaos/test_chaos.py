@@ -1,0 +1,61 @@
+"""A short trial: every crash point is hit once, and processes are struck on top of that, while customers work."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from app.core import crash
+from bench.chaos import faults, trial
+from bench.chaos.__main__ import strike_all
+from bench.chaos.checks import CHECKS
+from bench.chaos.house import House, Stuck
+from bench.chaos.ledger import Ledger
+from bench.chaos.trial import Outcome
+
+FAULTS, SEED = 3, 11
+POINTS_SECONDS = 150.0
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory, bases_dir: Path) -> Outcome:
+    folder = tmp_path_factory.mktemp("chaos")
+    armed = folder / "armed"
+    armed.mkdir()
+
+    def strike(at: House, ledger: Ledger) -> None:
+        for name in crash.POINTS:
+            (armed / name).touch()
+        strike_all(at, ledger, cycles=FAULTS, seed=SEED)
+        rng, give_up_at = random.Random(SEED), time.monotonic() + POINTS_SECONDS
+        while left := sorted(point.name for point in armed.iterdir()):
+            if time.monotonic() > give_up_at:
+                raise Stuck(f"nobody came to {left}")
+            if "attempt_released" in left:  # it waits for an attempt that breaks off
+                faults.killed("trainer", at, rng)
+            time.sleep(1)
+        for name in crash.POINTS:
+            ledger.note("hit", point=name)
+
+    return trial.run(folder / "data", bases_dir, seed=SEED, strike=strike, crash_at=armed)
+
+
+@pytest.mark.parametrize("point", crash.POINTS)
+def test_a_process_has_died_at_each_point(outcome: Outcome, point: str) -> None:
+    assert point in {entry["point"] for entry in outcome.ledger.all("hit")}
+
+
+@pytest.mark.parametrize("invariant", CHECKS)
+def test_what_must_hold_has_held(outcome: Outcome, invariant: str) -> None:
+    assert outcome.broken[invariant] == []
+
+
+def test_customers_were_busy_meanwhile(outcome: Outcome) -> None:
+    assert all(outcome.ledger.all(kind) for kind in ("file", "job", "chat", "webhook", "followed"))
+
+
+def test_no_more_work_is_lost_than_lies_between_two_checkpoints_and_their_upload(outcome: Outcome) -> None:
+    assert max(outcome.checks.lost_steps(), default=0) <= 2 * 5
