@@ -2,21 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from ssl import SSLContext
+from datetime import datetime, timedelta
+from typing import Protocol
 
-import httpcore
-import httpx
 import structlog
-from sqlalchemy import func, orm, select, update
+from sqlalchemy import ColumnElement, Select, func, orm, select, true, update
 
+from app import db
+from app.core import crash, tracing
+from app.core.clock import unix
 from app.core.settings import WebhookSettings
 from app.models import WebhookDelivery, WebhookEndpoint
-from app.webhooks import guard, signing
+from app.webhooks import circuit, rotation, sending
+from app.webhooks.sending import Client, Message, Outcome
 
 log = structlog.get_logger()
 
@@ -32,75 +32,68 @@ RETRY_DELAYS = (
     timedelta(hours=20),
     timedelta(hours=24),
 )
-MAX_IN_FLIGHT = 32
-MAX_PER_ENDPOINT = 4
-LOOK_AHEAD = 1000  # due rows among which turns are given, so that a claim costs the same however many wait
+MAX_IN_FLIGHT = sending.MAX_AT_ONCE
 LOOK_SECONDS = 1.0  # how often to look for new rows while slow receivers are waited for
 LEASE_MARGIN = timedelta(seconds=45)
-CONNECT_SECONDS = 5.0  # for one address, so that a dead one leaves time for the next
-MAX_ANSWER_BYTES = 64 * 1024
-USER_AGENT = "Tunesmith-Webhooks/1"
+ATTEMPTS_KEPT = 10
 
-Client = httpcore.AsyncConnectionPool
+
+class OnAttempt(Protocol):
+    """Hears how each attempt went, and how long it took."""
+
+    def __call__(self, *, is_delivered: bool, seconds: float) -> None: ...
+
+
+def _unheard(*, is_delivered: bool, seconds: float) -> None:
+    pass
 
 
 @dataclass(frozen=True)
-class Message:
-    """A delivery in our hands until its lease runs out. `attempts` counts those made before."""
+class Claim:
+    """A message in our hands until its lease runs out, which no other claim of it shares. `attempts` counts those before."""
 
-    id: str
+    message: Message
     organization_id: str
     endpoint_id: str
     attempts: int
-    url: str
-    secret: str
-    body: bytes
+    lease_expires_at: datetime
+    trace: str | None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """`error` is None when the receiver took the message."""
+async def deliver_due(
+    sessions: orm.sessionmaker[orm.Session],
+    client: Client,
+    settings: WebhookSettings,
+    *,
+    on_attempt: OnAttempt = _unheard,
+    is_leaving: Callable[[], bool] = lambda: False,
+) -> int:
+    """Send messages until none is due, and return how many attempts that took. Once it `is_leaving`, none is claimed any more.
 
-    status: int | None
-    error: str | None
-
-
-@asynccontextmanager
-async def open_client(
-    settings: WebhookSettings, *, resolve: guard.Resolve = guard.resolve, ssl_context: SSLContext | None = None
-) -> AsyncIterator[Client]:
-    """An HTTP client behind the address guard. It follows no redirect, knows no proxy and keeps no connection."""
-    threads = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="resolve")
-    network = guard.GuardedNetwork(settings, resolve, threads, httpcore.AnyIOBackend())
-    try:
-        async with httpcore.AsyncConnectionPool(
-            ssl_context=ssl_context or httpx.create_ssl_context(), max_keepalive_connections=0, network_backend=network
-        ) as client:
-            yield client
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-
-
-async def deliver_due(sessions: orm.sessionmaker[orm.Session], client: Client, settings: WebhookSettings) -> int:
-    """Send messages until none is due, and return how many attempts that took.
-
-    Endpoints take turns of a few messages, and one whose turn lasts long holds up nobody else. Cancelled or crashed, what
-    was in flight is sent again when its lease runs out.
+    No endpoint and no organization is sent more than a few at once, so one that takes long holds up nobody else. A database
+    that cannot be asked for more breaks nothing off: that is raised when nothing is in flight. What is, when this is cancelled
+    or crashes, is sent again when its lease runs out.
     """
-    in_flight: dict[asyncio.Task[None], str] = {}
+    in_flight = set[asyncio.Task[None]]()
     attempts = 0
     try:
         while True:
-            room, busy = MAX_IN_FLIGHT - len(in_flight), set(in_flight.values())
-            claimed = await asyncio.to_thread(_claim, sessions, settings, room=room, busy=busy) if room else []
-            for message in claimed:
-                in_flight[asyncio.create_task(_attempt(sessions, client, settings, message))] = message.endpoint_id
-            attempts += len(claimed)
+            failure = None
+            while (room := MAX_IN_FLIGHT - len(in_flight)) and not is_leaving():
+                try:
+                    claims = await asyncio.to_thread(_claim, sessions, settings, room=room)
+                except Exception as error:
+                    failure = error
+                    break
+                in_flight |= {asyncio.create_task(_attempt(sessions, client, settings, claim, on_attempt)) for claim in claims}
+                attempts += len(claims)
+                if not claims:
+                    break
             if not in_flight:
+                if failure:
+                    raise failure
                 return attempts
-            done, _ = await asyncio.wait(in_flight, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                del in_flight[task]
+            _, in_flight = await asyncio.wait(in_flight, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in in_flight:
             task.cancel()
@@ -108,136 +101,138 @@ async def deliver_due(sessions: orm.sessionmaker[orm.Session], client: Client, s
 
 
 def next_due_in(session: orm.Session) -> float | None:
-    """Seconds until the next message is due, 0 if one is; None if none waits."""
-    seconds = func.extract("epoch", WebhookDelivery.next_attempt_at - func.clock_timestamp())
-    waiting = select(seconds).join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
-    is_wanted = (WebhookEndpoint.is_enabled, WebhookDelivery.next_attempt_at.is_not(None))
-    found = session.scalar(waiting.where(*is_wanted).order_by(WebhookDelivery.next_attempt_at).limit(1))
+    """Seconds until the next message is due, 0 if one is; None if none waits. Endpoints that rest are not looked at."""
+    first = _waiting().lateral()
+    seconds = func.extract("epoch", func.min(first.c.next_attempt_at) - func.clock_timestamp())
+    found = session.scalar(select(seconds).select_from(WebhookEndpoint).join(first, true()).where(circuit.may_be_asked()))
     return None if found is None else max(0.0, float(found))
 
 
-def _claim(
-    sessions: orm.sessionmaker[orm.Session], settings: WebhookSettings, *, room: int, busy: Collection[str]
-) -> Sequence[Message]:
-    """Take up to `room` due messages, a turn for each endpoint that is not busy, from before every other relay."""
-    # the statement's time, since an index cannot answer for a clock that moves while it is read
-    is_due = WebhookDelivery.next_attempt_at <= func.statement_timestamp()
-    oldest = (
-        select(WebhookDelivery.id, WebhookDelivery.endpoint_id, WebhookDelivery.next_attempt_at)
-        .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
-        .where(is_due, WebhookEndpoint.is_enabled, WebhookDelivery.endpoint_id.not_in(busy))
-        .order_by(WebhookDelivery.next_attempt_at)
-        .limit(LOOK_AHEAD)
+def _claim(sessions: orm.sessionmaker[orm.Session], settings: WebhookSettings, *, room: int) -> Sequence[Claim]:
+    """Take up to `room` due messages, of each endpoint and organization as many as it may be sent, from before every other relay.
+
+    In two statements: the second one sees what others took before the endpoints were locked.
+    """
+    with sessions.begin() as session:
+        endpoint_ids = session.scalars(_ready_endpoints(room)).all()
+        return _take(session, settings, endpoint_ids, room=room) if endpoint_ids else []
+
+
+def _ready_endpoints(room: int) -> Select[str]:
+    """Locked; those in other hands are left to them. What waits longest goes first.
+
+    By endpoint and not by message, so that it costs the same however many messages wait for one that rests.
+    """
+    first = _waiting().where(_is_due()).lateral()
+    return (
+        select(WebhookEndpoint.id)
+        .join(first, true())
+        .where(circuit.may_be_asked())
+        .order_by(first.c.next_attempt_at)
+        .limit(room)
+        .with_for_update(of=WebhookEndpoint, key_share=True, skip_locked=True)
+    )
+
+
+def _take(session: orm.Session, settings: WebhookSettings, endpoint_ids: Sequence[str], *, room: int) -> Sequence[Claim]:
+    turn = func.row_number().over(order_by=WebhookDelivery.next_attempt_at).label("turn")
+    due = _waiting(limit=circuit.MAX_PER_ENDPOINT).add_columns(turn).where(_is_due()).lateral()
+    owner = WebhookEndpoint.organization_id
+    rank = func.row_number().over(partition_by=owner, order_by=(due.c.turn, due.c.next_attempt_at)).label("rank")
+    allowed = (
+        select(due.c.id, due.c.next_attempt_at, rank, circuit.places_of_organization().label("places"))
+        .select_from(WebhookEndpoint)
+        .join(due, true())
+        .where(WebhookEndpoint.id.in_(endpoint_ids), due.c.turn <= circuit.places())
         .subquery()
     )
-    place = func.row_number().over(partition_by=oldest.c.endpoint_id, order_by=oldest.c.next_attempt_at)
-    placed = select(oldest.c.id, oldest.c.next_attempt_at, place.label("place")).subquery()
-    in_turn = select(placed.c.id).where(placed.c.place <= MAX_PER_ENDPOINT).order_by(placed.c.next_attempt_at).limit(room)
-    chosen = (
-        select(WebhookDelivery.id)
-        .where(WebhookDelivery.id.in_(in_turn), is_due)  # due still, if another relay took it while we looked
-        .with_for_update(skip_locked=True)
-        .cte()
-    )
-    lease = timedelta(seconds=settings.timeout_seconds) + LEASE_MARGIN
+    fair = select(allowed.c.id).where(allowed.c.rank <= allowed.c.places).order_by(allowed.c.rank, allowed.c.next_attempt_at)
+    chosen = fair.limit(room).cte()
+    lease_expires_at = func.statement_timestamp() + timedelta(seconds=settings.timeout_seconds) + LEASE_MARGIN
     taken = (
         update(WebhookDelivery)
         .where(WebhookDelivery.id == chosen.c.id, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
-        .values(next_attempt_at=func.clock_timestamp() + lease)
-        .returning(
-            WebhookDelivery.id,
-            WebhookDelivery.organization_id,
-            WebhookDelivery.endpoint_id,
-            WebhookDelivery.attempts,
-            WebhookEndpoint.url,
-            WebhookEndpoint.secret,
-            WebhookDelivery.body,
-        )
+        .where(_is_due())  # still: a relay of the release before locks no endpoint
+        .values(next_attempt_at=lease_expires_at, lease_expires_at=lease_expires_at)
+        .returning(WebhookDelivery, WebhookEndpoint.url, *rotation.valid_secrets())
         .execution_options(synchronize_session=False)
     )
-    with sessions.begin() as session:
-        return [Message(*row[:-1], body=row.body.encode()) for row in session.execute(taken)]
+    return [_as_claim(row, url, *secrets) for row, url, *secrets in session.execute(taken)]
 
 
-async def _attempt(sessions: orm.sessionmaker[orm.Session], client: Client, settings: WebhookSettings, message: Message) -> None:
-    outcome = await _send(client, settings, message)
-    about = {"delivery": message.id, "endpoint": message.endpoint_id, "org_id": message.organization_id}
-    log.info("webhook_attempted", **about, attempt=message.attempts + 1, status=outcome.status, is_delivered=not outcome.error)
+def _waiting(*, limit: int = 1) -> Select[str, datetime | None]:
+    """The next messages of an endpoint that the query around names."""
+    waiting = select(WebhookDelivery.id, WebhookDelivery.next_attempt_at).correlate(WebhookEndpoint)
+    is_waiting = (WebhookDelivery.endpoint_id == WebhookEndpoint.id, WebhookDelivery.next_attempt_at.is_not(None))
+    return waiting.where(*is_waiting).order_by(WebhookDelivery.next_attempt_at).limit(limit)
+
+
+def _is_due() -> ColumnElement[bool]:
+    """By the statement's time, since an index cannot answer for a clock that moves while it is read."""
+    return WebhookDelivery.next_attempt_at <= func.statement_timestamp()
+
+
+def _as_claim(row: WebhookDelivery, url: str, *secrets: str | None) -> Claim:
+    assert row.lease_expires_at is not None
+    message = Message(row.id, url, tuple(filter(None, secrets)), row.body.encode())
+    return Claim(message, row.organization_id, row.endpoint_id, row.attempts, row.lease_expires_at, row.trace)
+
+
+async def _attempt(
+    sessions: orm.sessionmaker[orm.Session], client: Client, settings: WebhookSettings, claim: Claim, on_attempt: OnAttempt
+) -> None:
+    crash.point("webhook_claimed")
+    about = {"delivery": claim.message.id, "endpoint": claim.endpoint_id, "org_id": claim.organization_id}
+    with tracing.span("webhook", parent=claim.trace, **about, attempt=claim.attempts + 1) as span:
+        outcome = await sending.send(client, settings, claim.message)
+        span.set(is_delivered=not outcome.error, status=outcome.status or 0)
+    crash.point("webhook_sent")
+    on_attempt(is_delivered=not outcome.error, seconds=outcome.milliseconds / 1000)
+    told = {"status": outcome.status, "is_delivered": not outcome.error, "milliseconds": outcome.milliseconds}
+    log.info("webhook_attempted", **about, attempt=claim.attempts + 1, **told)
     try:
-        await asyncio.to_thread(_settle, sessions, message, outcome)
+        await _settle_in_time(sessions, claim, outcome)
     except Exception as error:  # one that cannot be settled must not break off the others; its lease sends it again
         log.warning("webhook_unsettled", **about, error=type(error).__name__)
 
 
-async def _send(client: Client, settings: WebhookSettings, message: Message) -> Outcome:
-    try:
-        async with asyncio.timeout(settings.timeout_seconds):
-            status = await _post(client, settings, message)
-    except TimeoutError:
-        return Outcome(None, f"no whole answer within {settings.timeout_seconds:g} seconds")
-    except Exception as error:
-        return Outcome(None, _told(error))
-    if 200 <= status < 300:
-        return Outcome(status, None)
-    if 300 <= status < 400:
-        return Outcome(status, f"the receiver answered {status}; redirects are not followed, give the endpoint its final URL")
-    return Outcome(status, f"the receiver answered {status}")
+async def _settle_in_time(sessions: orm.sessionmaker[orm.Session], claim: Claim, outcome: Outcome) -> None:
+    """Until the lease is nearly over a database that is away is waited for: what nobody wrote down is sent twice."""
+    give_up_at = time.monotonic() + LEASE_MARGIN.total_seconds()
+    while True:
+        try:
+            return await asyncio.to_thread(_settle, sessions, claim, outcome)
+        except Exception as error:
+            if not db.is_outage(error) or time.monotonic() >= give_up_at:
+                raise
+        await asyncio.sleep(LOOK_SECONDS)
 
 
-async def _post(client: Client, settings: WebhookSettings, message: Message) -> int:
-    """The status that the receiver answers. What else it says is read up to a limit and forgotten."""
-    url = guard.parse(message.url, settings)
-    target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-    headers = {
-        "host": url.netloc.decode(),
-        "content-type": "application/json",
-        "content-length": str(len(message.body)),
-        "user-agent": USER_AGENT,
-        **signing.headers(message.secret, message_id=message.id, unix_seconds=int(time.time()), body=message.body),
-    }
-    patience = {"timeout": {"connect": CONNECT_SECONDS}}
-    async with client.stream(
-        "POST", target, headers=list(headers.items()), content=message.body, extensions=patience
-    ) as response:
-        read_bytes = 0
-        async for chunk in response.aiter_stream():
-            read_bytes += len(chunk)
-            if read_bytes > MAX_ANSWER_BYTES:
-                break
-        return response.status
-
-
-def _told(error: Exception) -> str:
-    """The error in words of ours: what the receiver sent must not come back to the customer."""
-    match error:
-        case guard.UrlRefused():
-            return str(error)
-        case httpcore.ConnectTimeout():
-            return "could not connect: the address does not answer"
-        case httpcore.ConnectError():  # the system's words, or OpenSSL's
-            return f"could not connect: {error}"[:300]
-        case httpcore.ProtocolError():
-            return "the answer is not HTTP/1.1"
-        case httpcore.NetworkError():
-            return "the connection broke off"
-        case _:
-            log.error("webhook_failed_unexpectedly", exc_info=error)
-            return "the message could not be sent"
-
-
-def _settle(sessions: orm.sessionmaker[orm.Session], message: Message, outcome: Outcome) -> None:
+def _settle(sessions: orm.sessionmaker[orm.Session], claim: Claim, outcome: Outcome) -> None:
     """Write down how the attempt went.
 
     A relay that was stopped for longer than its lease may come late: its failure counts only if nobody has tried since.
     """
-    settled = update(WebhookDelivery).where(WebhookDelivery.id == message.id, WebhookDelivery.delivered_at.is_(None))
-    if outcome.error is None:
-        settled = settled.values(delivered_at=func.clock_timestamp(), next_attempt_at=None)
-    else:
-        is_last = message.attempts >= len(RETRY_DELAYS)
-        again_at = None if is_last else func.clock_timestamp() + RETRY_DELAYS[message.attempts]
-        settled = settled.where(WebhookDelivery.attempts == message.attempts).values(next_attempt_at=again_at)
     with sessions.begin() as session:
-        session.execute(
-            settled.values(attempts=WebhookDelivery.attempts + 1, last_status=outcome.status, last_error=outcome.error)
-        )
+        endpoint = session.get(WebhookEndpoint, claim.endpoint_id, with_for_update={"key_share": True})
+        row = session.get(WebhookDelivery, claim.message.id, with_for_update=True)
+        if endpoint is None or row is None or row.delivered_at:
+            return
+        if outcome.error and row.lease_expires_at != claim.lease_expires_at:
+            return
+        now = session.scalars(select(func.clock_timestamp())).one()
+        _record(row, outcome, now=now)
+        if outcome.error:
+            circuit.count_failure(session, endpoint, now=now)
+        else:
+            circuit.close(endpoint)
+
+
+def _record(row: WebhookDelivery, outcome: Outcome, *, now: datetime) -> None:
+    told = {"at": unix(now), "status": outcome.status, "error": outcome.error, "milliseconds": outcome.milliseconds}
+    row.recent_attempts = [*row.recent_attempts, told][-ATTEMPTS_KEPT:]
+    row.last_status, row.last_error, row.lease_expires_at = outcome.status, outcome.error, None
+    is_last = row.attempts >= len(RETRY_DELAYS)
+    row.next_attempt_at = None if is_last or not outcome.error else now + RETRY_DELAYS[row.attempts]
+    row.delivered_at = None if outcome.error else now
+    row.attempts += 1

@@ -92,13 +92,15 @@ def parse(url: str, settings: WebhookSettings) -> httpx.URL:
 
 
 def require_open(host: str, addresses: Iterable[str], settings: WebhookSettings) -> None:
-    """Every address that the host leads to must be open to webhooks. Raises UrlRefused, which does not tell the address."""
+    """Every address that the host leads to must be open to webhooks, and there must be one.
+
+    Raises UrlRefused, which tells neither the address nor whether there is one: nobody maps our network with this.
+    """
     if host in {allowed.lower() for allowed in settings.allowed_hosts}:
         return
-    for address in addresses:
-        literal = find_literal(address)
-        if literal is None or not _is_open(literal, settings):
-            raise UrlRefused(f"{host} does not lead to a public address; use a public one, or ask the operator to allow the host")
+    literals = [find_literal(address) for address in addresses]
+    if not literals or not all(literal and _is_open(literal, settings) for literal in literals):
+        raise UrlRefused(f"{host} does not lead to a public address; use a public one, or ask the operator to allow the host")
 
 
 def find_literal(host: str) -> Address | None:
@@ -150,7 +152,7 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
                 # threads of their own: slow name servers are the customers', and must not hold up the relay's
                 addresses = await asyncio.get_running_loop().run_in_executor(self._threads, self._resolve, host)
             except OSError:
-                return []
+                addresses = []
         require_open(host, addresses, self._settings)
         return addresses
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import hmac
 import secrets
+from collections.abc import Sequence
 
 PREFIX = "whsec_"
 SECRET_BYTES = 32
@@ -19,9 +20,13 @@ def hint_of(secret: str) -> str:
     return f"{PREFIX}…{secret.rstrip('=')[-HINT_LENGTH:]}"
 
 
-def headers(secret: str, *, message_id: str, unix_seconds: int, body: bytes) -> dict[str, str]:
-    """The three headers that prove who sent the message and when."""
-    key = base64.b64decode(secret.removeprefix(PREFIX))
+def headers(secrets: Sequence[str], *, message_id: str, unix_seconds: int, body: bytes) -> dict[str, str]:
+    """The three headers that prove who sent the message and when: one signature by each secret, any of which is enough."""
     signed = f"{message_id}.{unix_seconds}.".encode() + body
-    signature = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
-    return {"webhook-id": message_id, "webhook-timestamp": str(unix_seconds), "webhook-signature": f"v1,{signature}"}
+    signatures = " ".join(f"v1,{_signature(secret, signed)}" for secret in secrets)
+    return {"webhook-id": message_id, "webhook-timestamp": str(unix_seconds), "webhook-signature": signatures}
+
+
+def _signature(secret: str, signed: bytes) -> str:
+    key = base64.b64decode(secret.removeprefix(PREFIX))
+    return base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()

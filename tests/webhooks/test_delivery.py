@@ -5,89 +5,51 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import Callable
-from datetime import datetime, timedelta
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
 from openai import OpenAI
 from pydantic import SecretStr
-from sqlalchemy import func, orm, select, update
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import func, select
+from sqlalchemy.exc import NoResultFound, OperationalError
 from standardwebhooks import Webhook
+from structlog.testing import capture_logs
 
 from app import db, outbox
 from app.accounts.caller import Caller
 from app.core.settings import Settings, WebhookSettings
 from app.models import WebhookDelivery, WebhookEndpoint
-from app.webhooks import delivery, guard
+from app.webhooks import delivery, guard, sending, signing
 from app.webhooks import service as webhooks
+from app.webhooks.circuit import MAX_PER_ENDPOINT, MAX_PER_ORGANIZATION
 from app.webhooks.emit import EventType, emit
-from app.webhooks.schemas import EndpointCreate, EndpointUpdate
+from app.webhooks.schemas import EndpointCreate
 from tests.conftest import make_organization
 from tests.webhooks.receiver import Receiver, answering, running
+from tests.webhooks.steps import (
+    HASTY,
+    LOOPBACK,
+    Sessions,
+    age,
+    change,
+    deliver,
+    emit_event,
+    endpoint_of,
+    make_endpoint,
+    relaying,
+    remove_deleted,
+    rows_of,
+    seconds_until,
+    update_endpoint,
+    wait_until,
+)
+from worker.embedded import Servers
+from worker.embedded.roles import DATABASE
 
-Sessions = orm.sessionmaker[orm.Session]
-
-LOOPBACK = WebhookSettings(allow_loopback=True)
-HASTY = WebhookSettings(allow_loopback=True, timeout_seconds=0.5)
 CERTIFICATE = Path(__file__).parent / "hooks.example.pem"  # self-signed for hooks.example, with its key, until 2126
-
-
-def make_endpoint(sessions: Sessions, caller: Caller, url: str, *types: EventType) -> WebhookEndpoint:
-    with sessions.begin() as session:
-        db.use_organization(session, caller.organization_id)
-        request = EndpointCreate(url=url, event_types=list(types or EventType))
-        return webhooks.create(session, caller, request=request, settings=LOOPBACK)
-
-
-def emit_event(sessions: Sessions, caller: Caller, type: EventType = EventType.SUCCEEDED, *, data_id: str = "ftjob-1") -> None:
-    with sessions.begin() as session:
-        db.use_organization(session, caller.organization_id)
-        emit(session, organization_id=caller.organization_id, project_id=caller.project_id, type=type, data_id=data_id)
-
-
-def deliver(sessions: Sessions, settings: WebhookSettings = LOOPBACK, **how: Any) -> int:
-    """What the relay does when it wakes up. Returns how many attempts were made."""
-
-    async def run() -> int:
-        async with delivery.open_client(settings, **how) as client:
-            return await delivery.deliver_due(sessions, client, settings)
-
-    return asyncio.run(run())
-
-
-def rows_of(sessions: Sessions, caller: Caller) -> list[WebhookDelivery]:
-    with sessions.begin() as session:
-        mine = select(WebhookDelivery).where(WebhookDelivery.organization_id == caller.organization_id)
-        return list(session.scalars(mine.order_by(WebhookDelivery.id)))
-
-
-def change(sessions: Sessions, caller: Caller, **values: Any) -> None:
-    with sessions.begin() as session:
-        mine = update(WebhookDelivery).where(WebhookDelivery.organization_id == caller.organization_id)
-        session.execute(mine.values(**values))
-
-
-def age(sessions: Sessions, caller: Caller) -> None:
-    """Let the time pass until the next attempt."""
-    change(sessions, caller, next_attempt_at=func.clock_timestamp() - timedelta(milliseconds=1))
-
-
-def seconds_until(sessions: Sessions, instant: datetime | None) -> float:
-    assert instant is not None
-    with sessions.begin() as session:
-        return (instant - session.scalars(select(func.clock_timestamp())).one()).total_seconds()
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_an_event_arrives_signed_and_both_libraries_accept_it(
@@ -210,8 +172,10 @@ def test_a_receiver_that_hangs_or_drips_is_given_up(
         assert deliver(system_sessions, HASTY) == 1
         assert 0.4 < time.monotonic() - started < 3
 
-    for row in rows_of(system_sessions, organization):
-        assert (row.last_status, row.last_error) == (None, "no whole answer within 0.5 seconds")
+    hung, dripped = rows_of(system_sessions, organization)
+    assert (hung.last_status, dripped.last_status) == (None, 200)
+    for row in (hung, dripped):
+        assert (row.last_error, row.delivered_at) == ("no whole answer within 0.5 seconds", None)
 
 
 def test_a_long_answer_is_read_no_further_than_the_limit(
@@ -241,16 +205,31 @@ def _nonsense(handler: BaseHTTPRequestHandler) -> None:
     handler.wfile.write(b"SSH-2.0-secret\r\n\r\n")
 
 
+def _break_off(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100")
+    handler.end_headers()
+    handler.wfile.write(b"secret")
+
+
+def _say_nothing(_: BaseHTTPRequestHandler) -> None:
+    pass
+
+
 def test_what_a_receiver_says_never_reaches_the_log_of_deliveries(
     api_sessions: Sessions, system_sessions: Sessions, organization: Caller, receiver: Receiver
 ) -> None:
     make_endpoint(api_sessions, organization, receiver.url)
     emit_event(api_sessions, organization)
-    for answer, error in ((_nonsense, "the answer is not HTTP/1.1"), (lambda _: None, "the answer is not HTTP/1.1")):
+    for answer, status, error in (
+        (_nonsense, None, "the answer is not HTTP/1.1"),
+        (_say_nothing, None, "the receiver closed the connection without an answer"),
+        (_break_off, 200, "the connection broke off"),
+    ):
         receiver.answer = answer
         deliver(system_sessions)
         (row,) = rows_of(system_sessions, organization)
-        assert (row.last_status, row.last_error) == (None, error)
+        assert (row.last_status, row.last_error) == (status, error)
         age(system_sessions, organization)
 
 
@@ -295,6 +274,30 @@ def test_the_name_is_resolved_once_an_attempt_and_kept_in_the_host_header(
     assert len(receiver.received) == 1
 
 
+def test_names_that_nobody_answers_for_keep_no_thread_from_others(receiver: Receiver) -> None:
+    may_answer = threading.Event()
+
+    def resolve(host: str) -> list[str]:
+        if host == "silent.example":
+            may_answer.wait(30)
+        return ["127.0.0.1"]
+
+    def to(host: str) -> sending.Message:
+        return sending.Message("msg_1", f"http://{host}:{receiver.port}/hooks", (signing.new_secret(),), b"{}")
+
+    async def run() -> list[sending.Outcome]:
+        async with sending.open_client(LOOPBACK, resolve=resolve) as client:
+            all_at_once = [sending.send(client, HASTY, to("silent.example")) for _ in range(sending.MAX_AT_ONCE)]
+            given_up = await asyncio.gather(*all_at_once)  # their lookups go on
+            heard = await sending.send(client, LOOPBACK, to("hooks.example"))
+            may_answer.set()
+            return [*given_up, heard]
+
+    *given_up, heard = asyncio.run(run())
+    assert {outcome.error for outcome in given_up} == {"no whole answer within 0.5 seconds"}
+    assert heard.error is None
+
+
 def test_tls_is_verified_for_the_name_though_the_address_is_connected_to(
     api_sessions: Sessions, system_sessions: Sessions, organization: Caller
 ) -> None:
@@ -320,15 +323,30 @@ def test_tls_is_verified_for_the_name_though_the_address_is_connected_to(
         assert len(receiver.received) == 1
 
 
+def test_a_receiver_that_ends_tls_after_the_handshake_is_a_failure_like_others(
+    api_sessions: Sessions, system_sessions: Sessions, organization: Caller
+) -> None:
+    server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=CERTIFICATE)
+    server_tls.load_cert_chain(CERTIFICATE)
+    server_tls.verify_mode = ssl.CERT_REQUIRED  # it asks who we are, and in TLS 1.3 says no once we have begun to send
+    trusting = ssl.create_default_context(cafile=CERTIFICATE)
+    with running(server_tls) as receiver, capture_logs() as logs:
+        make_endpoint(api_sessions, organization, f"https://hooks.example:{receiver.port}/hooks")
+        emit_event(api_sessions, organization)
+        deliver(system_sessions, resolve=lambda _: ["127.0.0.1"], ssl_context=trusting)
+
+    (row,) = rows_of(system_sessions, organization)
+    assert (row.last_status, row.last_error) == (None, "the connection broke off")
+    assert "webhook_failed_unexpectedly" not in {line["event"] for line in logs}
+
+
 def test_only_enabled_endpoints_that_subscribed_are_told(
     api_sessions: Sessions, system_sessions: Sessions, organization: Caller, receiver: Receiver
 ) -> None:
     told = make_endpoint(api_sessions, organization, receiver.url, EventType.FAILED, EventType.SUCCEEDED)
     make_endpoint(api_sessions, organization, receiver.url, EventType.FAILED)
     disabled = make_endpoint(api_sessions, organization, receiver.url)
-    with api_sessions.begin() as session:
-        db.use_organization(session, organization.organization_id)
-        webhooks.update(session, organization, disabled.id, request=EndpointUpdate(is_enabled=False), settings=LOOPBACK)
+    update_endpoint(api_sessions, organization, disabled.id, is_enabled=False)
     other_project = Caller("key_x", organization.organization_id, "proj_other", organization.organization_slug)
     make_endpoint(api_sessions, other_project, receiver.url)
     emit_event(api_sessions, organization)
@@ -343,10 +361,7 @@ def test_an_endpoint_disabled_meanwhile_gets_nothing_until_it_is_enabled(
     endpoint = make_endpoint(api_sessions, organization, receiver.url)
     emit_event(api_sessions, organization)
     for is_enabled, attempts in ((False, 0), (True, 1)):
-        with api_sessions.begin() as session:
-            db.use_organization(session, organization.organization_id)
-            request = EndpointUpdate(is_enabled=is_enabled)
-            webhooks.update(session, organization, endpoint.id, request=request, settings=LOOPBACK)
+        update_endpoint(api_sessions, organization, endpoint.id, is_enabled=is_enabled)
         with system_sessions.begin() as session:
             assert delivery.next_due_in(session) == (0 if is_enabled else None)
         assert deliver(system_sessions) == attempts
@@ -365,27 +380,21 @@ def test_an_event_of_a_transaction_that_fails_was_never_there(
     assert rows_of(system_sessions, organization) == []
 
 
-def test_an_endpoint_deleted_while_an_event_is_written_waits_for_it(
+def test_an_event_that_is_written_while_its_endpoint_is_deleted_goes_with_it(
     api_sessions: Sessions, system_sessions: Sessions, organization: Caller, receiver: Receiver
 ) -> None:
     endpoint = make_endpoint(api_sessions, organization, receiver.url)
-
-    def delete() -> None:
-        with api_sessions.begin() as session:
-            db.use_organization(session, organization.organization_id)
-            webhooks.delete(session, organization, endpoint.id)
-
-    deleter = threading.Thread(target=delete)
-    with api_sessions.begin() as session:
-        db.use_organization(session, organization.organization_id)
-        caller = {"organization_id": organization.organization_id, "project_id": organization.project_id}
+    caller = {"organization_id": organization.organization_id, "project_id": organization.project_id}
+    with db.organization_session(api_sessions, organization.organization_id) as session:
         emit(session, **caller, type=EventType.FAILED, data_id="ftjob-1")
-        deleter.start()
-        deleter.join(0.2)
-        assert deleter.is_alive()
-    deleter.join(10)
+        with db.organization_session(api_sessions, organization.organization_id) as deleting:
+            webhooks.delete(deleting, organization, endpoint.id)
 
+    assert deliver(system_sessions) == 0
+    remove_deleted(system_sessions)
     assert rows_of(system_sessions, organization) == []
+    with pytest.raises(NoResultFound):
+        endpoint_of(system_sessions, endpoint.id)
 
 
 def test_the_commit_wakes_the_relay(settings: Settings, api_sessions: Sessions, organization: Caller, receiver: Receiver) -> None:
@@ -404,14 +413,8 @@ def test_what_a_crash_left_in_flight_is_sent_again_with_the_same_id(
     emit_event(api_sessions, organization)
     receiver.answer = receiver.hang
 
-    async def die_while_sending() -> None:
-        async with delivery.open_client(LOOPBACK) as client:
-            relay = asyncio.create_task(delivery.deliver_due(system_sessions, client, LOOPBACK))
-            await asyncio.to_thread(wait_until, lambda: bool(receiver.received))
-            relay.cancel()
-            await asyncio.wait([relay])
-
-    asyncio.run(die_while_sending())
+    with relaying(system_sessions):
+        wait_until(lambda: bool(receiver.received))
     (row,) = rows_of(system_sessions, organization)
     assert (row.attempts, row.delivered_at) == (0, None)
     assert 50 < seconds_until(system_sessions, row.next_attempt_at) <= 60
@@ -453,45 +456,132 @@ def test_a_failure_that_comes_late_does_not_undo_a_delivery(
     assert (row.delivered_at, row.next_attempt_at, row.attempts) == (delivered.delivered_at, None, 1)
 
 
-def test_a_hanging_endpoint_holds_up_nobody_else(
+def test_five_hanging_receivers_of_twenty_slow_no_healthy_one(
+    api_sessions: Sessions, system_sessions: Sessions, organization: Caller
+) -> None:
+    with ExitStack() as stack:
+        receivers = [stack.enter_context(running()) for _ in range(20)]
+        hanging, healthy = receivers[:5], receivers[5:]
+        for receiver in hanging:
+            receiver.answer = receiver.hang
+            make_endpoint(api_sessions, organization, receiver.url)  # the oldest, so first in line
+        for receiver in healthy:
+            make_endpoint(api_sessions, organization, receiver.url)
+        for _ in range(8):
+            emit_event(api_sessions, organization)
+        started = time.monotonic()
+        with relaying(system_sessions):
+            wait_until(lambda: all(len(receiver.received) == 8 for receiver in healthy))
+            assert time.monotonic() - started < 5  # while none of those that hang has been given up
+            assert [receiver.at_once for receiver in hanging] == [MAX_PER_ENDPOINT] * 5
+        assert all(receiver.most_at_once <= MAX_PER_ENDPOINT for receiver in receivers)
+
+
+def test_an_organization_holds_a_share_of_the_places_however_many_endpoints_it_has(
     api_sessions: Sessions, system_sessions: Sessions, organization: Caller, receiver: Receiver
 ) -> None:
-    with running() as hanging:
-        hanging.answer = hanging.hang
-        slow = make_endpoint(api_sessions, organization, hanging.url, EventType.STARTED)
-        fast = make_endpoint(api_sessions, organization, receiver.url, EventType.CREATED)
-        for _ in range(9):
-            emit_event(api_sessions, organization, EventType.STARTED)  # older, so first in line
-        for _ in range(40):
-            emit_event(api_sessions, organization, EventType.CREATED)
-        settings = WebhookSettings(allow_loopback=True, timeout_seconds=1)
-        assert deliver(system_sessions, settings) == 49
-
-    rows = rows_of(system_sessions, organization)
-    assert all(row.attempts == 1 for row in rows)
-    taken = [row.delivered_at for row in rows if row.endpoint_id == fast.id and row.delivered_at]
-    assert len(taken) == 40
-    assert max(taken) - min(taken) < timedelta(seconds=2)  # the slow ones took three turns of a second each
-    assert not any(row.delivered_at for row in rows if row.endpoint_id == slow.id)
-    assert hanging.most_at_once == 4
-    assert receiver.most_at_once <= 4
-
-
-def test_two_relays_share_the_work(
-    api_sessions: Sessions, system_sessions: Sessions, organization: Caller, receiver: Receiver
-) -> None:
-    for _ in range(5):
+    receiver.answer = receiver.hang
+    for _ in range(MAX_PER_ORGANIZATION // MAX_PER_ENDPOINT + 2):
         make_endpoint(api_sessions, organization, receiver.url)
-    for _ in range(12):
+    for _ in range(MAX_PER_ENDPOINT):
         emit_event(api_sessions, organization)
-    relays = [threading.Thread(target=deliver, args=(system_sessions,)) for _ in range(2)]
-    for relay in relays:
-        relay.start()
-    for relay in relays:
-        relay.join()
+    with relaying(system_sessions):
+        wait_until(lambda: receiver.at_once == MAX_PER_ORGANIZATION)
+        time.sleep(1.5)  # it has looked again
+        with system_sessions.begin() as session:
+            assert delivery.next_due_in(session) is None
+    assert len(receiver.received) == MAX_PER_ORGANIZATION
 
-    assert len(receiver.received) == len({request.headers["webhook-id"] for request in receiver.received}) == 60
-    assert all(row.delivered_at for row in rows_of(system_sessions, organization))
+
+def test_a_database_that_is_away_for_a_while_makes_nothing_come_twice(
+    servers: Servers,
+    settings: Settings,
+    api_sessions: Sessions,
+    system_sessions: Sessions,
+    organization: Caller,
+    receiver: Receiver,
+) -> None:
+    """It answers neither who claims, while a receiver takes its time, nor who settles then."""
+    may_answer = threading.Event()
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        may_answer.wait(10)
+        answering(200)(handler)
+
+    receiver.answer = answer
+    make_endpoint(api_sessions, organization, receiver.url)
+    emit_event(api_sessions, organization)
+    hasty = db.open_sessions(settings.database.system_url, statement_seconds=1)
+    relay = threading.Thread(target=deliver, args=(hasty,))
+    with psycopg.connect(servers.superuser_dsn, dbname=DATABASE) as away, capture_logs() as logs:
+        relay.start()
+        wait_until(lambda: bool(receiver.received))
+        away.execute("LOCK TABLE webhook_endpoints IN ACCESS EXCLUSIVE MODE")
+        time.sleep(2.5)
+        may_answer.set()
+        time.sleep(2.5)
+        assert relay.is_alive()
+        away.rollback()
+        relay.join(10)
+    hasty.kw["bind"].dispose()
+
+    (row,) = rows_of(system_sessions, organization)
+    assert (row.attempts, row.delivered_at is None, row.lease_expires_at) == (1, False, None)
+    assert len(receiver.received) == 1
+    assert "webhook_unsettled" not in {line["event"] for line in logs}
+
+
+def test_two_relays_share_the_work_and_the_places_of_an_endpoint(
+    api_sessions: Sessions, system_sessions: Sessions, organization: Caller
+) -> None:
+    doubled = list[str]()
+    held = set[str]()
+
+    def take_a_while(handler: BaseHTTPRequestHandler) -> None:
+        message_id = str(handler.headers["webhook-id"])
+        if message_id in held:
+            doubled.append(message_id)
+        held.add(message_id)
+        time.sleep(0.02)
+        held.discard(message_id)
+        answering(200)(handler)
+
+    with ExitStack() as stack:
+        receivers = [stack.enter_context(running()) for _ in range(5)]
+        for receiver in receivers:
+            receiver.answer = take_a_while
+            make_endpoint(api_sessions, organization, receiver.url)
+        for _ in range(12):
+            emit_event(api_sessions, organization)
+        with relaying(system_sessions), relaying(system_sessions):
+            wait_until(lambda: all(row.delivered_at for row in rows_of(system_sessions, organization)))
+        received = [request for receiver in receivers for request in receiver.received]
+        assert len(received) == len({request.headers["webhook-id"] for request in received}) == 60
+        assert doubled == []
+        assert max(receiver.most_at_once for receiver in receivers) == MAX_PER_ENDPOINT  # of both relays together
+
+
+def test_an_endpoint_in_another_relays_hands_is_left_to_it(
+    api_sessions: Sessions, system_sessions: Sessions, organization: Caller, receiver: Receiver
+) -> None:
+    endpoint = make_endpoint(api_sessions, organization, receiver.url)
+    emit_event(api_sessions, organization)
+    with system_sessions.begin() as session:  # it claims or settles
+        session.get(WebhookEndpoint, endpoint.id, with_for_update={"key_share": True})
+        assert deliver(system_sessions) == 0
+    assert deliver(system_sessions) == 1
+
+
+def test_an_event_that_is_being_written_holds_up_no_delivery(
+    api_sessions: Sessions, system_sessions: Sessions, organization: Caller, receiver: Receiver
+) -> None:
+    make_endpoint(api_sessions, organization, receiver.url)
+    emit_event(api_sessions, organization)
+    caller = {"organization_id": organization.organization_id, "project_id": organization.project_id}
+    with db.organization_session(api_sessions, organization.organization_id) as session:
+        emit(session, **caller, type=EventType.FAILED, data_id="ftjob-2")
+        assert deliver(system_sessions) == 1
+    assert deliver(system_sessions) == 1
 
 
 def test_the_relay_knows_how_long_it_may_sleep(

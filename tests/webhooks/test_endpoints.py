@@ -1,20 +1,23 @@
 """Webhook endpoints through the SDK's own resource."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 from openai import OpenAI
 from openai.types.webhooks import WebhookEndpoint, WebhookEndpointWithSecret
-from sqlalchemy import orm
+from sqlalchemy import orm, text
 
 from app.accounts.caller import Caller
 from app.core.settings import Settings
+from app.webhooks import delivery_log
 from app.webhooks.emit import EventType
 from app.webhooks.service import MAX_ENDPOINTS
 from tests.webhooks.receiver import Receiver, answering
-from tests.webhooks.test_delivery import deliver, emit_event, rows_of
+from tests.webhooks.steps import deliver, emit_event, rows_of
 
 URL = "https://hooks.example.com/tunesmith"
 SUCCEEDED, FAILED = "fine_tuning.job.succeeded", "fine_tuning.job.failed"
@@ -58,7 +61,20 @@ def test_event_types_are_listed_and_all_are_subscribed_to_unless_named(client: O
 def test_an_endpoint_is_disabled_by_our_own_field(client: OpenAI) -> None:
     made = client.webhooks.create(name="mine", url=URL, event_types=[SUCCEEDED])
 
-    assert client.webhooks.update(made.id, extra_body={"is_enabled": False}).model_extra == {"is_enabled": False}
+    disabled = client.webhooks.update(made.id, extra_body={"is_enabled": False}).model_extra or {}
+    assert (disabled["is_enabled"], disabled["disabled_reason"]) == (False, "requested")
+    assert disabled["disabled_at"] >= made.created_at
+    enabled = client.webhooks.update(made.id, extra_body={"is_enabled": True}).model_extra or {}
+    assert (enabled["is_enabled"], enabled["disabled_at"], enabled["disabled_reason"]) == (True, None, None)
+
+
+def test_only_what_changes_an_endpoint_moves_its_time_of_change(client: OpenAI) -> None:
+    made = client.webhooks.create(name="mine", url=URL, event_types=[SUCCEEDED])
+    assert made.updated_at == made.created_at
+    time.sleep(1.1)  # the API tells whole seconds
+
+    assert client.webhooks.update(made.id, url=URL, event_types=[SUCCEEDED]).updated_at == made.created_at
+    assert (client.webhooks.update(made.id, name="other").updated_at or 0) > made.created_at
 
 
 @pytest.mark.parametrize(
@@ -123,23 +139,57 @@ def test_the_log_tells_how_each_delivery_went(
     assert "body" not in delivered
 
 
-def test_an_endpoint_goes_with_its_deliveries(
+def test_an_endpoint_goes_with_its_deliveries_however_many(
     client: OpenAI, system_sessions: orm.sessionmaker[orm.Session], organization: Caller, receiver: Receiver
 ) -> None:
     made = client.webhooks.create(name="mine", url=receiver.url, event_types=[SUCCEEDED])
-    emit_event(system_sessions, organization)
+    for _ in range(2):
+        emit_event(system_sessions, organization)
+    with system_sessions.begin() as session:  # of a year
+        one = rows_of(system_sessions, organization)[0]
+        many = {"endpoint": made.id, "org": one.organization_id, "project": one.project_id, "many": delivery_log.MAX_REMOVED}
+        session.execute(
+            text(
+                "INSERT INTO webhook_deliveries"
+                " (id, organization_id, project_id, endpoint_id, event_id, event_type, body, attempts, next_attempt_at)"
+                " SELECT 'msg_' || n, :org, :project, :endpoint, 'evt_' || n, '', '', 1, NULL FROM generate_series(1, :many) AS n"
+            ),
+            many,
+        )
     client.webhooks.delete(made.id)
 
-    assert rows_of(system_sessions, organization) == []
+    with pytest.raises(openai.NotFoundError):
+        client.webhooks.delete(made.id)
+    assert list(client.webhooks.list()) == []
+    emit_event(system_sessions, organization)
     assert deliver(system_sessions) == 0
+    with system_sessions.begin() as session:
+        assert [delivery_log.remove_deleted(session) for _ in range(4)] == [delivery_log.MAX_REMOVED, 2, 1, 0]
 
 
 def test_a_project_has_a_limited_number_of_endpoints(client: OpenAI) -> None:
-    for n in range(MAX_ENDPOINTS):
-        client.webhooks.create(name=str(n), url=URL, event_types=[SUCCEEDED])
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.webhooks.create(name="one more", url=URL, event_types=[SUCCEEDED])
-    assert refused.value.code == "too_many_webhook_endpoints"
+    def create(n: int) -> str | None:
+        try:
+            client.webhooks.create(name=str(n), url=URL, event_types=[SUCCEEDED])
+        except openai.BadRequestError as refused:
+            return refused.code
+        return None
+
+    assert not any(create(n) for n in range(MAX_ENDPOINTS - 1))
+    with ThreadPoolExecutor(4) as threads:  # at once
+        told = sorted(map(str, threads.map(create, range(4))))
+    assert told == ["None"] + ["too_many_webhook_endpoints"] * 3
+
+
+def test_the_sdk_repeats_its_making_and_makes_it_once(http: httpx.Client) -> None:
+    body, repeated = {"url": URL, "event_types": [SUCCEEDED]}, {"x-stainless-retry-count": "1"}
+    first = http.post("/v1/webhook_endpoints", json=body).json()  # which its client never hears
+    again = http.post("/v1/webhook_endpoints", json=body, headers=repeated).json()
+    assert (again["id"], again["signing_secret"]) == (first["id"], first["signing_secret"])
+
+    assert http.post("/v1/webhook_endpoints", json=body).json()["id"] != first["id"]
+    other = http.post("/v1/webhook_endpoints", json=body | {"name": "other"}, headers=repeated).json()
+    assert other["id"] != first["id"]
 
 
 def test_a_stranger_can_neither_see_nor_change_nor_delete(client: OpenAI, stranger: OpenAI) -> None:

@@ -27,6 +27,7 @@ CLOSED = _words("""
     64:ff9b::8.8.8.8 64:ff9b:1::1 100::1 1fff:ffff::1 2001::1 2001:0:4136:e378:8000:63bf:3fff:fdd2 2001:1::1 2001:2::1
     2001:10::1 2001:20::1 2001:1ff:ffff::1 2001:db8::1 2002:7f00:1::1 2002:808:808::1 2620:4f:8000::1 3ffe::1 3fff::1
     3fff:fff::1 4000::1 5f00::1 fc00::1 fd00:ec2::254 fdff::1 fe80::1 febf::1 fec0::1 feff::1 ff02::1 ff0e::1
+    0:0:0:0:0:ffff:127.0.0.1 0000::1
 """)
 
 OPEN = _words("""
@@ -39,7 +40,8 @@ OPEN = _words("""
 MALFORMED = _words("""
     127.1 127.0.1 0177.0.0.1 0x7f.0.0.1 0x7f000001 2130706433 017700000001 127.0.0.01 127.0.0.1. 1.1.1.1. example.com. 1.2.3
     1.2.3.4.5 256.1.1.1 8.8.8 8.8.8.8.com. .com a..b -a.com a-.com a.-b *.com exa%6dple.com exa$mple.com a.0x1 a.1
-    [fe80::1%25eth0] [::1%lo] [::g] [1.2.3.4] 。 ⓪ １２７.１ ①②⑦.⓪.⓪.①
+    0 0x0 00.0.0.0 0177.1 0x7f.1 127.0.0.0x1 127.0.0.1%00 localhost. loc%61lhost ⓛocalhost lo\u00adcalhost
+    [fe80::1%25eth0] [::1%lo] [::g] [1.2.3.4] [v1.a] 。 ⓪ １２７.１ ①②⑦.⓪.⓪.① １２７。0。0。1. ١٢٧.٠.٠.١
 """)
 
 PUBLIC_NAMES = _words("""
@@ -59,6 +61,19 @@ NO_PLAIN_URLS = [
     "http://user@example.com",
     "http://user:secret@example.com",
     "http://8.8.8.8\\@10.0.0.1/",
+    "http://8.8.8.8\\.10.0.0.1/",
+    "http://8.8.8.8 &@10.0.0.1# @1.1.1.1/",
+    "http://8.8.8.8;@10.0.0.1/",
+    "http://8.8.8.8:80:90/",
+    "http://8.8.8.8:10.0.0.1/",
+    "http://[::1]:80@8.8.8.8/",
+    "http://@10.0.0.1/",
+    "http://10.0.0.1#@8.8.8.8/",
+    "http:/8.8.8.8/",
+    "http:\\\\8.8.8.8/",
+    "jar:http://8.8.8.8!/",
+    "http://8.8.8.8/\r\nx: y",
+    "http://8.8.8.8\t/",
     "http://example.com:0",
     "http://example.com:65536",
     "http://example.com:-1",
@@ -104,10 +119,15 @@ def test_a_url_that_is_no_plain_one_is_refused(url: str) -> None:
         guard.parse(url, LOOPBACK)
 
 
+@pytest.mark.parametrize("url", ["http://8.8.8.8#@127.0.0.1/", "http://8.8.8.8?@127.0.0.1/", "HTTP://8.8.8.8:00080/@127.0.0.1"])
+def test_what_only_looks_like_another_host_is_not_gone_to(url: str) -> None:
+    assert guard.parse(url, NOTHING_MORE).raw_host == b"8.8.8.8"
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.8.0.1", "::1"])
 def test_loopback_opens_by_its_setting_and_opens_nothing_else(address: str) -> None:
     guard.parse(_url_of(address), LOOPBACK)
-    for other in set(CLOSED) - {"127.0.0.1", "127.255.255.255", "::1"}:
+    for other in set(CLOSED) - {"127.0.0.1", "127.255.255.255", "::1", "0000::1"}:
         with pytest.raises(guard.UrlRefused):
             guard.parse(_url_of(other), LOOPBACK)
 
@@ -179,13 +199,19 @@ def test_a_dead_address_leaves_the_next_its_chance() -> None:
         _connect(network, lambda _: ["2606:4700:4700::1111"])
 
 
-def test_a_name_without_addresses_does_not_resolve() -> None:
+def test_a_name_without_addresses_is_told_from_a_closed_one_only_if_the_operator_has_allowed_it() -> None:
     def unknown(host: str) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    for resolve in (unknown, lambda _: []):
-        with pytest.raises(httpcore.ConnectError, match="does not resolve"):
+    told = set()
+    for resolve in (unknown, lambda _: [], lambda _: ["10.0.0.1"]):
+        with pytest.raises(guard.UrlRefused, match="does not lead to a public address") as refused:
             _connect(Recorder(), resolve)
+        told.add(str(refused.value))
+    assert len(told) == 1  # else names that only our network knows could be guessed
+
+    with pytest.raises(httpcore.ConnectError, match="does not resolve"):
+        _connect(Recorder(), unknown, settings=WebhookSettings(allowed_hosts=frozenset({"hooks.example"})))
 
 
 def test_the_machine_itself_resolves_to_loopback() -> None:
@@ -194,9 +220,11 @@ def test_the_machine_itself_resolves_to_loopback() -> None:
         _connect(Recorder(), guard.resolve, host="localhost")
 
 
-def _connect(network: Recorder, resolve: guard.Resolve, *, host: str = "hooks.example") -> None:
+def _connect(
+    network: Recorder, resolve: guard.Resolve, *, host: str = "hooks.example", settings: WebhookSettings = NOTHING_MORE
+) -> None:
     with ThreadPoolExecutor(1) as threads:
-        asyncio.run(guard.GuardedNetwork(NOTHING_MORE, resolve, threads, network).connect_tcp(host, 443))
+        asyncio.run(guard.GuardedNetwork(settings, resolve, threads, network).connect_tcp(host, 443))
 
 
 def _url_of(address: str) -> str:

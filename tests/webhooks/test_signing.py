@@ -14,7 +14,7 @@ BODY = '{"id": "evt_1", "object": "event", "type": "fine_tuning.job.succeeded", 
 
 def test_both_libraries_accept_a_signature_and_nothing_else() -> None:
     secret = signing.new_secret()
-    headers = signing.headers(secret, message_id="msg_1", unix_seconds=int(time.time()), body=BODY)
+    headers = signing.headers([secret], message_id="msg_1", unix_seconds=int(time.time()), body=BODY)
 
     assert Webhook(secret).verify(BODY, headers)["data"] == {"id": "ftjob-ä"}
     with pytest.raises(WebhookVerificationError):
@@ -31,7 +31,7 @@ def test_both_libraries_accept_a_signature_and_nothing_else() -> None:
 def test_a_known_signature() -> None:
     """The example of the Standard Webhooks specification's own libraries."""
     headers = signing.headers(
-        "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+        ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"],
         message_id="msg_p5jXN8AQM9LWM0D4loKWxJek",
         unix_seconds=1614265330,
         body=b'{"test": 2432232314}',

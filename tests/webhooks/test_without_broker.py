@@ -1,8 +1,6 @@
 """Valkey is a doorbell and no more: without it the API takes jobs and the relay delivers webhooks."""
 
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -13,9 +11,7 @@ from app.core.settings import Settings
 from tests import make
 from tests.embedded.patience import eventually
 from tests.webhooks.receiver import Receiver
-from worker.embedded import environment
-
-SECRETS = ("DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL", "ENGINE_TOKEN")
+from tests.webhooks.steps import relay_process
 
 
 @contextmanager
@@ -37,12 +33,8 @@ def test_a_webhook_is_delivered_while_the_broker_is_away(
     client.webhooks.create(name="a", url=receiver.url, event_types=["fine_tuning.job.cancelled"])
     with broker() as port:
         away = settings.model_copy(update={"broker_url": f"redis://127.0.0.1:{port}/0"})
-        relay = subprocess.Popen([sys.executable, "-m", "worker.relay"], env=environment.of(away, secrets=SECRETS))
-        try:
+        with relay_process(away):
             file = client.files.create(file=("a.jsonl", make.chat_file()), purpose="fine-tune")
             job = client.fine_tuning.jobs.create(model=make.TINY, training_file=file.id)
             client.fine_tuning.jobs.cancel(job.id)
             eventually(lambda: any(job.id.encode() in message.body for message in receiver.received))
-        finally:
-            relay.terminate()
-            assert relay.wait(timeout=30) == 0
