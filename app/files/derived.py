@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, func, or_, orm, select
 
-from app import outbox
+from app import db, outbox
 from app.core import ids
 from app.models import Derived, File, Job
 from app.models.jobs import UNFINISHED
@@ -98,8 +98,9 @@ def forget(session: orm.Session, organization_id: str, file_sha256: str) -> None
         _remove(session, and_(Derived.organization_id == organization_id, Derived.file_sha256 == file_sha256))
 
 
-def sweep(session: orm.Session) -> None:
-    """Remove what nobody has asked for in a month and no unfinished job trains on, and what its maker never finished."""
+def sweep(session: orm.Session) -> int:
+    """Remove some of what nobody has asked for in a month and no unfinished job trains on, and of what its maker never finished.
+    Returns how much."""
     now = func.clock_timestamp()
     is_read = or_(
         Job.datasets["training"]["key"].astext == Derived.storage_key,
@@ -107,9 +108,11 @@ def sweep(session: orm.Session) -> None:
     )
     readers = select(Job.id).where(Job.organization_id == Derived.organization_id, Job.state.in_(UNFINISHED), is_read)
     unused, abandoned = Derived.last_used_at < now - UNUSED, and_(Derived.facts.is_(None), Derived.created_at < now - ABANDONED)
+    removed = 0
     for is_over in (unused, abandoned):  # each has an index
         over = select(Derived.id).where(is_over, ~readers.exists())
-        _remove(session, Derived.id.in_(over.limit(100).with_for_update(skip_locked=True)))
+        removed += _remove(session, Derived.id.in_(over.limit(100).with_for_update(skip_locked=True)))
+    return removed
 
 
 def _is_held(session: orm.Session, organization_id: str, file_sha256: str) -> bool:
@@ -120,18 +123,19 @@ def _is_held(session: orm.Session, organization_id: str, file_sha256: str) -> bo
 
 def _whole(session: orm.Session, organization_id: str, key: str) -> Derived | None:
     """The entry of a key, which nobody else finishes before this transaction ends."""
-    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(organization_id + key, 0))))
+    db.take_turns(session, organization_id + key)
     return session.scalar(
         select(Derived).where(Derived.organization_id == organization_id, Derived.key == key, Derived.facts.is_not(None))
     )
 
 
-def _remove(session: orm.Session, which: ColumnElement[bool]) -> None:
-    """The rows, and after the commit their objects: each was made for one row and is no other's."""
+def _remove(session: orm.Session, which: ColumnElement[bool]) -> int:
+    """The rows, and after the commit their objects: each was made for one row and is no other's. Returns how many."""
     gone = delete(Derived).where(which).returning(Derived.storage_key).execution_options(synchronize_session=False)
-    for storage_key in session.scalars(gone).all():
-        if storage_key:
-            outbox.put(session, outbox.Topic.PURGE, {"prefix": storage_key})
+    storage_keys = session.scalars(gone).all()
+    for storage_key in filter(None, storage_keys):
+        outbox.put(session, outbox.Topic.PURGE, {"prefix": storage_key})
+    return len(storage_keys)
 
 
 def _known(entry: Derived) -> Known:

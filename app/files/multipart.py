@@ -1,7 +1,10 @@
 """Read a multipart upload as it arrives: the file's bytes go to storage in parts, and neither memory nor disk holds it."""
 
+import hashlib
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 import anyio
 import structlog
@@ -9,12 +12,12 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
-from app.core.errors import BadRequest, Unavailable
-from app.core.storage import Storage, Stored, Upload
+from app.core.errors import BadRequest, TooLarge, Unavailable
+from app.core.storage import ObjectWriter, Storage, Stored
 
 log = structlog.get_logger()
 
-MAX_FIELD_BYTES = 4096
+MAX_FIELDS, MAX_FIELD_BYTES = 16, 4096
 CLEANING_SECONDS = 1.0
 
 
@@ -26,14 +29,41 @@ class Received:
     filename: str
     stored: Stored
 
+    @property
+    def digest(self) -> str:
+        """Of all of it: the boundary between the parts is another each time."""
+        said = [self.filename, self.stored.sha256, *(f"{name}={value}" for name, value in sorted(self.fields.items()))]
+        return hashlib.sha256("\0".join(said).encode()).hexdigest()
 
-async def receive(body: AsyncIterator[bytes], content_type: str, storage: Storage, key: str) -> Received:
-    """Store the part named `file` under `key` and collect the other parts. Raises BadRequest; then nothing is stored."""
+
+@dataclass(frozen=True)
+class Wanted:
+    """The part that goes to storage, how long it may be, and what to do with a longer one."""
+
+    name: str
+    most_bytes: float = math.inf
+    advice: str = ""
+
+
+FILE: Final = Wanted("file")
+
+
+def documented(file: str, *fields: str) -> dict[str, Any]:
+    """The body of a route that receives such a form, for OpenAPI, which sees only that the route reads a stream."""
+    properties = {name: {"type": "string"} for name in fields} | {file: {"type": "string", "format": "binary"}}
+    schema = {"type": "object", "required": [*fields, file], "properties": properties}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+async def receive(
+    body: AsyncIterator[bytes], content_type: str, storage: Storage, key: str, *, wanted: Wanted = FILE
+) -> Received:
+    """Store the part that is wanted under `key` and collect the others. Raises BadRequest, TooLarge; then nothing is stored."""
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or b"boundary" not in options:
-        raise BadRequest("send the file as multipart/form-data with the fields `purpose` and `file`", code="not_multipart")
+        raise BadRequest(f"send multipart/form-data with the part `{wanted.name}`", code="not_multipart")
     upload = await run_in_threadpool(storage.upload, key)
-    form = _Form(options[b"boundary"], upload)
+    form = _Form(options[b"boundary"], upload, wanted)
     try:
         async for chunk in body:
             await run_in_threadpool(form.feed, chunk)
@@ -44,7 +74,7 @@ async def receive(body: AsyncIterator[bytes], content_type: str, storage: Storag
             await anyio.to_thread.run_sync(_throw_away, upload, abandon_on_cancel=True)
 
 
-def _throw_away(upload: Upload) -> None:
+def _throw_away(upload: ObjectWriter) -> None:
     try:
         upload.close()
     except Unavailable:
@@ -61,8 +91,8 @@ class _Part:
 class _Form:
     """Gets the parser's calls: headers of a part, its data, its end."""
 
-    def __init__(self, boundary: bytes, upload: Upload) -> None:
-        self._upload = upload
+    def __init__(self, boundary: bytes, upload: ObjectWriter, wanted: Wanted) -> None:
+        self._upload, self._wanted = upload, wanted
         self._fields: dict[str, str] = {}
         self._filename: str | None = None
         self._header = (bytearray(), bytearray())
@@ -93,7 +123,8 @@ class _Form:
         if not self._is_whole:
             raise BadRequest("the multipart body ended early; send it again", code="not_multipart")
         if self._filename is None:
-            raise BadRequest("the part `file` is required", param="file", code="missing_required_parameter")
+            name = self._wanted.name
+            raise BadRequest(f"the part `{name}` is required", param=name, code="missing_required_parameter")
         return Received(self._fields, self._filename, self._upload.finish())
 
     def _end_header(self) -> None:
@@ -107,23 +138,31 @@ class _Form:
         filename = options.get(b"filename")
         name = options.get(b"name", b"").decode("utf-8", "replace")
         self._part = _Part(name, filename.decode("utf-8", "replace") if filename is not None else None)
-        if name == "file":
+        if name == self._wanted.name:
             if self._filename is not None:
-                raise BadRequest("the body holds two parts `file`; upload one file a request", param="file")
+                raise BadRequest(f"the body holds two parts `{name}`; send one a request", param=name)
             self._filename = (self._part.filename or "upload")[:255]
+        elif len(self._fields) >= MAX_FIELDS:
+            raise BadRequest(f"the body holds over {MAX_FIELDS} fields; send `{self._wanted.name}` and what is documented")
 
     def _take(self, data: bytes, start: int, end: int) -> None:
         assert self._part is not None  # the parser calls this between a part's headers and its end
-        if self._part.name == "file":
+        if self._part.name == self._wanted.name:
             self._upload.write(data[start:end])
+            self._require_fitting()
             return
         self._part.value += data[start:end]
         if len(self._part.value) > MAX_FIELD_BYTES:
             raise BadRequest(f"the field {self._part.name!r} is over {MAX_FIELD_BYTES} bytes", param=self._part.name)
 
+    def _require_fitting(self) -> None:
+        wanted = self._wanted
+        if self._upload.size_bytes > wanted.most_bytes:
+            raise TooLarge(f"`{wanted.name}` is over {wanted.most_bytes} bytes: {wanted.advice}", param=wanted.name)
+
     def _end_part(self) -> None:
         assert self._part is not None
-        if self._part.name != "file":
+        if self._part.name != self._wanted.name:
             self._fields[self._part.name] = self._part.value.decode("utf-8", "replace")
 
     def _end(self) -> None:

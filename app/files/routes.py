@@ -1,81 +1,52 @@
 from functools import partial
 from typing import Annotated
 
-import structlog
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
+from sqlalchemy import orm
 from starlette.concurrency import run_in_threadpool
 
 from app import db, pages
-from app.core import ids
-from app.core.errors import Unavailable
-from app.core.storage import Storage as AppStorage
+from app.core import crash, ids
 from app.deps import Caller, Session, Storage
 from app.files import multipart
 from app.files import service as files
 from app.files.schemas import FileDeleted, FileOut, UploadFields
+from app.files.settling import settle
+from app.idempotency import IdempotentRoute
 
-log = structlog.get_logger()
-
-router = APIRouter(prefix="/v1", tags=["Files"])
-
-_UPLOAD_DOCS = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["purpose", "file"],
-                    "properties": {"purpose": {"type": "string"}, "file": {"type": "string", "format": "binary"}},
-                }
-            }
-        },
-    }
-}
+router = APIRouter(prefix="/v1", tags=["Files"], route_class=IdempotentRoute)
 
 
-@router.post("/files", openapi_extra=_UPLOAD_DOCS)
+@router.post("/files", openapi_extra=multipart.documented("file", "purpose"))
 async def upload_file(request: Request, caller: Caller, storage: Storage) -> FileOut:
     """Upload a file to train on, or to evaluate with. It is validated at once; `status` says how that ends."""
     file_id = ids.new("file-")
     key = files.key_for(caller, file_id)
+    await run_in_threadpool(_promise, request, caller, file_id)
     received = await multipart.receive(request.stream(), request.headers.get("content-type", ""), storage, key)
-    return await run_in_threadpool(_add, request, caller, file_id, received)
+    crash.point("upload_stored")
+    add = partial(_add, caller=caller, file_id=file_id, received=received)
+    return await run_in_threadpool(settle, request, caller, key, received, add)
 
 
-def _add(request: Request, caller: Caller, file_id: str, received: multipart.Received) -> FileOut:
-    """A transaction of its own: none is open while the bytes come in. If it fails, the bytes go too.
-
-    Unless the database was away: then the commit may have been made all the same, and a file must not lose its bytes.
-    """
-    key = files.key_for(caller, file_id)
-    try:
-        fields = UploadFields.parse(received.fields)
-        with db.organization_session(request.app.state.sessions, caller.organization_id) as session:
-            file = files.add(
-                session,
-                caller,
-                file_id=file_id,
-                filename=received.filename,
-                purpose=fields.purpose,
-                stored=received.stored,
-                expires_after_seconds=fields.expires_after_seconds,
-            )
-        return FileOut.of(file)
-    except BaseException as error:
-        if isinstance(error, Exception) and db.is_outage(error):
-            log.warning("upload_unsettled", key=key)
-        else:
-            _throw_away(request.app.state.storage, key)
-        raise
+def _promise(request: Request, caller: Caller, file_id: str) -> None:
+    with db.organization_session(request.app.state.sessions, caller.organization_id) as session:
+        files.promise(session, caller, file_id)
 
 
-def _throw_away(storage: AppStorage, key: str) -> None:
-    try:
-        storage.delete(key)
-    except Unavailable:  # what went wrong first is what the client hears
-        log.warning("upload_not_deleted", key=key)
+def _add(session: orm.Session, *, caller: Caller, file_id: str, received: multipart.Received) -> FileOut:
+    fields = UploadFields.parse(received.fields)
+    file = files.add(
+        session,
+        caller,
+        file_id=file_id,
+        filename=received.filename,
+        purpose=fields.purpose,
+        stored=received.stored,
+        expires_after_seconds=fields.expires_after_seconds,
+    )
+    return FileOut.of(file)
 
 
 @router.get("/files")

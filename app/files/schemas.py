@@ -9,7 +9,7 @@ from app.core.errors import BadRequest
 from app.models import File
 
 PURPOSES = (data.TO_TRAIN, data.TO_EVALUATE)
-_MIN_EXPIRY, _MAX_EXPIRY = 3600, 2_592_000
+MIN_EXPIRY, MAX_EXPIRY = 3600, 2_592_000
 
 
 class FileOut(BaseModel):
@@ -72,7 +72,7 @@ def _expiry(fields: dict[str, str]) -> int | None:
         return None
     if anchor != "created_at":
         raise BadRequest("expires_after[anchor] must be 'created_at'", param="expires_after[anchor]")
-    if seconds is None or not seconds.isdecimal() or not _MIN_EXPIRY <= int(seconds) <= _MAX_EXPIRY:
-        message = f"expires_after[seconds] must be a number from {_MIN_EXPIRY} to {_MAX_EXPIRY}"
+    if seconds is None or not seconds.isdecimal() or not MIN_EXPIRY <= int(seconds) <= MAX_EXPIRY:
+        message = f"expires_after[seconds] must be a number from {MIN_EXPIRY} to {MAX_EXPIRY}"
         raise BadRequest(message, param="expires_after[seconds]")
     return int(seconds)

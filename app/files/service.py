@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Select, func, or_, orm, select
+from sqlalchemy import ColumnElement, Select, and_, func, or_, orm, select, update
 
 from app import outbox, pages
 from app.accounts.caller import Caller
@@ -14,12 +14,13 @@ from app.core.errors import Conflict, NotFound
 from app.core.methods import MethodName
 from app.core.storage import Stored
 from app.files import derived
-from app.models import Evaluation, File, FileStatus, Job
+from app.models import Evaluation, File, FileStatus, Job, Upload
 from app.models.evaluations import UNDECIDED
 from app.models.jobs import UNFINISHED
 
 CPU_QUEUE = "cpu"
 POSTPONED = timedelta(seconds=5)
+LONGEST_UPLOAD = timedelta(days=1)
 LEAST_TO_READ = timedelta(seconds=30)
 SLOWEST_BYTES_PER_SECOND = 256 * 1024  # tokenising on a busy core, the slowest thing done with a file
 
@@ -35,8 +36,13 @@ class ToValidate:
     purpose: str = data.TO_TRAIN
 
 
-def key_for(caller: Caller, file_id: str) -> str:
-    return f"orgs/{caller.organization_id}/files/{file_id}"
+def key_for(owner: Caller | Upload, file_id: str) -> str:
+    return f"orgs/{owner.organization_id}/files/{file_id}"
+
+
+def promise(session: orm.Session, caller: Caller, file_id: str) -> None:
+    """Before the first byte is stored: should whoever stores them die before there is a row, they do not lie there for ever."""
+    outbox.put(session, outbox.Topic.TIDY, {"prefix": key_for(caller, file_id)}, after=LONGEST_UPLOAD)
 
 
 def add(
@@ -105,12 +111,16 @@ def get(
     lock: Literal["share", "update"] | None = None,
 ) -> File:
     """Raises NotFound, also for a file of somebody else. `lock` keeps the row from changing until the commit."""
-    query = _visible(caller).where(File.id == file_id)
-    if file := session.scalar(query if lock is None else query.with_for_update(read=lock == "share")):
+    if file := find(session, caller, file_id, lock=lock):
         return file
     raise NotFound(
         f"the file {file_id!r} does not exist or is not yours; GET /v1/files lists them", param=param, code="file_not_found"
     )
+
+
+def find(session: orm.Session, caller: Caller, file_id: str, *, lock: Literal["share", "update"] | None = None) -> File | None:
+    query = _visible(caller).where(File.id == file_id)
+    return session.scalar(query if lock is None else query.with_for_update(read=lock == "share"))
 
 
 def get_for_training(session: orm.Session, caller: Caller, file_id: str, *, method: MethodName, param: str) -> File:
@@ -178,31 +188,40 @@ def delete(session: orm.Session, caller: Caller, file_id: str) -> str:
     return file.id
 
 
-def expire(session: orm.Session) -> None:
-    """Forget files whose time is over and that no job and no evaluation needs."""
+def expire(session: orm.Session) -> int:
+    """Forget some of the files whose time is over and that no job and no evaluation needs. Returns how many."""
     is_needed = or_(_jobs_on(File.id).exists(), _evaluations_on(File.id).exists())
     over = select(File).where(File.expires_at <= func.clock_timestamp(), ~is_needed)
-    for file in session.scalars(over.limit(100).with_for_update(skip_locked=True)):
+    gone = session.scalars(over.order_by(File.expires_at).limit(100).with_for_update(skip_locked=True)).all()
+    for file in gone:
         _forget(session, file)
+    return len(gone)
 
 
-def claim_to_validate(session: orm.Session) -> ToValidate | None:
-    """The oldest file that nobody validates. A validator that dies leaves it to the next one after a while."""
+def claim_to_validate(session: orm.Session, *, lease_seconds: float = 60.0) -> ToValidate | None:
+    """The oldest file that nobody validates. A validator that says no more for a lease leaves it to the next one."""
     file = session.scalar(
-        select(File)
-        .where(File.status == FileStatus.UPLOADED, File.not_before <= func.clock_timestamp())
-        .order_by(File.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
+        select(File).where(claimable(func.clock_timestamp())).order_by(File.id).limit(1).with_for_update(skip_locked=True)
     )
     if file is None:
         return None
-    file.not_before = func.clock_timestamp() + time_to_read(file)
+    file.not_before = func.clock_timestamp() + timedelta(seconds=lease_seconds)
     return ToValidate(file.id, file.storage_key, file.sha256, round(time_to_read(file).total_seconds()), file.purpose)
 
 
+def claimable(since: Any) -> ColumnElement[bool]:
+    """Whether a file waits, since this instant at the latest, for somebody to validate it."""
+    return and_(File.status == FileStatus.UPLOADED, File.not_before <= since)
+
+
+def hold(session: orm.Session, file_id: str, *, lease_seconds: float) -> None:
+    """Its validator works on it still. Should two do so, that costs time and no more."""
+    until = func.clock_timestamp() + timedelta(seconds=lease_seconds)
+    session.execute(update(File).where(File.id == file_id, File.status == FileStatus.UPLOADED).values(not_before=until))
+
+
 def time_to_read(*files: File | None) -> timedelta:
-    """After so long nobody reads them any more: whoever did has died. Reading twice costs time and no more."""
+    """What reading them may take of a processor."""
     return LEAST_TO_READ + timedelta(seconds=sum(file.size_bytes for file in files if file) / SLOWEST_BYTES_PER_SECOND)
 
 
@@ -217,10 +236,10 @@ def finish_validation(session: orm.Session, file_id: str, report: data.Report) -
     outbox.ring(session, CPU_QUEUE)
 
 
-def postpone(session: orm.Session, file_id: str) -> None:
+def postpone(session: orm.Session, file_id: str, *, by: timedelta = POSTPONED) -> None:
     """Whoever had it in hand could not go on; another may try shortly."""
     if file := session.scalar(select(File).where(File.id == file_id).with_for_update()):
-        file.not_before = func.clock_timestamp() + POSTPONED
+        file.not_before = func.clock_timestamp() + by
 
 
 def _jobs_on(file_id: Any) -> Select[str]:
