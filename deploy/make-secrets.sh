@@ -25,6 +25,8 @@ keep() {
 
 keep key_pepper "$(random)"
 keep engine_token "$(random)"
+keep metrics__token "$(random)"
+keep grafana_password "$(random)" # of its user admin
 keep hf_token "" # of an account at huggingface.co, for gated bases
 
 keep postgres_password "$(random)"

@@ -30,9 +30,11 @@ def load(files: tuple[str, ...], variables: Mapping[str, str] | None = None) -> 
 
 
 def instructions(dockerfile: str) -> list[tuple[str, str]]:
-    """Name and argument of each, with continued lines joined."""
+    """Name and argument of each in the last stage, which is the image, with continued lines joined."""
     text = re.sub(r"\\\n\s*", " ", re.sub(r"(?m)^\s*#.*\n", "", (ROOT / dockerfile).read_text()))
-    return [(name, argument.strip()) for name, _, argument in (line.partition(" ") for line in text.splitlines() if line)]
+    found = [(name, argument.strip()) for name, _, argument in (line.partition(" ") for line in text.splitlines() if line)]
+    last = max(number for number, (name, _) in enumerate(found) if name == "FROM")
+    return found[last:]
 
 
 def dockerfile_of(project: dict[str, Any], service: str) -> str | None:

@@ -13,21 +13,24 @@ from app.core.settings import Settings
 from tests.deploy import compose
 
 OURS = {"migrate", "api", "relay", "cpu", "train", "engine"}
-LASTING = {"postgres", "valkey", "s3"} | OURS - {"migrate"}
+OBSERVING = {"prometheus", "grafana"}  # only where the profile is asked for
+LASTING = {"postgres", "valkey", "s3"} | OBSERVING | OURS - {"migrate"}
 NEEDED = {
     "postgres": {"postgres_password", "owner_password", "api_password", "system_password"},
     "valkey": {"valkey_configuration"},
     "s3": {"s3_configuration"},
     "migrate": {"database__owner_url", "database__system_url", "key_pepper", "storage__secret_key"},
-    "api": {"database__api_url", "key_pepper", "engine_token", "storage__secret_key"},
+    "api": {"database__api_url", "key_pepper", "engine_token", "metrics__token", "storage__secret_key"},
     "relay": {"database__system_url", "broker_url", "engine_token", "storage__secret_key"},
     "cpu": {"database__system_url", "broker_url", "engine_token", "hf_token", "storage__secret_key"},
     "train": {"database__system_url", "broker_url", "hf_token", "storage__secret_key"},
-    "engine": {"engine_token", "hf_token", "storage__secret_key"},
+    "engine": {"engine_token", "hf_token", "metrics__token", "storage__secret_key"},
+    "prometheus": {"metrics__token"},
+    "grafana": {"grafana_password"},
 }
 OUTSIDE_SETTINGS = {"TUNESMITH_SECRETS_DIR", "TUNESMITH_CONFIG_FILE"}
 # passwords that reach our own services inside a URL, the others' configuration, and the hub's token
-NOT_SETTINGS = {"hf_token", "valkey_configuration", "s3_configuration"} | {
+NOT_SETTINGS = {"hf_token", "grafana_password", "valkey_configuration", "s3_configuration"} | {
     f"{name}_password" for name in ("postgres", "owner", "api", "system")
 }
 
@@ -68,10 +71,16 @@ def test_no_image_is_whatever_is_latest(project: dict[str, Any]) -> None:
         assert is_ours or (not service["image"].endswith(":latest") and ":" in service["image"])
 
 
-def test_only_the_api_is_published_and_only_here(project: dict[str, Any]) -> None:
+def test_only_api_and_grafana_are_published_and_only_here(project: dict[str, Any]) -> None:
     published = {name: service["ports"] for name, service in project["services"].items() if "ports" in service}
 
-    assert published == {"api": ["127.0.0.1:8000:8000"]}
+    assert published == {"api": ["127.0.0.1:8000:8000"], "grafana": ["127.0.0.1:3000:3000"]}
+
+
+def test_who_observes_comes_only_when_asked_for(project: dict[str, Any]) -> None:
+    profiled = {name: service["profiles"] for name, service in project["services"].items() if "profiles" in service}
+
+    assert profiled == {name: ["observability"] for name in OBSERVING}
 
 
 def test_a_service_waits_for_what_reports_that_it_is_there(project: dict[str, Any]) -> None:
@@ -135,12 +144,13 @@ def test_every_path_is_there_and_reaches_the_builder(project: dict[str, Any]) ->
     allowed = [line[1:] for line in (compose.ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for dockerfile in {compose.dockerfile_of(project, name) for name in OURS}:
         assert dockerfile
-        for source in (path for name, paths in compose.instructions(dockerfile) if name == "COPY" for path in paths.split()[:-1]):
+        copied = [paths for name, paths in compose.instructions(dockerfile) if name == "COPY" and not paths.startswith("--from")]
+        for source in (path for paths in copied for path in paths.split()[:-1]):
             assert (compose.ROOT / source).exists(), source
             assert any(fnmatch(source, pattern) for pattern in allowed), source
     for service in project["services"].values():
         for source, *_ in (volume.split(":") for volume in service.get("volumes", ())):
-            assert source in project["volumes"] or (compose.ROOT / source).is_file()
+            assert source in project["volumes"] or (compose.ROOT / source).exists()
 
 
 def test_the_builder_gets_nothing_by_default() -> None:

@@ -58,12 +58,13 @@ class Deployment:
             ("0.0.0.0", "127.0.0.1"),
         ):
             text = text.replace(there, local)
+        text = text.replace("9464", str(self.ports[f"{service} 9464"]))  # one in each container
         return re.sub(r"\b(8000|8001|8333|5432|6379)\b", lambda found: str(self.ports[found[0]]), text)
 
     def environment(self, service: str) -> dict[str, str]:
         values = compose.environment_of(PROJECT, service)
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        outside = {"PATH": path, "HOME": str(self.root), "TMPDIR": str(self.root), "NO_PROXY": "127.0.0.1"}
+        outside = {"PATH": path, "HOME": str(self.root), "TMPDIR": str(self.root), "NO_PROXY": "127.0.0.1", **make.UNHURRIED}
         return outside | {name: self.here(value, service) for name, value in values.items()}
 
     def grant(self, service: str) -> None:
@@ -103,6 +104,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, bases_dir: Path) -> Ite
         storage = urlsplit(servers.settings.storage.endpoint_url or "")
         postgres, valkey = (urlsplit(url) for url in (servers.superuser_dsn, servers.settings.broker_url))
         ports = {"8333": storage.port, "5432": postgres.port, "6379": valkey.port, "8000": _free_port(), "8001": _free_port()}
+        ports |= {f"{service} 9464": make.free_port() for service in ("migrate", *LASTING)}
         made = Deployment(servers, root, bases_dir, {there: local for there, local in ports.items() if local})
         subprocess.run([compose.ROOT / "deploy/make-secrets.sh", made.secrets], check=True)
         _make_roles(servers, made.secrets)
@@ -174,6 +176,18 @@ def test_a_job_is_trained_and_its_model_answers(
             model=str(job.fine_tuned_model), messages=[{"role": "user", "content": "What comes after 3?"}], max_tokens=4
         )
         assert said.usage and said.usage.completion_tokens > 0
+
+
+def test_the_operator_is_told_in_the_relays_container_that_all_is_well(
+    deployment: Deployment, running: dict[str, "subprocess.Popen[bytes]"]
+) -> None:
+    def told() -> "subprocess.CompletedProcess[str]":
+        words = ["tunesmith", "status"]
+        return subprocess.run(
+            words, cwd=deployment.root, env=deployment.environment("relay"), capture_output=True, text=True, check=False
+        )
+
+    _await(lambda: told().returncode == 0, 30, lambda: told().stdout)
 
 
 def test_a_stopped_process_is_not_well(deployment: Deployment, running: dict[str, "subprocess.Popen[bytes]"]) -> None:
