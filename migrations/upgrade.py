@@ -4,6 +4,8 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine
 
 
@@ -15,6 +17,12 @@ def upgrade(owner_url: str, revision: str = "head") -> None:
             command.upgrade(configuration(connection), revision)
     finally:
         engine.dispose()
+
+
+def revisions(connection: Connection) -> tuple[str, str]:
+    """The revision that the database is at, and the one that this code wants it to be at."""
+    current = MigrationContext.configure(connection).get_current_revision()
+    return current or "none", ScriptDirectory.from_config(configuration(connection)).get_current_head() or "none"
 
 
 def configuration(connection: Connection) -> Config:

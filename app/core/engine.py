@@ -146,7 +146,11 @@ class EngineStats(_Message):
 
 
 class Heartbeat(_Message):
-    """An engine tells the gateway where it listens, what it holds and how. Those that do not say how hold it as usual."""
+    """An engine tells the gateway where it listens, what it holds and how. Those that do not say how hold it as usual.
+    `adapters` counts those in each tier of its memory.
+
+    The last one says that it `is_leaving`, and that it is not to be asked any more.
+    """
 
     engine_id: str
     url: str
@@ -155,3 +159,5 @@ class Heartbeat(_Message):
     quantization: QuantizationName = USUAL
     running: int
     waiting: int
+    adapters: dict[str, int] = {}
+    is_leaving: bool = False

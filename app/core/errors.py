@@ -14,7 +14,6 @@ class AppError(Exception):
     code: str | None = None
     param: str | None = None
     retry_after_seconds: ClassVar[int | None] = None
-    is_worth_repeating: ClassVar[bool] = True  # else the SDK is told not to, which repeats what its status suggests
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -28,10 +27,7 @@ class AppError(Exception):
     @property
     def headers(self) -> dict[str, str] | None:
         """What belongs beside the envelope."""
-        told = {"Retry-After": str(self.retry_after_seconds)} if self.retry_after_seconds else {}
-        if not self.is_worth_repeating:
-            told["x-should-retry"] = "false"
-        return told or None
+        return {"Retry-After": str(self.retry_after_seconds)} if self.retry_after_seconds else None
 
     def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments do not survive the default pickling
         return _rebuild, (type(self), str(self), self.param, self.code)

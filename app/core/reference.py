@@ -15,6 +15,7 @@ from pydantic import BaseModel, SecretStr
 from app.core.settings import CONFIG_FILE, PREFIX, SECRETS_DIR, Settings
 
 HIDDEN = "(hidden)"
+NO_SETTINGS = {CONFIG_FILE, SECRETS_DIR, f"{PREFIX}BASE_URL", f"{PREFIX}API_KEY"}  # the last two are of customers: docs/cli.md
 PASSWORD = re.compile(r"(://[^:/@]*:).*@")  # of a URL
 
 _HEAD = f"""\
@@ -34,8 +35,8 @@ Lists are written as JSON: `'["16", "24"]'`. `tunesmith config` shows what holds
 file or a key that is misspelt.
 
 `tunesmith up` makes the addresses and secrets of what it runs itself, whatever is set here: all of Storage, the URLs of Database,
-broker and gateway, key pepper and engine token. It runs an engine for each of `TUNESMITH_TRAINING__QUANTIZATIONS`. Everything
-else counts there too, with two defaults of its own:
+broker and gateway, key pepper, the tokens of engines and metrics, and the ports of metrics. It runs an engine for each of
+`TUNESMITH_TRAINING__QUANTIZATIONS`. Everything else counts there too, with two defaults of its own:
 `TUNESMITH_WORK_DIR` is `work` in its data directory, and `TUNESMITH_WEBHOOKS__ALLOW_LOOPBACK` is `true`.
 """
 
@@ -89,7 +90,7 @@ def _meant(name: str, known: Iterable[str]) -> str | None:
 
 def _variables_in(environment: Mapping[str, str]) -> dict[str, str]:
     """By variable: the setting's name, in the letters that settings have."""
-    ours = (name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in {CONFIG_FILE, SECRETS_DIR})
+    ours = (name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in NO_SETTINGS)
     return {name: name[len(PREFIX) :].lower() for name in ours}
 
 

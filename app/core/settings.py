@@ -72,7 +72,11 @@ class DatabaseSettings(BaseModel):
         default=SecretStr("postgresql+psycopg://tunesmith_owner:tunesmith@127.0.0.1:5432/tunesmith"),
         description="the role of migrations: owns the tables",
     )
-    pool_size: int = Field(default=10, ge=1, description="connections the API keeps; as many again when it is busy")
+    pool_size: int = Field(
+        default=10,
+        ge=1,
+        description="connections the API keeps, one for each request in a transaction; as many again for all else",
+    )
 
     @field_validator("api_url", "system_url", "owner_url")
     @classmethod
@@ -102,7 +106,9 @@ class LeaseSettings(BaseModel):
 
     lease_seconds: float = Field(default=60.0, gt=0, description="a worker silent for so long loses its job")
     heartbeat_seconds: float = Field(default=10.0, gt=0, description="how often a worker extends its lease")
-    max_attempts: int = Field(default=5, ge=1, description="broken attempts after which a job fails")
+    max_attempts: int = Field(default=5, ge=1, description="broken attempts without a new checkpoint, after which a job fails")
+    max_deaths_at_step: int = Field(default=3, ge=2, description="attempts in a row that die at one step: then a job fails")
+    backoff_seconds: float = Field(default=5.0, gt=0, description="before a job's next attempt; doubled for each that broke")
 
 
 class WebhookSettings(BaseModel):
@@ -110,13 +116,15 @@ class WebhookSettings(BaseModel):
 
     allow_loopback: bool = Field(default=False, description="let webhooks go to this machine")
     allowed_hosts: Listed[str] = Field(default=frozenset(), description="hosts in private networks that webhooks may go to")
-    timeout_seconds: float = Field(default=15.0, gt=0, description="how long a receiver may take to answer")
+    timeout_seconds: float = Field(default=15.0, gt=0, le=15, description="how long a receiver may take to answer, at most 15")
 
 
 class LimitSettings(BaseModel):
     """What one request may carry."""
 
-    file_bytes: int = Field(default=512 * MIB, ge=1, description="largest upload")
+    file_bytes: int = Field(default=512 * MIB, ge=1, description="largest file in one request")
+    upload_bytes: int = Field(default=8 * 1024 * MIB, ge=1, description="largest file in parts: docs/uploads.md")
+    part_bytes: int = Field(default=64 * MIB, ge=1, description="largest part; the SDK sends parts of 64 MiB")
     body_bytes: int = Field(default=4 * MIB, ge=1, description="largest body of any other request")
 
 
@@ -205,6 +213,32 @@ class MlflowSettings(BaseModel):
         return url and _require_http(url).rstrip("/")
 
 
+class MetricsSettings(BaseModel):
+    """Where Prometheus may ask: docs/observability.md lists what it is told."""
+
+    token: SecretStr = Field(
+        default=SecretStr(""), description="bearer token for `/metrics` of API and engines; while it is empty the API has none"
+    )
+    host: str = Field(default="127.0.0.1", description="address at which relay and workers answer `/metrics`")
+    port: int = Field(
+        default=0, ge=0, le=65535, description="port at which they do, without a token, so in a private network only; 0 for none"
+    )
+
+
+class TracingSettings(BaseModel):
+    """OpenTelemetry: docs/observability.md lists the spans."""
+
+    endpoint: str | None = Field(
+        default=None, description="a collector's OTLP over HTTP, such as http://127.0.0.1:4318; unset makes no spans"
+    )
+    share: float = Field(default=1.0, ge=0, le=1, description="part of the traces begun here that are kept")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _http(cls, url: str | None) -> str | None:
+        return _require_http(url).rstrip("/") if url else None  # Compose passes on what is not chosen as nothing
+
+
 class GpuSettings(BaseModel):
     """What of a card a plan may count on: app.core.tiers has the arithmetic, docs/gpu.md the numbers."""
 
@@ -232,6 +266,21 @@ class TrainingSettings(BaseModel):
     )
 
 
+class DashboardSettings(BaseModel):
+    """The pages at `/`."""
+
+    is_served: bool = Field(default=True, description="whether the API serves the dashboard too")
+    url: str | None = Field(
+        default=None,
+        description="where browsers find it behind a proxy, such as `https://tunes.example.org`; by default as they ask",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _http(cls, url: str | None) -> str | None:
+        return url and _require_http(url).rstrip("/")
+
+
 class Settings(BaseSettings):
     """The whole configuration: `TUNESMITH_STORAGE__BUCKET=…` sets `storage.bucket`.
 
@@ -253,6 +302,9 @@ class Settings(BaseSettings):
     evaluations: EvaluationSettings = EvaluationSettings()
     wandb: WandbSettings = WandbSettings()
     mlflow: MlflowSettings = MlflowSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
+    dashboard: DashboardSettings = DashboardSettings()
 
     key_pepper: SecretStr = Field(default=SecretStr(""), description="keys are hashed with it; losing it revokes every key")
     engine_token: SecretStr = Field(default=SecretStr(""), description="shared secret between the gateway and the engines")

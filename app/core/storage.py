@@ -2,7 +2,9 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -51,11 +53,11 @@ class Storage:
                 upload.write(chunk)
             return upload.finish()
 
-    def upload(self, key: str) -> "Upload":
+    def upload(self, key: str) -> "ObjectWriter":
         """An object written piece by piece. Left without `finish`, it stores nothing."""
         with _Translated(key):
             upload_id = self._client.create_multipart_upload(Bucket=self._bucket, Key=key)["UploadId"]
-        return Upload(self._client, self._bucket, key, upload_id)
+        return ObjectWriter(self._client, self._bucket, key, upload_id)
 
     def put_file(self, key: str, path: Path) -> Stored:
         if path.stat().st_size <= PART_BYTES:
@@ -80,9 +82,9 @@ class Storage:
 
     def get_file(self, key: str, path: Path) -> Stored:
         """Download to `path`, whose folder exists. Returns what really arrived: compare it with what was promised."""
-        digest, size = hashlib.sha256(), 0
+        digest, size, chunks = hashlib.sha256(), 0, self.stream(key)  # a missing key leaves no file
         with path.open("wb") as file:
-            for chunk in self.stream(key):
+            for chunk in chunks:
                 digest.update(chunk)
                 size += len(chunk)
                 file.write(chunk)
@@ -112,6 +114,16 @@ class Storage:
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix):
                 yield from (entry["Key"] for entry in page.get("Contents", ()))
 
+    def abort_abandoned(self, prefix: str, *, before: datetime) -> int:
+        """Free what unfinished multipart uploads hold whose makers have died. Returns how many there were."""
+        with _Translated(prefix):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix)
+            begun = [upload for page in pages for upload in page.get("Uploads", ()) if upload["Initiated"] < before]
+        ours = [upload for upload in begun if upload["Key"].startswith(prefix)]  # some servers list all, whatever the prefix
+        for upload in ours:
+            _abort(self._client, self._bucket, upload["Key"], upload["UploadId"])
+        return len(ours)
+
     def check(self) -> None:
         """Raise `Unavailable` unless the bucket answers."""
         try:
@@ -134,7 +146,7 @@ class Storage:
             yield from body.iter_chunks(CHUNK_BYTES)
 
 
-class Upload:
+class ObjectWriter:
     """One multipart upload: `write` sends a part whenever enough has gathered."""
 
     def __init__(self, client: "S3Client", bucket: str, key: str, upload_id: str) -> None:
@@ -152,8 +164,7 @@ class Upload:
     def close(self) -> None:
         """Throw away what was sent, unless it was finished."""
         if not self._is_finished:
-            with _Translated(self._key):
-                self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=self._id)
+            _abort(self._client, self._bucket, self._key, self._id)
 
     @property
     def size_bytes(self) -> int:
@@ -170,20 +181,38 @@ class Upload:
         if self._rest or not self._parts:
             self._send_part()
         with _Translated(self._key):
+            self._complete()
+        self._is_finished = True
+        return Stored(self._size, self._digest.hexdigest())
+
+    def _complete(self) -> None:
+        """If an answer takes too long the request is repeated, and finds nothing to complete any more."""
+        try:
             self._client.complete_multipart_upload(
                 Bucket=self._bucket, Key=self._key, UploadId=self._id, MultipartUpload={"Parts": self._parts}
             )
-        self._is_finished = True
-        return Stored(self._size, self._digest.hexdigest())
+        except self._client.exceptions.NoSuchUpload:
+            if self._client.head_object(Bucket=self._bucket, Key=self._key)["ContentLength"] != self._size:
+                raise
 
     def _send_part(self) -> None:
         number = len(self._parts) + 1
         with _Translated(self._key):
             sent = self._client.upload_part(
-                Bucket=self._bucket, Key=self._key, UploadId=self._id, PartNumber=number, Body=bytes(self._rest)
+                Bucket=self._bucket,
+                Key=self._key,
+                UploadId=self._id,
+                PartNumber=number,
+                Body=self._rest,  # type: ignore[arg-type]  # botocore takes a bytearray too: no copy of it
             )
         self._parts.append({"PartNumber": number, "ETag": sent["ETag"]})
         self._rest.clear()
+
+
+def _abort(client: "S3Client", bucket: str, key: str, upload_id: str) -> None:
+    """A second time is the same as once."""
+    with _Translated(key), suppress(client.exceptions.NoSuchUpload):
+        client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
 
 
 class _Translated:
@@ -210,6 +239,8 @@ def _refusal(error: ClientError) -> Unavailable:
         return Unavailable("object storage is full; tell the operator, and try again later", code="insufficient_storage")
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         why = "its disk may be full, or it is starting; try again shortly"
+    elif said == "RequestTimeTooSkewed":
+        why = "its clock and this machine's differ; tell the operator"
     else:
         why = "its keys or its bucket are not set up; tell the operator"
     return Unavailable(f"object storage refused with {said}: {why}", code="storage_unavailable")
@@ -218,7 +249,7 @@ def _refusal(error: ClientError) -> Unavailable:
 def open_storage(settings: StorageSettings, *, for_requests: bool = False) -> Storage:
     """A client of its own for each caller: boto3 clients may be shared by threads, never by forks.
 
-    `for_requests` gives up while a client of the API still listens; workers sit a slow server out.
+    `for_requests` gives up while a client of the API still listens; workers sit a slow server out, but for the relay.
     """
     connect_seconds, read_seconds, attempts = _REQUEST_PATIENCE if for_requests else _WORK_PATIENCE
     client: S3Client = boto3.client(

@@ -45,7 +45,6 @@ def record(session: orm.Session, job: Job, event: engine_events.Event) -> None:
         case engine_events.Started():
             append(session, job, f"Training resumed at step {event.resumed_from} of {event.total_steps}")
         case engine_events.Stepped():
-            job.step = max(job.step, event.step)
             message = f"Step {event.step}/{event.total_steps}: training loss={event.train_loss:.4f}"
             append(session, job, message, type="metrics", data=_metrics(event))
         case engine_events.Evaluated():

@@ -1,11 +1,12 @@
 """From a job's last step to its model's going live: at once, or once an evaluation has let it pass (docs/quality-gate.md)."""
 
-from sqlalchemy import Select, orm, select
+from sqlalchemy import ColumnElement, Select, and_, orm, select
 
 from app import outbox
 from app.accounts.caller import Caller
 from app.adapters import aliases, names
 from app.adapters import service as adapters
+from app.core import tracing
 from app.core.catalog import Base, Catalog
 from app.core.errors import AppError, BadRequest, Conflict
 from app.core.manifest import Manifest
@@ -14,7 +15,7 @@ from app.core.settings import EvaluationSettings
 from app.evaluations import service as evaluations
 from app.evaluations.schemas import EvaluationCreate
 from app.files import service as files
-from app.jobs import events, states
+from app.jobs import events, life, states
 from app.jobs.schemas import JobCreate, QualityGateCreate
 from app.models import Adapter, Evaluation, EvaluationState, File, FileStatus, Job, JobState
 from app.models.evaluations import UNDECIDED
@@ -59,9 +60,14 @@ def trained(session: orm.Session, job: Job, *, prefix: str, manifest: Manifest) 
 
 def conclude_next(session: orm.Session) -> bool:
     """Decide about one model whose evaluation is over; False when none waits."""
-    job = session.scalar(_decidable().order_by(Job.id).limit(1).with_for_update(skip_locked=True))
+    job = session.scalar(select(Job).where(decidable()).order_by(Job.id).limit(1).with_for_update(skip_locked=True))
     if job is None:
         return False
+    with tracing.span("gate", parent=job.trace, job_id=job.id):
+        return _concluded(session, job)
+
+
+def _concluded(session: orm.Session, job: Job) -> bool:
     gate = gate_of(job)
     assert gate is not None
     run = session.scalars(select(Evaluation).where(Evaluation.id == gate.evaluation_run)).one()
@@ -78,9 +84,10 @@ def conclude_next(session: orm.Session) -> bool:
     return True
 
 
-def is_due(session: orm.Session) -> bool:
-    """Whether an evaluation is over that nobody has drawn the conclusion from."""
-    return session.scalar(_decidable().with_only_columns(Job.id).limit(1)) is not None
+def decidable() -> ColumnElement[bool]:
+    """Whether a job's evaluation is over, and nobody has drawn the conclusion from it."""
+    is_under_way = select(Evaluation.id).where(Evaluation.job_id == Job.id, Evaluation.state.in_(UNDECIDED)).exists()
+    return and_(Job.state == JobState.EVALUATING, ~is_under_way)
 
 
 def stop(session: orm.Session, job: Job) -> None:
@@ -97,8 +104,8 @@ def publish(session: orm.Session, job: Job) -> None:
     """Let a model go live by hand that was kept back. The job stays as it has ended, its alias where it is. Twice is once."""
     if job.fine_tuned_model is not None:
         return
-    if job.state not in states.TERMINAL:
-        raise states.IllegalMove(f"job {job.id} is not over, and decides itself; wait for it, or cancel it first")
+    if job.state not in life.TERMINAL:
+        raise life.IllegalMove(f"job {job.id} is not over, and decides itself; wait for it, or cancel it first")
     adapter = session.scalar(_final(job).with_for_update())
     if adapter is None:
         raise Conflict(f"job {job.id} has no model: it ended before it was trained, or the model was deleted", code="no_model")
@@ -198,11 +205,6 @@ def _go_live(session: orm.Session, job: Job, name: str) -> None:
         aliases.point(session, _owner(job), job.alias, model=name, job_id=job.id)
         events.append(session, job, f"The alias {job.alias} stands for {name}")
     states.move(session, job, JobState.SUCCEEDED, "The job has successfully completed")
-
-
-def _decidable() -> Select[Job]:
-    is_under_way = select(Evaluation.id).where(Evaluation.job_id == Job.id, Evaluation.state.in_(UNDECIDED)).exists()
-    return select(Job).where(Job.state == JobState.EVALUATING, ~is_under_way)
 
 
 def _final(job: Job) -> Select[Adapter]:

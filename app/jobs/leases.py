@@ -11,17 +11,18 @@ from app import outbox
 from app.adapters import service as adapters
 from app.core import ids
 from app.core.errors import AppError
-from app.core.events import DISK_FULL, Event, MeasuredMemory
+from app.core.events import DISK_FULL, Event, MeasuredMemory, Started, Stepped
 from app.core.manifest import Manifest
 from app.core.settings import LeaseSettings
 from app.files import service as files
 from app.files.service import Result
-from app.jobs import checkpoints, events, gates, states, throughput, turns
+from app.jobs import checkpoints, events, gates, life, states, throughput, turns
+from app.jobs.life import Life
+from app.jobs.schemas import CheckpointOut
 from app.models import Desired, Job, JobCheckpoint, JobState
 from app.webhooks.emit import EventType
 
-BACKOFF_SECONDS = 5.0
-FULL_DISK_BACKOFF_SECONDS = 60.0  # somebody has to free space first
+FULL_DISK_SECONDS = 60.0  # somebody has to free space first
 
 
 class LeaseLost(AppError):
@@ -44,13 +45,13 @@ def claim(session: orm.Session, queue: str, *, owner: str, settings: LeaseSettin
     job = turns.take(session, queue)
     if job is None:
         return None
-    job.attempt += 1
+    after = life.claimed(states.life_of(job))
     job.lease_owner = owner
     job.lease_expires_at = _in(settings.lease_seconds)
     if job.started_at is None:
         job.started_at = func.clock_timestamp()
-    again = "" if job.attempt == 1 else f" (attempt {job.attempt})"
-    states.move(session, job, JobState.RUNNING, f"A worker has taken the job{again}")
+    again = "" if after.attempt == 1 else f" (attempt {after.attempt})"
+    states.become(session, job, after, f"A worker has taken the job{again}")
     return Lease(job.id, job.attempt, owner)
 
 
@@ -77,6 +78,11 @@ def heartbeat(
     if seconds_left is not None:
         job.estimated_finish_at = _in(seconds_left)
     for event in said:
+        match event:
+            case Started():
+                states.keep(job, life.stepped(states.life_of(job), event.resumed_from))
+            case Stepped():
+                states.keep(job, life.stepped(states.life_of(job), event.step))
         events.record(session, job, event)
     return Desired(job.desired)
 
@@ -104,6 +110,7 @@ def checkpoint(
         _replace(session, known, lease, prefix=prefix, manifest=manifest, metrics=metrics)
     else:
         _add(session, job, lease, step=step, prefix=prefix, manifest=manifest, metrics=metrics)
+    states.keep(job, life.checkpointed(states.life_of(job)))
     checkpoints.drop_older_states(session, job, newest=step)
 
 
@@ -125,7 +132,7 @@ def _add(
     session.add(made)
     adapters.publish(session, job, name=name, step=step, prefix=f"{prefix}/adapter", manifest=manifest)
     events.append(session, job, f"Checkpoint saved at step {step}: {name}")
-    states.announce(session, job, EventType.CHECKPOINT, data_id=made.id)
+    states.announce(session, job, EventType.CHECKPOINT, data_id=made.id, describe=lambda: CheckpointOut.of(made))
 
 
 def _replace(
@@ -158,8 +165,9 @@ def complete(
     A cancel that came first wins: then the job is cancelled and nothing is published.
     """
     job = holding(session, lease)
-    if job.desired == Desired.CANCEL:
-        states.move(session, job, JobState.CANCELLED, "The job was cancelled")
+    after = life.completed(states.life_of(job), has_gate=job.quality_gate is not None)
+    if after.state == JobState.CANCELLED:
+        states.become(session, job, after, states.CANCELLED)
         return
     job.trained_tokens, job.valid_loss = trained_tokens, manifest.metrics.get("valid_loss")
     job.plan = {**(job.plan or {}), "measured_peak_bytes": memory.peak_bytes, "measured": memory.model_dump(mode="json")}
@@ -174,19 +182,21 @@ def fail(session: orm.Session, lease: Lease, *, code: str, message: str, param: 
     states.fail(session, job, code=code, message=message, param=param)
 
 
-def release(session: orm.Session, lease: Lease, *, reason: str, code: str | None = None, settings: LeaseSettings) -> None:
+def release(
+    session: orm.Session, lease: Lease, *, reason: str, code: str | None = None, is_death: bool = False, settings: LeaseSettings
+) -> None:
     """This attempt is over and the job is not: wait a little, then let another worker take it, unless too many have failed.
 
-    `code` goes with the event; a full disk is waited for longer.
+    `code` goes with the event; a full disk is waited for longer. `is_death` as in `life.broken`.
     """
-    _give_back(session, holding(session, lease), reason=reason, code=code, settings=settings)
+    _give_back(session, holding(session, lease), reason=reason, code=code, is_death=is_death, settings=settings)
 
 
 def stop(session: orm.Session, lease: Lease) -> None:
     """The attempt has ended because it was told to, and what it had to keep is kept. Nothing is counted against the job."""
     job = holding(session, lease)
-    if not _as_desired(session, job):
-        _requeue(session, job, "The worker is going down; the job goes on elsewhere from its last checkpoint")
+    drained = "The worker is going down; the job goes on elsewhere from its last checkpoint"
+    _end_attempt(session, job, life.stopped(states.life_of(job)), drained)
 
 
 def reap(session: orm.Session, *, settings: LeaseSettings) -> int:
@@ -197,7 +207,7 @@ def reap(session: orm.Session, *, settings: LeaseSettings) -> int:
         .with_for_update(skip_locked=True)
     ).all()
     for job in silent:
-        _give_back(session, job, reason="Its worker has fallen silent", settings=settings)
+        _give_back(session, job, reason="Its worker has fallen silent", is_death=True, settings=settings)
     return len(silent)
 
 
@@ -209,38 +219,50 @@ def _lost(lease: Lease) -> str:
     return f"attempt {lease.attempt} of job {lease.job_id} is no longer held by {lease.owner}"
 
 
-def _give_back(session: orm.Session, job: Job, *, reason: str, code: str | None = None, settings: LeaseSettings) -> None:
-    """A broken attempt of a job that its owner has cancelled or paused is what they wanted."""
-    if _as_desired(session, job):
-        return
-    job.failures += 1
-    if job.failures >= settings.max_attempts:
-        message = f"{reason}; given up after {job.failures} attempts. Nothing was charged; create the job again"
-        states.fail(session, job, code="infra_exhausted", message=message, param=None)
-        return
-    backoff_seconds = FULL_DISK_BACKOFF_SECONDS if code == DISK_FULL else BACKOFF_SECONDS
-    job.not_before = _in(backoff_seconds * 2 ** (job.failures - 1))
-    data = {"code": code} if code else None
-    _requeue(session, job, f"{reason}; the job goes on from its last checkpoint", level="warn", data=data)
-
-
-def _as_desired(session: orm.Session, job: Job) -> bool:
-    """Whether its owner wants it to run no longer, which it then does not."""
-    match Desired(job.desired):
-        case Desired.CANCEL:
-            states.move(session, job, JobState.CANCELLED, "The job was cancelled")
-        case Desired.PAUSE:
-            states.move(session, job, JobState.PAUSED, states.PAUSED)
-        case Desired.RUN:
-            return False
-    return True
-
-
-def _requeue(
-    session: orm.Session, job: Job, message: str, *, level: events.Level = "info", data: dict[str, Any] | None = None
+def _give_back(
+    session: orm.Session, job: Job, *, reason: str, code: str | None = None, is_death: bool, settings: LeaseSettings
 ) -> None:
-    states.move(session, job, JobState.QUEUED, message, level=level, data=data)
-    outbox.ring(session, job.queue)
+    broken = life.broken(states.life_of(job), is_death=is_death, settings=settings)
+    if broken.error_code is not None:
+        states.keep(job, broken.after)
+        states.fail(session, job, code=broken.error_code, message=_given_up(broken, reason), param=None)
+        return
+    if broken.after.state == JobState.QUEUED:
+        job.not_before = _in(max(broken.wait_seconds, FULL_DISK_SECONDS) if code == DISK_FULL else broken.wait_seconds)
+    data = {"code": code} if code else None
+    _end_attempt(session, job, broken.after, f"{reason}; the job goes on from its last checkpoint", level="warn", data=data)
+
+
+def _given_up(broken: life.Broken, reason: str) -> str:
+    after = broken.after
+    if broken.error_code == life.POISON:
+        return (
+            f"{reason}; given up after {after.deaths} attempts that all died after step {after.died_at_step}: what comes next "
+            "brings them down. Nothing was charged; look at the longest rows, or lower max_seq_length, and create the job again"
+        )
+    return (
+        f"{reason}; given up after {after.failures} attempts without a new checkpoint. Nothing was charged; create the job again"
+    )
+
+
+def _end_attempt(
+    session: orm.Session,
+    job: Job,
+    after: Life,
+    requeued: str,
+    *,
+    level: events.Level = "info",
+    data: dict[str, Any] | None = None,
+) -> None:
+    """The job leaves its worker as its owner wants it, or goes back to the queue, of which `requeued` tells."""
+    match after.state:
+        case JobState.CANCELLED:
+            states.become(session, job, after, states.CANCELLED)
+        case JobState.PAUSED:
+            states.become(session, job, after, states.PAUSED)
+        case _:
+            states.become(session, job, after, requeued, level=level, data=data)
+            outbox.ring(session, job.queue)
 
 
 def _in(seconds: float) -> ColumnElement[Any]:

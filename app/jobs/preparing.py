@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import func, orm, select
+from sqlalchemy import ColumnElement, and_, func, orm, select
 
 from app import outbox
 from app.core import spec
@@ -13,9 +14,9 @@ from app.core.data_report import DataReport
 from app.core.errors import Conflict
 from app.core.settings import LeaseSettings
 from app.files import service as files
-from app.jobs import events, states
+from app.jobs import events, life, states
 from app.jobs.admission import Admission
-from app.models import Desired, File, FileStatus, Job, JobState
+from app.models import File, FileStatus, Job, JobState
 
 POSTPONED = timedelta(seconds=5)
 
@@ -41,6 +42,7 @@ class ToPrepare:
     training_file: SourceFile
     validation_file: SourceFile | None
     seconds: float
+    trace: str | None = None
 
 
 class Dataset(BaseModel):
@@ -61,19 +63,14 @@ class Datasets(BaseModel):
     validation: Dataset | None = None
 
 
-def claim(session: orm.Session) -> ToPrepare | None:
+def claim(session: orm.Session, *, lease_seconds: float = 60.0) -> ToPrepare | None:
     """The oldest job whose files have been validated. One whose file turned out bad fails here, with the reason."""
     validation = orm.aliased(File)
     row = session.execute(
         select(Job, File, validation)
         .join(File, File.id == Job.training_file_id)
         .outerjoin(validation, validation.id == Job.validation_file_id)
-        .where(
-            Job.state == JobState.VALIDATING_FILES,
-            Job.not_before <= func.clock_timestamp(),
-            File.status != FileStatus.UPLOADED,
-            func.coalesce(validation.status, "") != FileStatus.UPLOADED,
-        )
+        .where(claimable(func.clock_timestamp()))
         .order_by(Job.id)
         .limit(1)
         .with_for_update(skip_locked=True, of=Job)
@@ -81,8 +78,7 @@ def claim(session: orm.Session) -> ToPrepare | None:
     if row is None:
         return None
     job, training_file, validation_file = row
-    seconds = files.time_to_read(training_file, validation_file)
-    job.not_before = func.clock_timestamp() + 2 * seconds  # its process has half of them, and files come and go
+    job.not_before = func.clock_timestamp() + timedelta(seconds=lease_seconds)
     requested = spec.Requested.model_validate(job.request)
     for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
         try:
@@ -90,7 +86,7 @@ def claim(session: orm.Session) -> ToPrepare | None:
                 files.require_trainable(file, requested.method, param=param)
         except Conflict as refused:
             states.fail(session, job, code=str(refused.code), message=str(refused), param=param)
-            return claim(session)
+            return claim(session, lease_seconds=lease_seconds)
     return ToPrepare(
         id=job.id,
         organization_id=job.organization_id,
@@ -100,8 +96,23 @@ def claim(session: orm.Session) -> ToPrepare | None:
         requested=requested,
         training_file=SourceFile(training_file.storage_key, training_file.sha256),
         validation_file=SourceFile(validation_file.storage_key, validation_file.sha256) if validation_file else None,
-        seconds=seconds.total_seconds(),
+        seconds=files.time_to_read(training_file, validation_file).total_seconds(),
+        trace=job.trace,
     )
+
+
+def claimable(since: Any) -> ColumnElement[bool]:
+    """Whether a job waits, since this instant at the latest, for somebody to prepare it: its files have been validated."""
+    unread = select(File.id).where(
+        File.id.in_((Job.training_file_id, Job.validation_file_id)), File.status == FileStatus.UPLOADED
+    )
+    return and_(Job.state == JobState.VALIDATING_FILES, Job.not_before <= since, ~unread.correlate(Job).exists())
+
+
+def hold(session: orm.Session, job_id: str, *, lease_seconds: float) -> None:
+    """Whoever prepares it works on it still."""
+    if job := _validating(session, job_id):
+        job.not_before = func.clock_timestamp() + timedelta(seconds=lease_seconds)
 
 
 def finish(
@@ -128,10 +139,10 @@ def finish(
         events.append(session, job, message, data={"reused": list(reused)})
     for warning in report.warnings() if report else ():
         events.append(session, job, warning, level="warn")
+    after = life.prepared(states.life_of(job))
     states.move(session, job, JobState.QUEUED, "Files validated, moving job to queued state", data=plan)
-    if job.desired == Desired.PAUSE:
-        states.move(session, job, JobState.PAUSED, states.PAUSED)
-    else:
+    states.become(session, job, after, states.PAUSED)
+    if after.state == JobState.QUEUED:
         outbox.ring(session, job.queue)
 
 
@@ -141,10 +152,10 @@ def reject(session: orm.Session, job_id: str, *, code: str, message: str, param:
         states.fail(session, job, code=code, message=message, param=param)
 
 
-def postpone(session: orm.Session, job_id: str) -> None:
+def postpone(session: orm.Session, job_id: str, *, by: timedelta = POSTPONED) -> None:
     """Whoever had it in hand could not go on; another may try shortly."""
     if job := _validating(session, job_id):
-        job.not_before = func.clock_timestamp() + POSTPONED
+        job.not_before = func.clock_timestamp() + by
 
 
 def failed(session: orm.Session, job_id: str, *, reason: str, settings: LeaseSettings) -> None:

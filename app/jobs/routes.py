@@ -1,19 +1,26 @@
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import StreamingResponse
 
-from app import db, pages
-from app.deps import BaseModels, Caller, Prices, Session, Sessions, Settings
+from app import pages
+from app.deps import BaseModels, Caller, IsRetry, OpenSession, Prices, Session, Settings
+from app.idempotency import IdempotentRoute
 from app.jobs import comparing, integrations, queue
 from app.jobs import service as jobs
 from app.jobs.comparing import ComparisonOut
 from app.jobs.dry_run import DryRunner, DryRunOut
+from app.jobs.feed import Feed
 from app.jobs.schemas import MAX_LISTED, CheckpointOut, EventOut, JobCreate, JobOut, QueueOut
 from app.models import Job
 
-router = APIRouter(prefix="/v1/fine_tuning", tags=["Fine-tuning"])
-queues = APIRouter(prefix="/v1", tags=["Fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning", tags=["Fine-tuning"], route_class=IdempotentRoute)
+queues = APIRouter(prefix="/v1", tags=["Fine-tuning"], route_class=IdempotentRoute)
+
+
+UNCACHED = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second: nginx passes each event on as it comes
+_EVENT_STREAM: dict[int | str, Any] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 def get_dry_runner(request: Request) -> DryRunner:
@@ -21,37 +28,43 @@ def get_dry_runner(request: Request) -> DryRunner:
     return dry_runner
 
 
+def get_feed(request: Request) -> Feed:
+    feed: Feed = request.app.state.feed
+    return feed
+
+
+EventFeed = Annotated[Feed, Depends(get_feed)]
 DryRuns = Annotated[DryRunner, Depends(get_dry_runner)]
 
 
 @router.post("/jobs")
 def create_job(
     body: JobCreate,
-    sessions: Sessions,
+    open_session: OpenSession,
     caller: Caller,
     catalog: BaseModels,
     settings: Settings,
     dry_runner: DryRuns,
-    x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
+    is_retry: IsRetry,
 ) -> JobOut | DryRunOut:
     """Queue a fine-tuning job; with `dry_run`, tell what would come of it, and queue nothing."""
     integrations.require_offered(body.integrations, settings)
     if body.dry_run:  # takes seconds: no transaction may be open meanwhile
         return dry_runner.run(caller, body)
-    training, is_retry = settings.training, x_stainless_retry_count > 0
-    with db.organization_session(sessions, caller.organization_id) as session:
-        job = jobs.create(
-            session,
-            caller,
-            catalog,
-            request=body,
-            tiers=training.tiers,
-            gpu=settings.gpu,
-            limits=settings.evaluations,
-            quantizations=training.quantizations,
-            is_retry=is_retry,
-        )
-        return _shown(session, job)
+    training = settings.training
+    session = open_session()
+    job = jobs.create(
+        session,
+        caller,
+        catalog,
+        request=body,
+        tiers=training.tiers,
+        gpu=settings.gpu,
+        limits=settings.evaluations,
+        quantizations=training.quantizations,
+        is_retry=is_retry,
+    )
+    return _shown(session, job)
 
 
 @router.get("/jobs")
@@ -109,11 +122,24 @@ def publish_job(job_id: str, session: Session, caller: Caller) -> JobOut:
     return _shown(session, jobs.publish(session, caller, job_id))
 
 
-@router.get("/jobs/{job_id}/events")
+@router.get("/jobs/{job_id}/events", response_model=pages.Page[EventOut], responses=_EVENT_STREAM)
 def list_job_events(
-    job_id: str, session: Session, caller: Caller, after: str | None = None, limit: pages.Limit = 20
-) -> pages.Page[EventOut]:
-    """What happened to a job, newest first; metrics of each step among it."""
+    job_id: str,
+    session: Session,
+    caller: Caller,
+    feed: EventFeed,
+    after: str | None = None,
+    limit: pages.Limit = 20,
+    stream: bool = False,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> pages.Page[EventOut] | StreamingResponse:
+    """What happened to a job, newest first; metrics of each step among it.
+
+    With `stream`, server-sent events, the oldest first, until the job is over; `Last-Event-ID` goes on behind that event.
+    """
+    if stream:
+        known = jobs.sequence_of(session, caller, job_id, last_event_id or after)
+        return StreamingResponse(feed.follow(caller, job_id, after=known), media_type="text/event-stream", headers=UNCACHED)
     return pages.page(jobs.list_events(session, caller, job_id, after=after, limit=limit), EventOut.of)
 
 

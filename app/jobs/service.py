@@ -4,23 +4,24 @@ import hashlib
 import secrets
 from collections.abc import Mapping, Sequence, Set
 from datetime import timedelta
+from types import MappingProxyType
 
 from sqlalchemy import Select, func, orm, select
+from sqlalchemy.sql.base import ExecutableOption
 
-from app import outbox, pages
+from app import db, idempotency, outbox, pages
 from app.accounts.caller import Caller
-from app.core import ids
+from app.core import ids, tracing
 from app.core.catalog import Catalog
 from app.core.errors import NotFound
 from app.core.settings import EvaluationSettings, GpuSettings
 from app.core.spec import USUAL, QuantizationName
 from app.evaluations import leases as evaluations
 from app.files import service as files
-from app.jobs import admission, gates, starting, states, tracking
+from app.jobs import admission, gates, life, preparing, starting, states, tracking, turns
 from app.jobs.schemas import JobCreate
-from app.models import Desired, File, FileStatus, Job, JobCheckpoint, JobEvent, JobState
+from app.models import Evaluation, File, Job, JobCheckpoint, JobEvent, JobState
 
-RETRY_WINDOW = timedelta(minutes=5)
 OVERDUE = timedelta(seconds=5)
 
 
@@ -67,9 +68,10 @@ def create(
         queue=queue,
         quality_gate=gate.model_dump(mode="json") if gate else None,
         alias=request.alias,
+        trace=tracing.current(),
     )
     # a repeated request may come while the first is still at work: they take turns
-    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(caller.key_id + job.request_sha256, 0))))
+    db.take_turns(session, caller.key_id + job.request_sha256)
     if is_retry and (made := _made_just_now(session, job)):
         return made
     states.begin(session, job, f"Created fine-tuning job: {job.id}")
@@ -93,9 +95,16 @@ def find_all(session: orm.Session, caller: Caller, ids: Sequence[str]) -> Sequen
 
 
 def list_page(
-    session: orm.Session, caller: Caller, *, metadata: Mapping[str, str], after: str | None, limit: int
+    session: orm.Session,
+    caller: Caller,
+    *,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    after: str | None,
+    limit: int,
+    options: Sequence[ExecutableOption] = (),
 ) -> tuple[Sequence[Job], bool]:
-    query = _visible(caller)
+    """The newest first. `options` may leave out columns that the caller does not read."""
+    query = _visible(caller).options(*options)
     if metadata:
         query = query.where(Job.user_metadata.contains(dict(metadata)))
     return pages.fetch(session, query, Job.id, after=after, limit=limit)
@@ -107,8 +116,19 @@ def list_events(
     """Newest first. A cursor that names no event of this job shows the first page."""
     job = get(session, caller, job_id)
     mine = select(JobEvent).where(JobEvent.organization_id == job.organization_id, JobEvent.job_id == job.id)
-    cursor = session.scalar(mine.with_only_columns(JobEvent.sequence).where(JobEvent.id == after)) if after else None
-    return pages.fetch(session, mine, JobEvent.sequence, after=cursor, limit=limit)
+    return pages.fetch(session, mine, JobEvent.sequence, after=_sequence_of(session, job, after) or None, limit=limit)
+
+
+def list_messages(session: orm.Session, caller: Caller, job_id: str, *, limit: int) -> tuple[Sequence[JobEvent], bool]:
+    """The newest events that are not metrics of a step."""
+    job = get(session, caller, job_id)
+    its = JobEvent.organization_id == job.organization_id, JobEvent.job_id == job.id, JobEvent.type == "message"
+    return pages.fetch(session, select(JobEvent).where(*its), JobEvent.sequence, after=None, limit=limit)
+
+
+def sequence_of(session: orm.Session, caller: Caller, job_id: str, event_id: str | None) -> int:
+    """Where in the job's events this one stands; 0, which is before all, if it is none of them."""
+    return _sequence_of(session, get(session, caller, job_id), event_id)
 
 
 def list_checkpoints(
@@ -126,38 +146,28 @@ def cancel(session: orm.Session, caller: Caller, job_id: str) -> Job:
     Twice is the same as once.
     """
     job = _locked(session, caller, job_id)
-    if job.state == JobState.CANCELLED:
-        return job
-    _require_unfinished(job, "cancelled")
-    job.desired = Desired.CANCEL
+    after = life.cancelled(states.life_of(job))
     if job.state == JobState.EVALUATING:
         gates.stop(session, job)
-    if job.state != JobState.RUNNING:
-        states.move(session, job, JobState.CANCELLED, "The job was cancelled")
+    states.become(session, job, after, states.CANCELLED)
     return _as_stored(session, job)
 
 
 def pause(session: orm.Session, caller: Caller, job_id: str) -> Job:
     """Halt a job: a waiting one at once, a running one with a checkpoint as soon as its worker hears of it. Twice is once."""
     job = _locked(session, caller, job_id)
-    _require_unfinished(job, "paused")
-    if job.state == JobState.EVALUATING:
-        raise states.IllegalMove(f"job {job.id} is trained, and its model is evaluated: there is nothing to pause; cancel it")
-    job.desired = Desired.PAUSE
-    if job.state == JobState.QUEUED:
-        states.move(session, job, JobState.PAUSED, states.PAUSED)
+    states.become(session, job, life.paused(states.life_of(job)), states.PAUSED)
     return _as_stored(session, job)
 
 
 def resume(session: orm.Session, caller: Caller, job_id: str) -> Job:
     """Let a paused job go on from its last checkpoint. One that is not paused is left as it is."""
     job = _locked(session, caller, job_id)
-    _require_unfinished(job, "resumed")
-    job.desired = Desired.RUN
-    if job.state == JobState.PAUSED:
+    after = life.resumed(states.life_of(job))
+    if after.state != job.state:
         job.queued_at = job.not_before = func.clock_timestamp()
-        states.move(session, job, JobState.QUEUED, "The job was resumed")
         outbox.ring(session, job.queue)
+    states.become(session, job, after, "The job was resumed")
     return _as_stored(session, job)
 
 
@@ -168,18 +178,17 @@ def publish(session: orm.Session, caller: Caller, job_id: str) -> Job:
     return _as_stored(session, job)
 
 
+def _sequence_of(session: orm.Session, job: Job, event_id: str | None) -> int:
+    if event_id is None:
+        return 0
+    its = JobEvent.organization_id == job.organization_id, JobEvent.job_id == job.id, JobEvent.id == event_id
+    return session.scalar(select(JobEvent.sequence).where(*its)) or 0
+
+
 def _locked(session: orm.Session, caller: Caller, job_id: str) -> Job:
     job = get(session, caller, job_id)
     session.refresh(job, with_for_update=True)
     return job
-
-
-def _require_unfinished(job: Job, participle: str) -> None:
-    """Raises IllegalMove. A job that is to be cancelled is as good as cancelled: only its worker has yet to hear of it."""
-    if job.state in states.TERMINAL:
-        raise states.IllegalMove(f"job {job.id} has {job.state} and cannot be {participle}")
-    if job.desired == Desired.CANCEL and participle != "cancelled":
-        raise states.IllegalMove(f"job {job.id} is being cancelled and cannot be {participle}")
 
 
 def _as_stored(session: orm.Session, job: Job) -> Job:
@@ -191,12 +200,14 @@ def _as_stored(session: orm.Session, job: Job) -> Job:
 def due_queues(session: orm.Session) -> set[str]:
     """Queues with work that nobody has taken for a while: rings get lost, and this is rung again."""
     overdue = func.clock_timestamp() - OVERDUE
-    waiting = select(Job.queue).where(Job.state == JobState.QUEUED, Job.not_before <= overdue).distinct()
-    queues = set(session.scalars(waiting))
-    files_waiting = select(File.id).where(File.status == FileStatus.UPLOADED, File.not_before <= overdue).limit(1)
-    jobs_waiting = select(Job.id).where(Job.state == JobState.VALIDATING_FILES, Job.not_before <= overdue).limit(1)
-    is_waiting = session.scalar(files_waiting) or session.scalar(jobs_waiting)
-    if is_waiting or gates.is_due(session) or evaluations.is_due(session, overdue=overdue):
+    queues = set(session.scalars(select(Job.queue).where(turns.claimable(overdue)).distinct()))
+    of_cpu = (
+        select(File.id).where(files.claimable(overdue)),
+        select(Job.id).where(preparing.claimable(overdue)),
+        select(Job.id).where(gates.decidable()),
+        select(Evaluation.id).where(evaluations.claimable(overdue)),
+    )
+    if any(session.scalar(waiting.limit(1)) for waiting in of_cpu):
         queues.add(files.CPU_QUEUE)
     return queues
 
@@ -209,7 +220,7 @@ def _made_just_now(session: orm.Session, job: Job) -> Job | None:
             Job.organization_id == job.organization_id,
             Job.api_key_id == job.api_key_id,
             Job.request_sha256 == job.request_sha256,
-            Job.created_at > func.clock_timestamp() - RETRY_WINDOW,
+            Job.created_at > func.clock_timestamp() - idempotency.RETRY_WINDOW,
         )
         .order_by(Job.id.desc())
         .limit(1)

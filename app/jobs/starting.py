@@ -7,7 +7,7 @@ from app.adapters import service as adapters
 from app.core.catalog import Base, Catalog
 from app.core.errors import BadRequest, Conflict
 from app.core.spec import LoraSpec, QuantizationSpec, Requested, Start, TrainSpec
-from app.jobs import states
+from app.jobs import life
 from app.jobs.schemas import JobCreate
 from app.models import Adapter, Job
 
@@ -46,7 +46,7 @@ def understand(session: orm.Session, caller: Caller, catalog: Catalog, request: 
 def _ended(session: orm.Session, adapter: Adapter, param: str) -> Job:
     """The job that made it. Until it has ended, an attempt may write its checkpoints anew, with other bytes."""
     job = session.get_one(Job, adapter.job_id)
-    if job.state not in states.TERMINAL:
+    if job.state not in life.TERMINAL:
         message = f"{adapter.name} is a checkpoint of job {job.id}, which has not ended; wait for its end or cancel it"
         raise Conflict(message, param=param, code="model_in_use")
     return job

@@ -11,7 +11,7 @@ from sqlalchemy import Row, func, orm, select
 
 from app.core import ids
 from app.core.data_report import brief
-from app.jobs import events, integrations, states
+from app.jobs import events, integrations, life
 from app.models import Job, JobEvent, JobFollower
 
 LEASE = timedelta(seconds=150)  # more than a tracker is ever waited for
@@ -101,7 +101,7 @@ def claim(session: orm.Session, type: str) -> Due | None:
     follower.claims += 1
     follower.next_attempt_at = func.clock_timestamp() + LEASE
     job = session.get_one(Job, follower.job_id)
-    is_over = job.state in states.TERMINAL
+    is_over = job.state in life.TERMINAL
     points, has_more = read(session, job.id, after=follower.step, is_over=is_over)
     return Due(
         follower_id=follower.id,

@@ -8,6 +8,7 @@ earliest start is claimed first, and becomes the queue's time: whoever comes ane
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import CTE, ColumnElement, and_, func, orm, select, true, update
 from sqlalchemy.dialects.postgresql import insert
@@ -61,10 +62,13 @@ def settle(session: orm.Session, job: Job) -> None:
     job.claimed_at = job.charged_seconds = None
 
 
+def claimable(since: Any) -> ColumnElement[bool]:
+    """Whether a job waits for a worker, since this instant at the latest."""
+    return and_(Job.state == JobState.QUEUED, Job.desired == Desired.RUN, Job.not_before <= since)
+
+
 def _claimable(queue: str) -> ColumnElement[bool]:
-    return and_(
-        Job.queue == queue, Job.state == JobState.QUEUED, Job.desired == Desired.RUN, Job.not_before <= func.clock_timestamp()
-    )
+    return and_(Job.queue == queue, claimable(func.clock_timestamp()))
 
 
 def _held_clock(session: orm.Session, queue: str) -> QueueClock:

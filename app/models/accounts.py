@@ -1,6 +1,6 @@
 from datetime import datetime
 
-from sqlalchemy import CheckConstraint, ForeignKey, text
+from sqlalchemy import CheckConstraint, ForeignKey, false, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.models.base import Created, Id, Owned, Table
@@ -37,3 +37,43 @@ class ApiKey(Owned, Table):
     shown_prefix: Mapped[str]
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
+
+
+class User(Owned, Table):
+    """Whoever uses the dashboard. One without a password comes by a link. An operator sees the whole installation.
+
+    `failures` are wrong passwords since the last right one; until `not_before` none is looked at.
+    """
+
+    __tablename__ = "users"
+    __table_args__ = (CheckConstraint("email = lower(email)", name="email_lower"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    email: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str]
+    password_hash: Mapped[str | None]
+    is_operator: Mapped[bool] = mapped_column(server_default=false())
+    failures: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    not_before: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    disabled_at: Mapped[datetime | None]
+
+
+class _Lets(Owned):
+    """What lets a user in until `expires_at`. Of the secret a keyed hash is kept."""
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    user_id: Mapped[str] = mapped_column(Id, ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    hash: Mapped[str] = mapped_column(unique=True)
+    expires_at: Mapped[datetime]
+
+
+class SignIn(_Lets, Table):
+    """A browser that is signed in, by its cookie. Without the row it is signed out."""
+
+    __tablename__ = "sign_ins"
+
+
+class SignInLink(_Lets, Table):
+    """Signs its user in once; then it is gone."""
+
+    __tablename__ = "sign_in_links"

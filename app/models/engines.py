@@ -1,4 +1,5 @@
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import func, text
 from sqlalchemy.orm import Mapped, mapped_column
@@ -18,4 +19,5 @@ class Engine(Created, Table):
     quantization: Mapped[str] = mapped_column(server_default=text("'nf4'"))
     running: Mapped[int]
     waiting: Mapped[int]
+    adapters: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())

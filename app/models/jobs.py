@@ -39,9 +39,10 @@ class Desired(StrEnum):
 class Job(Owned, Table):
     """A fine-tuning job. Postgres is the queue: workers claim rows, and hold them by lease and attempt number.
 
-    `valid_loss` is that of the published adapter. `total_tokens` are those of all epochs, or of a supervised job that takes as
-    long; `worker_seconds` what all attempts have taken. Of the running one are `claimed_at` and
-    `charged_seconds`, what its organization was charged in advance.
+    `failures`, the steps and `deaths` are explained in app.jobs.life. `valid_loss` is that of the published adapter.
+    `total_tokens` are those of all epochs, or of a supervised job that takes as long; `worker_seconds` what all attempts have
+    taken. Of the running one are `claimed_at` and `charged_seconds`, what its organization was charged in advance. `trace` is
+    the traceparent of the request that made it.
     """
 
     __tablename__ = "jobs"
@@ -57,7 +58,11 @@ class Job(Owned, Table):
         Index("ix_jobs_training_file_id", "training_file_id"),
         Index("ix_jobs_evaluating", "id", postgresql_where="state = 'evaluating'"),
         Index("ix_jobs_sweep_id", "sweep_id", postgresql_where="sweep_id IS NOT NULL"),
+        Index("ix_jobs_counted", "state", "attempt"),  # so that counting them all reads no job
         Index("ix_jobs_continue_from", "continue_from", postgresql_where="continue_from IS NOT NULL"),
+        Index("ix_jobs_listed", "organization_id", "project_id", "id"),
+        Index("ix_jobs_unfinished", "organization_id", "id", postgresql_where=f"state IN {tuple(map(str, UNFINISHED))}"),
+        Index("ix_jobs_ended", "organization_id", "project_id", "finished_at", postgresql_include=["state", "trained_tokens"]),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -84,6 +89,7 @@ class Job(Owned, Table):
     data_report: Mapped[dict[str, Any] | None]
     quality_gate: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     alias: Mapped[str | None]
+    trace: Mapped[str | None]
 
     queue: Mapped[str]
     attempt: Mapped[int] = mapped_column(default=0)
@@ -92,6 +98,9 @@ class Job(Owned, Table):
     lease_expires_at: Mapped[datetime | None]
     not_before: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     step: Mapped[int] = mapped_column(default=0)
+    attempt_step: Mapped[int | None]
+    died_at_step: Mapped[int | None]
+    deaths: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     event_count: Mapped[int] = mapped_column(default=0)
 
     claimed_at: Mapped[datetime | None]
@@ -117,7 +126,10 @@ class JobEvent(Owned, Table):
     """What happened to a job, in order: `sequence` counts from 1 without a gap."""
 
     __tablename__ = "job_events"
-    __table_args__ = (UniqueConstraint("job_id", "sequence"),)
+    __table_args__ = (
+        UniqueConstraint("job_id", "sequence"),
+        Index("ix_job_events_messages", "job_id", "sequence", postgresql_where="type = 'message'"),
+    )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     job_id: Mapped[str] = mapped_column(Id, ForeignKey("jobs.id"))

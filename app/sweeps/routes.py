@@ -1,15 +1,14 @@
-from typing import Annotated
-
-from fastapi import APIRouter, Header
+from fastapi import APIRouter
 
 from app import pages
-from app.deps import BaseModels, Caller, Session, Settings
+from app.deps import BaseModels, Caller, IsRetry, Session, Settings
+from app.idempotency import IdempotentRoute
 from app.jobs import integrations
 from app.models import Sweep
 from app.sweeps import service as sweeps
 from app.sweeps.schemas import SweepCreate, SweepOut
 
-router = APIRouter(prefix="/v1/fine_tuning", tags=["Fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning", tags=["Fine-tuning"], route_class=IdempotentRoute)
 
 
 @router.post("/sweeps")
@@ -19,11 +18,11 @@ def create_sweep(
     caller: Caller,
     catalog: BaseModels,
     settings: Settings,
-    x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
+    is_retry: IsRetry,
 ) -> SweepOut:
     """Queue a job for each combination of a grid, or for some of them: all or none."""
     integrations.require_offered(body.integrations, settings)
-    training, is_retry = settings.training, x_stainless_retry_count > 0
+    training = settings.training
     made = sweeps.create(
         session,
         caller,

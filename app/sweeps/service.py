@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Select, func, orm, select
 
-from app import pages
+from app import db, idempotency, pages
 from app.accounts.caller import Caller
 from app.core import ids
 from app.core.catalog import Catalog
@@ -19,7 +19,7 @@ from app.core.settings import EvaluationSettings, GpuSettings
 from app.core.spec import USUAL, QuantizationName
 from app.evaluations import service as evaluations
 from app.files import service as files
-from app.jobs import comparing, states
+from app.jobs import comparing, life
 from app.jobs import service as jobs
 from app.jobs.schemas import status_of
 from app.models import Job, JobState, Sweep
@@ -54,7 +54,7 @@ def create(
         | {"seed": seed, "grid": list(request.grid.items())},
         request_sha256=hashlib.sha256(request.model_dump_json().encode()).hexdigest(),
     )
-    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(caller.key_id + sweep.request_sha256, 0))))
+    db.take_turns(session, caller.key_id + sweep.request_sha256)
     if is_retry and (made := _made_just_now(session, sweep)):
         return made
     make = partial(
@@ -119,7 +119,7 @@ def _job(make: Callable[..., Job], trial: trials.Trial) -> str:
 def _made_just_now(session: orm.Session, sweep: Sweep) -> Sweep | None:
     """As of jobs: the sweep that the same key made with the same body in the last minutes."""
     same = (Sweep.api_key_id == sweep.api_key_id, Sweep.request_sha256 == sweep.request_sha256)
-    recent = Sweep.created_at > func.clock_timestamp() - jobs.RETRY_WINDOW
+    recent = Sweep.created_at > func.clock_timestamp() - idempotency.RETRY_WINDOW
     mine = select(Sweep).where(Sweep.organization_id == sweep.organization_id, *same, recent)
     return session.scalar(mine.order_by(Sweep.id.desc()).limit(1))
 
@@ -155,7 +155,7 @@ def _trial(sweep: Sweep, row: Any, trial: Mapping[str, Any], scores: Mapping[str
 def _shown(sweep: Sweep, told: list[TrialOut]) -> SweepOut:
     request, grid = sweep.request, dict(sweep.request["grid"])
     is_lowest_best = request["metric"]["type"] == "valid_loss"
-    has_ended = all(trial.status in states.TERMINAL for trial in told)
+    has_ended = all(trial.status in life.TERMINAL for trial in told)
     is_scored = all(trial.score is not None for trial in told if trial.status == JobState.SUCCEEDED)
     return SweepOut(
         id=sweep.id,

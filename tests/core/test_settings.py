@@ -63,6 +63,13 @@ def test_a_list_that_is_none_is_named_and_told_how_to_be_written(monkeypatch: py
         Settings()
 
 
+def test_a_receiver_has_no_longer_than_the_relay_hears_it_out_when_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_WEBHOOKS__TIMEOUT_SECONDS", "16")
+
+    with pytest.raises(ValidationError, match=r"webhooks\.timeout_seconds\n.*less than or equal to 15"):
+        Settings()
+
+
 def test_a_list_is_read_wherever_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tunesmith.toml").write_text('[training]\ntiers = ["16", "24"]')
     monkeypatch.setenv(CONFIG_FILE, str(tmp_path / "tunesmith.toml"))

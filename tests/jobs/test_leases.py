@@ -10,7 +10,7 @@ from app.core.errors import Conflict
 from app.jobs import leases
 from app.jobs import service as jobs
 from app.jobs.leases import Lease, LeaseLost
-from app.jobs.states import MOVES, TERMINAL, IllegalMove
+from app.jobs.life import IllegalMove
 from app.models import Adapter, Desired, Job, JobCheckpoint, JobEvent, JobState, OutboxMessage
 from tests import make
 
@@ -191,12 +191,6 @@ def test_events_come_without_a_gap_and_steps_never_fall(session: orm.Session, or
 
     assert sequences(session, job) == list(range(1, job.event_count + 1))
     assert job.step == 3
-
-
-def test_terminal_states_absorb() -> None:
-    assert {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED} == TERMINAL
-    assert all(MOVES[state] == frozenset() for state in TERMINAL)
-    assert set(MOVES) == set(JobState)
 
 
 def test_a_checkpoint_is_known_once_and_answers_by_name(session: orm.Session, organization: Caller) -> None:

@@ -41,17 +41,22 @@ def test_a_job_waits_for_a_file_that_is_still_validated(session: orm.Session, or
 
 
 def test_what_a_dead_preparer_had_in_hand_is_soon_anothers(session: orm.Session, organization: Caller) -> None:
-    """A larger file is left for longer to whoever reads it."""
-    small, large = (make.valid_file(session, organization) for _ in range(2))
-    large.size_bytes = 512 * 1024 * 1024
-    job = make.job(session, organization, training_file=small)
-    assert preparing.claim(session) is not None
+    """After a lease, however large the file is: who lives says so with every heartbeat."""
+    file = make.valid_file(session, organization)
+    file.size_bytes = 512 * 1024 * 1024
+    job = make.job(session, organization, training_file=file)
+    claimed = preparing.claim(session, lease_seconds=20)
+    assert claimed is not None and claimed.seconds > 600
     session.refresh(job)
 
-    assert job.not_before - session.scalars(select(func.clock_timestamp())).one() < timedelta(seconds=40)
+    now = session.scalars(select(func.clock_timestamp())).one()
+    assert job.not_before - now < timedelta(seconds=21)
+    preparing.hold(session, job.id, lease_seconds=50)
+    session.flush()
+    session.refresh(job)
+    assert job.not_before - now > timedelta(seconds=40)
     make.make_due(session, job)
     assert preparing.claim(session) is not None
-    assert files.time_to_read(large) > timedelta(minutes=10)
 
 
 def test_a_waiting_job_fails_with_its_file(session: orm.Session, organization: Caller) -> None:

@@ -61,7 +61,7 @@ def uploads(datasets: Sequence[Mapping[str, Any]], *, of: Form | None, into: str
         if form is None:
             yield f"{into}: write {where} in a format of docs/data.md; `{one.get('type')}` is none"
             continue
-        yield f"{into}: upload {where} as JSON Lines of the format `{form.format}` (docs/data.md; `tunesmith data check FILE`)"
+        yield f"{into}: upload {where} as JSON Lines of the format `{form.format}` (docs/data.md; `tunesmith files check FILE`)"
         for key, column in form.columns.items():
             theirs = one.get(key) or _of_type(one).get(key)
             if theirs and theirs != column:
