@@ -5,10 +5,14 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 LOCK   := requirements.lock
 
-WORKERS ?= 2
+WORKERS ?= 3
+
+# what the dashboard loads in a browser, built from packages of the npm lock file
+WEB    := app/dashboard/web
+ASSETS := app/dashboard/static/manifest.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format docs dev bench-serving bench-vllm gpu-check lock clean
+.PHONY: help install assets test-browser screenshots demo test check format docs dev bench-serving bench-vllm chaos gpu-check lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -22,20 +26,29 @@ $(STAMP): pyproject.toml $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
-install: $(STAMP)  ## make the virtual environment from the lock file
+# the machine's node, or else one from a wheel
+$(ASSETS): $(STAMP) $(WEB)/package-lock.json $(WEB)/build.mjs $(WEB)/icons.txt $(wildcard $(WEB)/src/*.ts $(WEB)/styles/*.css)
+	@command -v npm > /dev/null || $(BIN)/python -m pip install --quiet --requirement requirements.node.lock
+	cd $(WEB) && PATH="$$PATH:$(abspath $(BIN))" npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	cd $(WEB) && PATH="$$PATH:$(abspath $(BIN))" npm run --silent build
 
-demo: $(STAMP)  ## tune a real model on this machine and talk to it (KEEP=1 leaves the stack running)
+install: $(STAMP) $(ASSETS)  ## make the virtual environment from the lock file, and the dashboard's scripts and styles
+
+assets: $(ASSETS)  ## build the dashboard's scripts and styles
+
+demo: install  ## tune a real model on this machine and talk to it (KEEP=1 leaves the stack running)
 	$(BIN)/tunesmith demo $(if $(KEEP),--keep)
 
-# two at a time, each with servers of its own; WORKERS=0 for one process that a debugger can enter
-test: $(STAMP)  ## run all tests against real Postgres, Valkey and S3
+# three at a time, each with servers of its own, since they wait as much as they compute; WORKERS=0 for one process that a debugger can enter
+test: install  ## run all tests against real Postgres, Valkey and S3
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
-check: $(STAMP)  ## lint, types, layers
+check: install  ## lint, types, layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	cd $(WEB) && PATH="$$PATH:$(abspath $(BIN))" npm run --silent check
 
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix
@@ -44,12 +57,24 @@ format: $(STAMP)  ## let ruff rewrite what it can
 docs: $(STAMP)  ## write docs/configuration.md anew
 	$(BIN)/tunesmith config --markdown > docs/configuration.md
 
-dev: $(STAMP)  ## run the whole stack on port 8000, data in .tunesmith/dev
+dev: install  ## run the whole stack on port 8000, data in .tunesmith/dev
 	$(BIN)/tunesmith up --data-dir .tunesmith/dev --port 8000
 
 bench-serving: $(STAMP)  ## measure the serving engine (QUICK=1: fewer rounds and adapters)
 	@mkdir -p .tunesmith
 	PYTHONPATH=. $(BIN)/python bench/serving.py $(if $(QUICK),--quick) --json .tunesmith/bench-serving.json
+
+CYCLES ?= 60
+
+test-browser: install  ## do the whole job in a real Chromium (installs one with apt where there is none)
+	@$(BIN)/python -c "from tests.browser.chromium import find; find()" 2> /dev/null || apt-get install --yes --quiet chromium
+	$(BIN)/python -m pytest tests/browser
+
+screenshots: install  ## every page of the dashboard as pictures in .tunesmith/screenshots (needs a Chromium)
+	$(BIN)/python -m tests.browser.screenshots
+
+chaos: $(STAMP)  ## kill and cut off everything while customers work, and look for what is lost (CYCLES=1000; goes on where it stopped)
+	$(BIN)/python -m bench.chaos --cycles $(CYCLES) --json .tunesmith/chaos.json
 
 # vLLM has an environment of its own: it pins other releases of what we use. Its torch is the CPU build, which on machines without
 # it at hand comes with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -68,7 +93,7 @@ bench-vllm: $(STAMP) $(VLLM)/.installed  ## measure the serving engine beside vL
 # a base of each chat template that asks for no licence; the others: BASES="llama-3.2-1b-instruct gemma-3-1b-it"
 BASES ?= smollm2-360m-instruct qwen2.5-0.5b-instruct qwen3-4b-instruct-2507 mistral-7b-instruct-v0.3
 
-gpu-check: $(STAMP)  ## on a machine with a GPU, try what only a GPU can show
+gpu-check: install  ## on a machine with a GPU, try what only a GPU can show
 	@mkdir -p .tunesmith
 	$(BIN)/python -m worker.gpu_check --templates $(BASES) --json .tunesmith/gpu-check.json
 

@@ -1,6 +1,7 @@
 """Connections to Postgres: one pool per process, each session one transaction."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -8,7 +9,7 @@ import psycopg
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 from pydantic import SecretStr
-from sqlalchemy import Engine, create_engine, event, orm, text
+from sqlalchemy import Engine, create_engine, event, func, orm, select, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -19,6 +20,7 @@ REQUEST_TIMEOUT_SECONDS = 5  # for statements that a client of the API waits for
 CONNECT_SECONDS = 3
 MARGIN_SECONDS = 1.0  # a server that lives says itself that a statement took too long
 CHECK_SECONDS = 0.1
+LISTEN_AGAIN_SECONDS = 1.0
 # what a session raises when the database is away; how a commit ended is then unknown
 OUTAGE = (OperationalError, InterfaceError, PoolTimeout)
 # for every connection: a machine that is gone, or a link that is cut, is noticed within half a minute
@@ -54,6 +56,27 @@ def organization_session(sessions: orm.sessionmaker[orm.Session], organization_i
 def use_organization(session: orm.Session, organization_id: str) -> None:
     """Let the rest of this transaction see this organization's rows, and no other's (row-level security)."""
     session.execute(text("SELECT set_config('app.org', :org, true)"), {"org": organization_id})
+
+
+def take_turns(session: orm.Session, name: str) -> None:
+    """Wait for whoever is in a transaction under this name, and let the next one wait for this transaction's end."""
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+
+
+async def notifications(url: SecretStr, channel: str, *, on_outage: Callable[[psycopg.Error], None]) -> AsyncIterator[str | None]:
+    """The payloads of a channel, for ever; None whenever listening begins, for what was committed while nobody did."""
+    address = url.get_secret_value().replace("postgresql+psycopg", "postgresql", 1)
+    while True:
+        try:
+            opening = psycopg.AsyncConnection.connect(address, autocommit=True, connect_timeout=5, **KEEPALIVES)
+            async with await opening as connection:
+                await connection.execute(f"LISTEN {channel}")
+                yield None
+                async for notification in connection.notifies():
+                    yield notification.payload
+        except psycopg.Error as error:
+            on_outage(error)
+            await asyncio.sleep(LISTEN_AGAIN_SECONDS)
 
 
 def is_outage(error: Exception) -> bool:

@@ -8,7 +8,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from psycopg.errors import DiskFull
+from psycopg.errors import DiskFull, QueryCanceled
 from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
@@ -81,6 +81,12 @@ def answer(error: Exception) -> JSONResponse:
             log.error("database_disk_full")
             message = "the server's disk is full, so nothing can be stored; tell the operator, and try again later"
             return answer(Unavailable(message, code="insufficient_storage"))
+        case DBAPIError(orig=QueryCanceled()):
+            log.warning("query_took_too_long", error=str(error)[:300])
+            message = (
+                f"the database was not done within {db.REQUEST_TIMEOUT_SECONDS} seconds; ask for less at once, or try again later"
+            )
+            return answer(Unavailable(message, code="query_took_too_long"))
         case _ if db.is_outage(error):
             log.warning("database_unavailable", error=type(error).__name__)
             return answer(Unavailable("the database does not answer; try again shortly", code="database_unavailable"))

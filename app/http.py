@@ -1,5 +1,6 @@
 """What happens to every request before a route sees it: an id, a limit, a line in the log."""
 
+import re
 import time
 
 import structlog
@@ -8,13 +9,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.core import ids
+from app.core import ids, tracing
 from app.core.errors import TooLarge
+from app.core.settings import LimitSettings
 from app.handlers import respond
+from app.metrics import route_of
 
 log = structlog.get_logger()
 
-UPLOADS = "/v1/files"
+FILES, PARTS = "/v1/files", re.compile("/v1/uploads/[^/]+/parts")
+FORM_BYTES = 64 * 1024  # what a form adds to a part
 
 
 class RequestContext:
@@ -53,20 +57,45 @@ class RequestContext:
                 log.info("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
 
 
+class Traced:
+    """A span for every request of a customer, in the trace that its traceparent names."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        parent, request_id = Headers(scope=scope).get(tracing.HEADER), scope["state"]["request_id"]
+        with tracing.span("request", parent=parent, method=scope["method"], request_id=request_id) as span:
+
+            async def send_and_note(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.set(status=message["status"])
+                await send(message)
+
+            try:
+                await self._app(scope, receive, send_and_note)
+            finally:
+                span.name = f"{scope['method']} {route_of(scope)}"
+                span.set(route=route_of(scope))
+
+
 class BodyLimit:
     """Refuses a body that is too large before it is read; one without a length is counted as it comes.
 
-    Uploads have a limit of their own, since they stream.
+    Files and parts of them have limits of their own, since they stream.
     """
 
-    def __init__(self, app: ASGIApp, *, body_bytes: int, file_bytes: int) -> None:
-        self._app, self._body_bytes, self._file_bytes = app, body_bytes, file_bytes
+    def __init__(self, app: ASGIApp, limits: LimitSettings) -> None:
+        self._app, self._limits = app, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._file_bytes if scope["path"] == UPLOADS else self._body_bytes
+        limit = self._limit_of(scope["path"])
         error = TooLarge(f"the body is over the limit of {limit} bytes")
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and int(declared) > limit:
@@ -84,3 +113,8 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted, send)
+
+    def _limit_of(self, path: str) -> int:
+        if path == FILES:
+            return self._limits.file_bytes
+        return self._limits.part_bytes + FORM_BYTES if PARTS.fullmatch(path) else self._limits.body_bytes

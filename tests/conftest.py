@@ -7,7 +7,9 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -38,9 +40,10 @@ hypothesis.settings.load_profile("here")
 # each of the many processes that tests start would compile all of our code again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+os.environ["OMP_NUM_THREADS"] = make.UNHURRIED["OMP_NUM_THREADS"]
 
 CACHE = Path(__file__).parent.parent / ".tunesmith" / "test-cache"  # quantized bases and kernels, kept between runs
-TOGETHER = ("tests/flow/", "tests/training/")  # one stack for all, and kernels that are compiled once
+TOGETHER = ("tests/flow/", "tests/training/", "tests/observability/")  # one stack for all, and kernels that are compiled once
 
 
 class ByFixture(LoadScopeScheduling):
@@ -52,6 +55,13 @@ class ByFixture(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ByFixture:
     return ByFixture(config, log)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Of tests with one id xdist runs one, and nobody hears of the others."""
+    counted = Counter(item.nodeid for item in session.items)
+    if repeated := [nodeid for nodeid, count in counted.items() if count > 1]:
+        raise pytest.UsageError(f"these ids stand for several tests each: {repeated[:5]}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -125,15 +135,24 @@ def make_key(sessions: orm.sessionmaker[orm.Session], settings: Settings, caller
 
 @pytest.fixture(scope="session")
 def api_url(settings: Settings) -> Iterator[str]:
+    with serving_api(settings) as url:
+        yield url
+
+
+@contextmanager
+def serving_api(settings: Settings) -> Iterator[str]:
+    """Its address."""
     port = make.free_port()
     server = uvicorn.Server(uvicorn.Config(create_app(settings), port=port, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def sdk(api_url: str, key: str) -> OpenAI:

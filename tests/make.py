@@ -26,11 +26,14 @@ from app.jobs.admission import Admission, Data
 from app.jobs.leases import Lease
 from app.jobs.preparing import Dataset, Datasets
 from app.jobs.schemas import JobCreate
-from app.models import Evaluation, EvaluationSample, EvaluationState, File, Job, Sweep
+from app.models import Evaluation, EvaluationSample, EvaluationState, File, Job, Sweep, WebhookDelivery
 from app.sweeps import service as sweeps
 from app.sweeps.schemas import SweepCreate
+from app.webhooks.emit import EventType, emit
 
 TINY = "tiny-random-llama"
+# for processes that compute with it: threads would only wait for each other, and compiling takes ten seconds and gains nothing
+UNHURRIED = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
 LEASES = LeaseSettings()
 CPU = frozenset({"cpu"})
 
@@ -149,6 +152,15 @@ def evaluation(session: orm.Session, caller: Caller, model: str) -> tuple[Evalua
     lease = evaluation_leases.Lease(made.id, 1, "worker")
     evaluation_leases.record_answer(session, lease, position=0, line=1, model=model, answer=answer)
     return made, session.scalars(select(EvaluationSample.id).where(EvaluationSample.evaluation_id == made.id)).one()
+
+
+def delivery(session: orm.Session, caller: Caller, endpoint_id: str) -> WebhookDelivery:
+    """Of an event to an endpoint of the project. Nothing more is tried, or a relay of another test would send it."""
+    owner = {"organization_id": caller.organization_id, "project_id": caller.project_id}
+    emit(session, **owner, type=EventType.FAILED, data_id="ftjob-any")
+    made = session.scalars(select(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id)).one()
+    made.next_attempt_at = None
+    return made
 
 
 def admitted(*, tokens: int = 600, requested: spec.Requested = spec.Requested()) -> Admission:

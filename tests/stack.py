@@ -13,7 +13,10 @@ from pathlib import Path
 
 import psutil
 
+from app.core.storage import Storage
+from bench.chaos.house import open_s3
 from tests import make
+from worker.embedded.state import State
 
 UP_SECONDS = 120
 COMMAND = (sys.executable, "-m", "cli.main")
@@ -33,6 +36,9 @@ class Stack:
         found = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in found if all(word in _command(child) for word in words)]
 
+    def storage(self) -> Storage:
+        return open_s3(State.load(self.data_dir / "stack.json"))
+
 
 @contextmanager
 def running_stack(
@@ -50,8 +56,7 @@ def running_stack(
         "TUNESMITH_CACHE_DIR": str(bases_dir),
         "TUNESMITH_LEASES__LEASE_SECONDS": "6",
         "TUNESMITH_LEASES__HEARTBEAT_SECONDS": "1",
-        "OMP_NUM_THREADS": "1",  # tiny products: threads would only wait for each other
-        "TORCH_COMPILE_DISABLE": "1",  # the tiny base gains nothing by it, and each trainer would take ten seconds
+        **make.UNHURRIED,
     }
     arguments = ["up", "--data-dir", str(data_dir), "--port", str(make.free_port())]
     data_dir.mkdir(parents=True, exist_ok=True)

@@ -5,11 +5,14 @@ from celery.signals import setup_logging
 
 from app.core import logging
 from app.core.settings import Settings
+from worker import broker
 
 
 def make_celery(settings: Settings) -> Celery:
     """Each setting closes a trap that was measured; docs/decisions/0001 tells them."""
-    app = Celery("tunesmith", broker=settings.broker_url, include=["worker.tasks.cpu", "worker.tasks.train"])
+    broker.watch()
+    tasks = ["worker.tasks.cpu", "worker.tasks.train", "worker.tasks.vitals"]
+    app = Celery("tunesmith", broker=settings.broker_url, include=tasks)
     app.conf.update(
         task_ignore_result=True,
         task_acks_late=False,

@@ -11,7 +11,7 @@ import structlog
 from sqlalchemy import orm
 
 from app import db
-from app.core import events
+from app.core import crash, events
 from app.core.settings import LeaseSettings
 from app.jobs import leases
 from app.jobs.leases import Lease, LeaseLost
@@ -93,6 +93,7 @@ class Heart:
             said, seconds_left = list(self._unsaid), self._pace.seconds_left
         with self._sessions.begin() as session:
             self.wants = leases.heartbeat(session, self._lease, said, settings=self._settings, seconds_left=seconds_left)
+        crash.point("beat_committed")
         with self._lock:
             del self._unsaid[: len(said)]
         self._last_beat_at = time.monotonic()

@@ -22,19 +22,20 @@ from sqlalchemy import orm
 
 from app import db
 from app.adapters import service as adapters
-from app.core import checkpoints, events, manifest
+from app.core import checkpoints, crash, events, manifest, tracing
 from app.core.engine import AdapterRef
 from app.core.errors import AppError, NotFound, Unavailable
 from app.core.settings import PREFIX
 from app.core.spec import TrainSpec
 from app.core.storage import Storage
 from app.files.service import Result
-from app.jobs import leases, results, tracking
+from app.jobs import leases, results, states, tracking
 from app.jobs.leases import Lease, LeaseLost
 from app.jobs.preparing import Dataset, Datasets
 from app.models import Desired, Job
 from worker import patience, wire
 from worker.heart import Heart
+from worker.metrics import Outcome
 from worker.model.directory import is_full
 from worker.services import Services
 from worker.trackers import tensorboard
@@ -68,6 +69,7 @@ class Assignment:
     start: AdapterRef | None  # the model that it continues
     resume_from: tuple["Kept", ...]  # the newest first
     wants_event_file: bool
+    trace: str | None
 
 
 @dataclass(frozen=True)
@@ -117,21 +119,27 @@ class Supervisor:
     def _run(self, lease: Lease) -> None:
         """One attempt, whatever becomes of it: succeeded, failed, cancelled, or back in the queue."""
         log.info("job_claimed")
+        crash.point("job_claimed")
+        self._to.metrics.attempts_started.inc()
+        outcome: Outcome = "broken"
         directory = self._to.settings.work_dir / lease.job_id
         shutil.rmtree(directory, ignore_errors=True)  # an attempt that was killed here has left its own
         try:
             # a folder for each attempt: a transfer of the last one may still hang
-            _Attempt(self._to, lease, directory / f"a{lease.attempt}", self._bench, self._is_draining).run()
+            outcome = _Attempt(self._to, lease, directory / f"a{lease.attempt}", self._bench, self._is_draining).run()
         except LeaseLost:
+            outcome = "lease_lost"
             log.warning("lease_lost")
         except (TrainerDied, StorageDamaged, AppError) as error:
             log.warning("attempt_failed", error=str(error))
-            self._release(lease, reason=str(error))
+            self._release(lease, reason=str(error), is_death=isinstance(error, TrainerDied))
         except OSError as error:  # of its own files, or of its trainer's
             self._release_for_lack_of_files(lease, error)
         except db.OUTAGE:
+            outcome = "database_lost"
             log.warning("database_lost")  # the lease runs out by itself, and the reaper gives the job to another
         finally:
+            self._to.metrics.attempts_ended.labels(outcome).inc()
             shutil.rmtree(directory, ignore_errors=True)
 
     def _release_for_lack_of_files(self, lease: Lease, error: OSError) -> None:
@@ -146,11 +154,12 @@ class Supervisor:
         reason = f"the disk under the worker's {setting} is full, and its operator has to free space there"
         self._release(lease, reason=reason, code=events.DISK_FULL)
 
-    def _release(self, lease: Lease, *, reason: str, code: str | None = None) -> None:
+    def _release(self, lease: Lease, *, reason: str, code: str | None = None, is_death: bool = False) -> None:
         settings, said = self._to.settings.leases, f"The attempt broke off: {reason}"
         try:
             with self._to.sessions.begin() as session:
-                leases.release(session, lease, reason=said, code=code, settings=settings)
+                leases.release(session, lease, reason=said, code=code, is_death=is_death, settings=settings)
+            crash.point("attempt_released")
         except (LeaseLost, *db.OUTAGE) as error:
             log.warning("release_failed", error=type(error).__name__)
 
@@ -164,17 +173,24 @@ class _Attempt:
         self._heart = Heart(to.sessions, lease, to.settings.leases)
         self._transfers = ThreadPoolExecutor(1, thread_name_prefix="transfer")
 
-    def run(self) -> None:
+    def run(self) -> Outcome:
+        """How it ended. Raises what leaves the job to others."""
         with self._to.sessions.begin() as session:
             assignment = _assignment(session, self._lease)
-        with self._heart:
-            try:
-                job = self._awaited(self._transfer(self._fetch, assignment))
-                self._end(self._trained(job, assignment), assignment)
-            except Unwanted:
-                self._stop()
-            finally:
-                self._transfers.shutdown(wait=False, cancel_futures=True)  # what is left nobody wants, or another worker has
+        job_id, number = self._lease.job_id, self._lease.attempt
+        with tracing.span("attempt", parent=assignment.trace, job_id=job_id, attempt=number) as span, self._heart:
+            outcome = self._run(assignment)
+            span.set(outcome=outcome)
+        return outcome
+
+    def _run(self, assignment: Assignment) -> Outcome:
+        try:
+            job = self._awaited(self._transfer(self._fetch, assignment))
+            return self._end(self._trained(job, assignment), assignment)
+        except Unwanted:
+            return self._stop()
+        finally:
+            self._transfers.shutdown(wait=False, cancel_futures=True)  # what is left nobody wants, or another worker has
 
     def _transfer(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
         """To or from storage, in turn, in a thread of its own: a transfer that hangs keeps nobody from hearing a cancel."""
@@ -187,8 +203,10 @@ class _Attempt:
         return transfer.result()
 
     def _fetch(self, assignment: Assignment) -> wire.TrainerJob:
-        job = self._patiently(lambda: _fetch_data(self._to, assignment, self._directory))
-        self._fetch_checkpoint(assignment, job.checkpoints_dir)
+        with tracing.span("fetch"):
+            job = self._patiently(lambda: _fetch_data(self._to, assignment, self._directory))
+            self._fetch_checkpoint(assignment, job.checkpoints_dir)
+        crash.point("data_fetched")
         return job
 
     def _fetch_checkpoint(self, assignment: Assignment, into: Path) -> None:
@@ -231,12 +249,14 @@ class _Attempt:
 
     def _train(self, job: wire.TrainerJob, keep: OnCheckpoint) -> events.Event:
         """The last word of its trainer. One that runs out of memory is followed by a new process with half the tokens at once."""
-        trainer = self._bench.take(self._check_before_training)
-        try:
-            trainer.start(job)
-            last = self._follow(trainer, keep)
-        finally:
-            trainer.kill()
+        with tracing.span("train", micro_batch_tokens=job.micro_batch_tokens) as span:
+            trainer = self._bench.take(self._check_before_training)
+            try:
+                trainer.start(job)
+                last = self._follow(trainer, keep)
+                span.set(ended=last.kind)
+            finally:
+                trainer.kill()
         if not (isinstance(last, events.Failed) and last.code == events.OUT_OF_MEMORY):
             return last
         smaller = job.smaller()
@@ -250,33 +270,44 @@ class _Attempt:
     def _follow(self, trainer: Trainer, keep: OnCheckpoint) -> events.Event:
         """Pass the trainer's words on until its last one. Checkpoints are uploaded beside the training."""
         stop_by: float | None = None
-        check = self._check_before_training
-        while True:
-            event = trainer.next_event(POLL_SECONDS)
-            check()
-            match event:
-                case events.Started():
-                    self._heart.say(event)
-                    check = self._check
-                case events.Finished() | events.Stopped() | events.Failed():
-                    return event
-                case events.Checkpointed():
-                    keep(event)
-                case None:
-                    pass
-                case _:
-                    self._heart.say(event)
-            if stop_by is None and self._is_to_stop:
-                trainer.stop()
-                stop_by = time.monotonic() + STOP_SECONDS
-            if stop_by is not None and time.monotonic() > stop_by:
-                raise TrainerDied("the trainer did not stop when it was told to")
+        check, part, began_at = self._check_before_training, "load", time.perf_counter()
+        try:
+            while True:
+                event = trainer.next_event(POLL_SECONDS)
+                if event is not None:
+                    self._to.metrics.note(event)
+                check()
+                match event:
+                    case events.Started():
+                        self._heart.say(event)
+                        check, part, began_at = self._check, "steps", _told(part, began_at)
+                    case events.Finished() | events.Stopped() | events.Failed():
+                        return event
+                    case events.Checkpointed():
+                        keep(event)
+                    case None:
+                        pass
+                    case _:
+                        self._heart.say(event)
+                if stop_by is None and self._is_to_stop:
+                    trainer.stop()
+                    stop_by = time.monotonic() + STOP_SECONDS
+                if stop_by is not None and time.monotonic() > stop_by:
+                    raise TrainerDied("the trainer did not stop when it was told to")
+        finally:
+            _told(part, began_at)
 
     def _keep_checkpoint(self, assignment: Assignment, event: events.Checkpointed) -> None:
         prefix = f"{assignment.prefix}/step-{event.step}"
         local = Path(event.directory)
-        adapter = self._upload(local / "adapter", f"{prefix}/adapter")
-        self._upload(local / "state", f"{prefix}/state")
+        crash.point("checkpoint_received")
+        began_at = time.perf_counter()
+        with tracing.span("checkpoint", step=event.step):
+            adapter = self._upload(local / "adapter", f"{prefix}/adapter")
+            crash.point("checkpoint_half_uploaded")
+            self._upload(local / "state", f"{prefix}/state")
+        self._to.metrics.checkpoint_seconds.observe(time.perf_counter() - began_at)
+        crash.point("checkpoint_uploaded")
         shutil.rmtree(local)
         self._flush()  # whoever goes on from here finds the metrics up to here
         self._say(
@@ -284,30 +315,36 @@ class _Attempt:
                 session, self._lease, step=event.step, prefix=prefix, manifest=adapter, metrics=event.metrics
             )
         )
+        crash.point("checkpoint_committed")
 
-    def _end(self, last: events.Event, assignment: Assignment) -> None:
+    def _end(self, last: events.Event, assignment: Assignment) -> Outcome:
         match last:
             case events.Finished():
-                self._publish(last, assignment)
+                with tracing.span("publish"):
+                    self._publish(last, assignment)
+                return "succeeded"
             case events.Failed(is_user_error=True):
                 self._flush()
                 self._say(lambda session: leases.fail(session, self._lease, code=last.code, message=last.message))
+                return "refused"
             case events.Failed(code=events.DISK_FULL):
                 written = last.path or str(self._to.settings.cache_dir)  # what it does not name is compiled there
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), written)
             case events.Failed():
                 raise TrainerDied(last.message)
             case _:
-                self._stop()
+                return self._stop()
 
-    def _stop(self) -> None:
+    def _stop(self) -> Outcome:
         self._flush()
         self._say(lambda session: leases.stop(session, self._lease))
+        return "stopped"
 
     def _publish(self, finished: events.Finished, assignment: Assignment) -> None:
         """Upload, verify, and let the job succeed: model, result file and webhooks appear in one transaction."""
         prefix = f"{assignment.prefix}/adapter"
         adapter = self._awaited(self._transfer(self._upload, Path(finished.directory), prefix))
+        crash.point("adapter_uploaded")
         self._flush()  # the last metrics belong into the result file
         files = [
             ("metrics.csv", self._say(lambda session: results.csv_of(session, self._lease.job_id))),
@@ -317,6 +354,7 @@ class _Attempt:
             points, config = self._say(lambda session: tracking.whole(session, self._lease.job_id))
             files.append((tensorboard.NAME, tensorboard.event_file(points, config)))
         stored = [self._awaited(self._transfer(self._result, assignment, name, content)) for name, content in files]
+        crash.point("results_stored")
         self._say(
             lambda session: leases.complete(
                 session,
@@ -328,6 +366,7 @@ class _Attempt:
                 tables=stored,
             )
         )
+        crash.point("job_completed")
         log.info("job_trained", peak_bytes=finished.memory.peak_bytes, measured_as=finished.memory.measured_as)
 
     def _result(self, assignment: Assignment, name: str, content: bytes) -> Result:
@@ -365,6 +404,13 @@ class _Attempt:
         return self._heart.wants != Desired.RUN or self._is_draining.is_set()
 
 
+def _told(part: str, since: float) -> float:
+    """A part of a trainer's work is over. It has no network, so whoever hears its words makes spans of them. Returns now."""
+    now = time.perf_counter()
+    tracing.record(part, since, now)
+    return now
+
+
 def _assignment(session: orm.Session, lease: Lease) -> Assignment:
     job: Job = leases.holding(session, lease)
     return Assignment(
@@ -372,10 +418,11 @@ def _assignment(session: orm.Session, lease: Lease) -> Assignment:
         base=job.base,
         spec=TrainSpec.model_validate(job.spec),
         datasets=Datasets.model_validate(job.datasets),
-        prefix=f"orgs/{job.organization_id}/jobs/{job.id}/a{lease.attempt}",
+        prefix=f"{states.prefix_of(job)}a{lease.attempt}",
         start=adapters.find_start(session, job),
         resume_from=tuple(Kept(kept.step, kept.prefix, kept.metrics) for kept in leases.resumable_checkpoints(session, lease)),
         wants_event_file=any(one["type"] == "tensorboard" for one in job.integrations or ()),
+        trace=job.trace,
     )
 
 

@@ -4,12 +4,8 @@ It has no database, no bucket and no broker: files come and go through its super
 """
 
 import argparse
-import ctypes
 import os
 import queue
-import shutil
-import signal
-import sys
 import threading
 import traceback
 from dataclasses import dataclass
@@ -21,7 +17,7 @@ from app.core.events import Checkpointed, Event
 from app.core.planner import Room, Run
 from app.core.settings import GpuSettings
 from app.core.spec import QuantizationSpec
-from worker import gpu, wire
+from worker import child, gpu, wire
 from worker.model import base as bases
 from worker.model.base import LoadedBase
 from worker.training import fused
@@ -30,15 +26,13 @@ from worker.training.run import Paths, run
 from worker.training.trainee import warm_up
 from worker.training.workspace import keep_pages
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main() -> int:
     asked = _arguments()
-    _die_with_parent()
-    said = _claim_stdout()
+    child.die_with_parent()
+    said = child.claim_stdout()
     jobs, stopping = queue.SimpleQueue[bytes](), threading.Event()
-    threading.Thread(target=_listen, args=(jobs, stopping), daemon=True).start()
+    threading.Thread(target=child.listen, args=(jobs, stopping), daemon=True).start()
     gpu.limit_trainer(asked.gpu)
     keep_pages()
     fused.keep_in(asked.cache_dir)
@@ -74,7 +68,7 @@ def must_checkpoint(job: wire.TrainerJob, room: Room | None) -> bool:
 def _run(job: wire.TrainerJob, warm: "_Warm | None", cache_dir: Path, said: BinaryIO, stopping: threading.Event) -> int:
     def say(event: Event) -> None:
         if isinstance(event, Checkpointed):
-            event = event.model_copy(update={"directory": str(_handed_over(Path(event.directory), job.handover_dir))})
+            event = event.model_copy(update={"directory": str(child.handed_over(Path(event.directory), job.handover_dir))})
         said.write(event.model_dump_json().encode() + b"\n")
         said.flush()
 
@@ -106,28 +100,6 @@ def _run(job: wire.TrainerJob, warm: "_Warm | None", cache_dir: Path, said: Bina
     return 0
 
 
-def _handed_over(checkpoint: Path, to: Path) -> Path:
-    """The same files under a name of the supervisor's: it deletes them once they are uploaded, the run when it has newer ones."""
-    return Path(shutil.copytree(checkpoint, to / f"{checkpoint.name}-{os.getpid()}", copy_function=_link))
-
-
-def _link(file: str, name: str) -> None:
-    try:
-        os.link(file, name)
-    except OSError:  # some file systems have no links
-        shutil.copyfile(file, name)
-
-
-def _listen(jobs: "queue.SimpleQueue[bytes]", stopping: threading.Event) -> None:
-    """Hear the job and STOP; at the end of the pipe the supervisor is gone, and nobody wants the rest."""
-    for line in sys.stdin.buffer:
-        if line == wire.STOP:
-            stopping.set()
-        else:
-            jobs.put(line)
-    os._exit(1)
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m worker.trainer", description=__doc__)
     parser.add_argument("--cache-dir", type=Path, required=True)
@@ -135,19 +107,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--warm", metavar="BASE")
     parser.add_argument("--gpu", type=GpuSettings.model_validate_json, default=GpuSettings(), metavar="JSON")
     return parser.parse_args()
-
-
-def _die_with_parent() -> None:
-    """A worker that is killed with -9 cannot end its trainer; the kernel can (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _claim_stdout() -> BinaryIO:
-    """Our words leave by what was stdout; what libraries print goes to stderr."""
-    said = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    return said
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from worker import wire
 
 log = structlog.get_logger()
 
+PROGRAM = "worker.trainer"  # bench/chaos puts one without torch in its place
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for the heap that workspace.keep_pages keeps
 READY_SECONDS = 3600.0  # a first start may fetch the base and quantize it
 POLL_SECONDS = 0.5  # so soon a cancel, a drain or a lost lease is seen
@@ -138,7 +139,7 @@ class Bench:
     def _spawn(self) -> "subprocess.Popen[bytes]":
         """It gets no secret: neither database nor storage nor broker."""
         settings = self._settings
-        command = [sys.executable, "-m", "worker.trainer", "--cache-dir", str(settings.cache_dir)]
+        command = [sys.executable, "-m", PROGRAM, "--cache-dir", str(settings.cache_dir)]
         command += ["--gpu", settings.gpu.model_dump_json()]
         if settings.training.warm_base:
             command += ["--warm", settings.training.warm_base]

@@ -1,17 +1,18 @@
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter
 from pydantic import BaseModel, StringConstraints
 
 from app import pages
 from app.adapters import aliases
 from app.adapters.aliases import AliasName
 from app.core.clock import unix
-from app.deps import BaseModels, Caller, Session
+from app.deps import BaseModels, Caller, IsRetry, Session
+from app.idempotency import IdempotentRoute
 from app.models import ModelAlias, ModelAliasChange
 from app.schemas import Request
 
-router = APIRouter(prefix="/v1/model_aliases", tags=["Models"])
+router = APIRouter(prefix="/v1/model_aliases", tags=["Models"], route_class=IdempotentRoute)
 
 SHOWN_CHANGES = 20
 
@@ -129,10 +130,10 @@ def roll_alias_back(
     session: Session,
     caller: Caller,
     catalog: BaseModels,
-    x_stainless_retry_count: Annotated[int, Header(include_in_schema=False)] = 0,
+    is_retry: IsRetry,
 ) -> AliasOut:
     """Go back to the version before; again, and it goes to the one before that."""
-    return AliasOut.of(aliases.rollback(session, caller, catalog, name, is_retry=x_stainless_retry_count > 0))
+    return AliasOut.of(aliases.rollback(session, caller, catalog, name, is_retry=is_retry))
 
 
 @router.delete("/{name}")

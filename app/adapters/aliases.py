@@ -1,14 +1,13 @@
 """Aliases: a name that stays while the model behind it changes, with every change written down and a way back."""
 
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Annotated
 
 from pydantic import StringConstraints
 from sqlalchemy import ColumnElement, Select, and_, func, orm, select
 from sqlalchemy.dialects.postgresql import insert
 
-from app import pages
+from app import idempotency, pages
 from app.accounts.caller import Caller
 from app.adapters import service as adapters
 from app.core import ids
@@ -19,7 +18,6 @@ from app.models import Adapter, AliasAction, ModelAlias, ModelAliasChange
 # no colon, which every name of a tuned model has
 AliasName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
-RETRY_WINDOW = timedelta(minutes=5)
 _MAKING = (AliasAction.CREATED, AliasAction.MOVED)
 
 
@@ -194,7 +192,7 @@ def _rolled_back_just_now(session: orm.Session, caller: Caller, name: str) -> bo
     newest = select(ModelAliasChange).where(*_of(caller, name)).order_by(ModelAliasChange.sequence.desc()).limit(1).subquery()
     last = orm.aliased(ModelAliasChange, newest)
     is_it = last.action == AliasAction.ROLLED_BACK, last.api_key_id == caller.key_id
-    is_recent = last.created_at > func.clock_timestamp() - RETRY_WINDOW
+    is_recent = last.created_at > func.clock_timestamp() - idempotency.RETRY_WINDOW
     return session.scalar(select(last.id).where(*is_it, is_recent)) is not None
 
 

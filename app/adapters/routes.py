@@ -8,9 +8,10 @@ from app.adapters import service as adapters
 from app.core.catalog import Base
 from app.core.clock import unix
 from app.deps import BaseModels, Caller, Session
+from app.idempotency import IdempotentRoute
 from app.models import Adapter, ModelAlias
 
-router = APIRouter(prefix="/v1", tags=["Models"])
+router = APIRouter(prefix="/v1", tags=["Models"], route_class=IdempotentRoute)
 
 
 class ModelOut(BaseModel):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, orm, select, update
+from sqlalchemy import ColumnElement, and_, func, or_, orm, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from app.accounts.caller import Caller
@@ -54,7 +54,7 @@ def claim(session: orm.Session, *, owner: str, settings: LeaseSettings, limits: 
     row = session.execute(
         select(Evaluation, File)
         .join(File, File.id == Evaluation.file_id)
-        .where(*_free(func.clock_timestamp()), File.status != FileStatus.UPLOADED)
+        .where(claimable(func.clock_timestamp()))
         .order_by(Evaluation.not_before, Evaluation.id)
         .limit(1)
         .with_for_update(skip_locked=True, of=Evaluation)
@@ -87,9 +87,12 @@ def claim(session: orm.Session, *, owner: str, settings: LeaseSettings, limits: 
     )
 
 
-def is_due(session: orm.Session, *, overdue: Any) -> bool:
-    """Whether one waits for a worker since this instant, or was left by one that has died."""
-    return session.scalar(select(Evaluation.id).where(*_free(overdue)).limit(1)) is not None
+def claimable(since: Any) -> ColumnElement[bool]:
+    """Whether one waits for a worker, since this instant at the latest, or was left by one that has died."""
+    is_let_go = or_(Evaluation.lease_expires_at.is_(None), Evaluation.lease_expires_at < since)
+    read = select(File.id).where(File.id == Evaluation.file_id, File.status != FileStatus.UPLOADED)
+    is_free = Evaluation.state.in_(UNDECIDED), Evaluation.not_before <= since, is_let_go
+    return and_(*is_free, read.correlate(Evaluation).exists())
 
 
 def holding(session: orm.Session, lease: Lease) -> Evaluation:
@@ -187,12 +190,6 @@ def finish(session: orm.Session, lease: Lease, *, results: dict[str, Any]) -> No
     evaluation = holding(session, lease)
     evaluation.results = results
     evaluations.end(evaluation, EvaluationState.SUCCEEDED)
-
-
-def _free(since: Any) -> tuple[ColumnElement[bool], ...]:
-    """Waits, and nobody has held it since this instant."""
-    is_let_go = or_(Evaluation.lease_expires_at.is_(None), Evaluation.lease_expires_at < since)
-    return Evaluation.state.in_(UNDECIDED), Evaluation.not_before <= since, is_let_go
 
 
 def _owner(evaluation: Evaluation) -> Caller:

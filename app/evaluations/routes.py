@@ -2,8 +2,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 
-from app import db, pages
-from app.deps import BaseModels, Caller, Session, Sessions, Settings
+from app import pages
+from app.deps import BaseModels, Caller, OpenSession, Session, Settings
 from app.evaluations import graders
 from app.evaluations import service as evaluations
 from app.evaluations.asking import Asker
@@ -16,8 +16,9 @@ from app.evaluations.schemas import (
     GraderValidated,
     SampleOut,
 )
+from app.idempotency import IdempotentRoute
 
-router = APIRouter(prefix="/v1", tags=["Evaluations"])
+router = APIRouter(prefix="/v1", tags=["Evaluations"], route_class=IdempotentRoute)
 
 
 def get_asker(request: Request) -> Asker:
@@ -43,15 +44,14 @@ def validate_grader(body: GraderValidate, caller: Caller) -> GraderValidated:
 
 @router.post("/evaluations")
 def create_evaluation(
-    body: EvaluationCreate, sessions: Sessions, caller: Caller, catalog: BaseModels, settings: Settings, asker: Asks
+    body: EvaluationCreate, open_session: OpenSession, caller: Caller, catalog: BaseModels, settings: Settings, asker: Asks
 ) -> EvaluationOut:
     """Queue an evaluation: a file's rows, put to models, and graded."""
     graders.require_usable(caller, body.graders)  # in a process: no transaction may be open meanwhile
-    with db.organization_session(sessions, caller.organization_id) as session:
-        made = evaluations.create(
-            session, caller, catalog, request=body, judges=asker.judges.keys(), settings=settings.evaluations
-        )
-        return EvaluationOut.of(made)
+    made = evaluations.create(
+        open_session(), caller, catalog, request=body, judges=asker.judges.keys(), settings=settings.evaluations
+    )
+    return EvaluationOut.of(made)
 
 
 @router.get("/evaluations")

@@ -16,8 +16,9 @@ LONG_QUEUE = 16  # requests more than elsewhere, for which loading an adapter an
 FORGOTTEN_AFTER = timedelta(hours=1)
 
 
-def record(session: orm.Session, beat: Heartbeat) -> None:
-    """Remember that an engine lives."""
+def record(session: orm.Session, beat: Heartbeat, *, timeout_seconds: float = 0.0) -> None:
+    """Remember that an engine lives. One that leaves counts as silent for `timeout_seconds`: expected back, and not asked."""
+    silent_seconds = timeout_seconds if beat.is_leaving else 0.0
     values = {
         "url": beat.url,
         "base": beat.base,
@@ -25,7 +26,8 @@ def record(session: orm.Session, beat: Heartbeat) -> None:
         "quantization": beat.quantization,
         "running": beat.running,
         "waiting": beat.waiting,
-        "heartbeat_at": func.clock_timestamp(),
+        "adapters": beat.adapters,
+        "heartbeat_at": func.clock_timestamp() - timedelta(seconds=silent_seconds),
     }
     upsert = insert(Engine).values(id=beat.engine_id, **values)
     session.execute(upsert.on_conflict_do_update(index_elements=[Engine.id], set_=values))

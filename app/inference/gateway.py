@@ -1,14 +1,16 @@
 """From a request to the text of an engine: model, route, stream, meter."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 import httpx
 import structlog
+from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 from sqlalchemy import orm
 from sqlalchemy.dialects.postgresql import insert
@@ -19,14 +21,15 @@ from app.accounts.caller import Caller
 from app.adapters import names
 from app.adapters import service as adapters
 from app.adapters.names import Named
-from app.core import ids
+from app.core import crash, ids, tracing
 from app.core.catalog import Base, Catalog
 from app.core.engine import Chunk, GenerateRequest, Share
-from app.core.errors import AppError, BadRequest, RateLimited, Unavailable
+from app.core.errors import AppError, BadRequest, Conflict, RateLimited, Unavailable
 from app.core.render import Renderer
 from app.core.settings import InferenceSettings
 from app.inference import engines
 from app.inference.renderers import Renderers
+from app.metrics import GatewayMetrics
 from app.models import Adapter, Engine, UsageRecord
 
 log = structlog.get_logger()
@@ -44,11 +47,10 @@ class EngineFailed(AppError):
         self.status, self.type = status, type  # type: ignore[misc]  # fixed for other errors, the engine's word here
 
 
-class BaseNotServed(AppError):
+class BaseNotServed(Conflict):
     """Engines are there and none of this base: nothing that waiting would change."""
 
-    status, type, code, param = 503, "server_error", "base_not_loaded", "model"
-    is_worth_repeating = False
+    code, param = "base_not_loaded", "model"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,13 @@ class Meter:
 
     prompt_tokens: int
     by_answer: list[int]
+    opened_at: float = field(default_factory=time.monotonic)
+    first_token_seconds: float | None = None
+
+    def note(self, number: int, chunk: Chunk) -> None:
+        if self.first_token_seconds is None:
+            self.first_token_seconds = time.monotonic() - self.opened_at
+        self.by_answer[number] = max(self.by_answer[number], chunk.completion_tokens)
 
     @property
     def answers(self) -> int:
@@ -93,7 +102,11 @@ class Gateway:
         renderers: Renderers,
         settings: InferenceSettings,
         engine_token: SecretStr,
+        *,
+        metrics: GatewayMetrics | None = None,
     ) -> None:
+        """`metrics` are where the API counts; who asks on a customer's behalf counts nowhere."""
+        self.metrics = metrics or GatewayMetrics(CollectorRegistry())
         self._sessions, self._catalog, self._renderers, self._settings = sessions, catalog, renderers, settings
         self._recording: set[asyncio.Task[None]] = set()
         self._client = httpx.AsyncClient(
@@ -164,12 +177,26 @@ class Gateway:
         """
         meter = Meter(len(request.prompt), [0] * answers)
         opened = self._one(target, request, meter) if answers == 1 else self._several(target, request, meter)
-        async with opened as chunks:
+        async with AsyncExitStack() as stack:
+            with self.metrics.counting_rejections():
+                chunks = await stack.enter_async_context(opened)
             try:
-                yield chunks
+                yield self._counted(chunks)
             finally:
+                self.metrics.answered(
+                    target.base.id,
+                    prompt_tokens=meter.prompt_tokens,
+                    completion_tokens=meter.completion_tokens,
+                    first_token_seconds=meter.first_token_seconds,
+                )
                 with anyio.CancelScope(shield=True):  # the client may be gone: what was used is written down all the same
                     await self._write_down(_usage_of(caller, target, request.request_id, meter))
+
+    async def _counted(self, chunks: Answers) -> Answers:
+        """Where it breaks off, and not where that is heard: a stream tells it as an event."""
+        with self.metrics.counting_rejections():
+            async for chunk in chunks:
+                yield chunk
 
     @asynccontextmanager
     async def _one(self, target: Target, request: GenerateRequest, meter: Meter, *, number: int = 0) -> AsyncIterator[Answers]:
@@ -210,7 +237,9 @@ class Gateway:
         failure: AppError = Unavailable(f"no engine of {target.base.id} answers; try again shortly", code="engine_unavailable")
         path = "blend" if request.mix else "generate"
         for engine in engines.ranked(target.engines, [share.adapter for share in target.shares]):
-            sent = self._client.build_request("POST", f"{engine.url}/{path}", content=request.model_dump_json())
+            sent = self._client.build_request(
+                "POST", f"{engine.url}/{path}", content=request.model_dump_json(), headers=tracing.headers()
+            )
             try:
                 response = await self._client.send(sent, stream=True)
             except httpx.TransportError as error:
@@ -250,9 +279,11 @@ class Gateway:
         return True
 
     def _insert_usage(self, record: dict[str, Any]) -> None:
+        crash.point("usage_unrecorded")
         with db.organization_session(self._sessions, record["organization_id"]) as session:
             # an outage may have hidden that it was written
             session.execute(insert(UsageRecord).values(record).on_conflict_do_nothing())
+        crash.point("usage_recorded")
 
 
 def _part(number: int) -> str:
@@ -331,7 +362,7 @@ async def _chunks(response: httpx.Response, meter: Meter, number: int) -> Answer
     try:
         async for line in response.aiter_lines():
             chunk = Chunk.model_validate_json(line)
-            meter.by_answer[number] = max(meter.by_answer[number], chunk.completion_tokens)
+            meter.note(number, chunk)
             if chunk.error is not None:
                 raise EngineFailed(500, chunk.error, type="server_error", code="engine_failed")
             yield number, chunk

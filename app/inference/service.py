@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from app import idempotency
 from app.accounts.caller import Caller
 from app.core import ids
 from app.core.engine import Chunk, GenerateRequest, ToldToken
@@ -135,6 +136,13 @@ async def prepare(
     gateway: Gateway, caller: Caller, request: ChatRequest | CompletionRequest, request_id: str
 ) -> tuple[Target, GenerateRequest]:
     """Find the model, render the prompt, see that it fits."""
+    with gateway.metrics.counting_rejections():
+        return await _prepare(gateway, caller, request, request_id)
+
+
+async def _prepare(
+    gateway: Gateway, caller: Caller, request: ChatRequest | CompletionRequest, request_id: str
+) -> tuple[Target, GenerateRequest]:
     target = await gateway.target(caller, request.model, request.mix)
     param = "messages" if isinstance(request, ChatRequest) else "prompt"
     prompt = await run_in_threadpool(_tokens_of, target, request)
@@ -203,36 +211,41 @@ async def answer_streamed(
     return _EventStream(stack, events)
 
 
-class _EventStream(StreamingResponse):
+class _EventStream(idempotency.Stream):
     """Lets go of the engine when it ends, also if its client was gone before the first event was asked for."""
 
-    def __init__(self, stack: AsyncExitStack, events: AsyncIterator[bytes]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def __init__(self, stack: AsyncExitStack, events: AsyncIterator[dict[str, Any]]) -> None:
+        super().__init__(self._told(events), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._stack = stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._stack:
             await super().__call__(scope, receive, send)
 
+    async def _told(self, events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+        try:
+            async for event in events:
+                yield _event(event)
+        except AppError as error:
+            self.has_failed = True
+            yield _event(error.envelope())
+        yield b"data: [DONE]\n\n"
+
 
 async def _events(
     chunks: Answers, answer: Answer, prompt_tokens: int, *, answers: int, includes_usage: bool
-) -> AsyncIterator[bytes]:
-    try:
-        for number in range(answers):
-            if opening := answer.opening(number):
-                yield _event(opening)
-        completion_tokens, cached_tokens = [0] * answers, 0
-        async for number, chunk in chunks:
-            completion_tokens[number] = chunk.completion_tokens
-            cached_tokens = cached_tokens if number else chunk.cached_tokens
-            for piece in answer.pieces(number, chunk):
-                yield _event(piece)
-        if includes_usage:
-            yield _event(answer.usage(Usage.of(prompt_tokens, sum(completion_tokens), cached_tokens=cached_tokens)))
-    except AppError as error:
-        yield _event(error.envelope())
-    yield b"data: [DONE]\n\n"
+) -> AsyncIterator[dict[str, Any]]:
+    for number in range(answers):
+        if opening := answer.opening(number):
+            yield opening
+    completion_tokens, cached_tokens = [0] * answers, 0
+    async for number, chunk in chunks:
+        completion_tokens[number] = chunk.completion_tokens
+        cached_tokens = cached_tokens if number else chunk.cached_tokens
+        for piece in answer.pieces(number, chunk):
+            yield piece
+    if includes_usage:
+        yield answer.usage(Usage.of(prompt_tokens, sum(completion_tokens), cached_tokens=cached_tokens))
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:

@@ -111,10 +111,11 @@ def test_expiry_is_kept_and_checked(client: OpenAI) -> None:
         ({"files": {"file": b"{}"}}, "purpose"),
         ({"data": {"purpose": "vision"}, "files": {"file": b"{}"}}, "purpose"),
         ({"data": {"purpose": "fine-tune"}, "files": {"other": b"{}"}}, "file"),
+        ({"data": {f"field{number}": "" for number in range(17)}, "files": {"file": b"{}"}}, None),
     ],
 )
-def test_a_form_that_lacks_something_says_what(
-    http: httpx.Client, storage: Storage, fields: dict[str, object], param: str
+def test_a_form_that_lacks_something_or_holds_too_much_says_what(
+    http: httpx.Client, storage: Storage, fields: dict[str, object], param: str | None
 ) -> None:
     before = set(storage.list_keys("orgs/"))
     answer = http.post("/v1/files", **fields)  # type: ignore[arg-type]

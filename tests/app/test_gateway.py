@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from datetime import timedelta
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import delete, func, orm, select, update
 
 from app.core.engine import AdapterRef, Heartbeat
@@ -73,6 +75,22 @@ def test_too_many_of_one_organization_are_told_to_come_again(http: httpx.Client,
     assert (first.stats().running, second.stats().running) == (0, 0)
 
 
+def test_an_engine_that_leaves_is_not_asked_any_more_and_is_waited_for(
+    http: httpx.Client, serve: Serve, settings: Settings, system_sessions: Sessions
+) -> None:
+    serve()
+    with system_sessions.begin() as session:
+        engine = session.scalars(select(Engine)).one()
+        about = {"url": engine.url, "base": engine.base, "base_digest": engine.base_digest, "running": 0, "waiting": 0}
+    goodbye = {"engine_id": engine.id, **about, "is_leaving": True}
+    authorization = {"Authorization": f"Bearer {settings.engine_token.get_secret_value()}"}
+    assert http.post("/internal/engines", json=goodbye, headers=authorization).status_code == 204
+
+    answer = http.post("/v1/chat/completions", json=CHAT)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "base_not_loaded")
+    assert answer.headers["retry-after"] == "2"
+
+
 def test_the_prompt_of_several_answers_is_read_once(http: httpx.Client, serve: Serve) -> None:
     runner = Paced()
     serve(runner)
@@ -101,10 +119,18 @@ def test_who_leaves_in_the_middle_lets_go_and_is_metered_once(
     assert driver.stats().held_pages == 0
 
 
+def broken_off(http: httpx.Client, settings: Settings) -> float:
+    """How many answers the gateway has counted that an engine broke off."""
+    headers = {"Authorization": f"Bearer {settings.metrics.token.get_secret_value()}"}
+    families = text_string_to_metric_families(http.get("/metrics", headers=headers).text)
+    refused = next(family for family in families if family.name == "tunesmith_gateway_rejections")
+    return sum(sample.value for sample in refused.samples if sample.labels["reason"] == "engine_failed")
+
+
 def test_an_engine_that_breaks_ends_the_stream_with_an_error_and_what_it_said_is_metered(
-    http: httpx.Client, serve: Serve, system_sessions: Sessions
+    http: httpx.Client, serve: Serve, system_sessions: Sessions, settings: Settings
 ) -> None:
-    driver = serve()
+    driver, before = serve(), broken_off(http, settings)
     with http.stream("POST", "/v1/chat/completions", json=CHAT | {"stream": True}) as response:
         lines = (line for line in response.iter_lines() if line)
         told = [next(lines) for _ in range(6)]
@@ -116,7 +142,23 @@ def test_an_engine_that_breaks_ends_the_stream_with_an_error_and_what_it_said_is
     (record,) = usage(system_sessions, response.headers["x-request-id"])
     assert error["code"] == "engine_failed"
     assert rest[-1] == "data: [DONE]"
+    assert broken_off(http, settings) == before + 1
     assert len(told) - 2 <= record[1] < 300
+
+
+def test_a_stream_that_broke_off_is_not_what_its_key_is_answered_with(http: httpx.Client, serve: Serve) -> None:
+    named, body = {"Idempotency-Key": uuid.uuid4().hex}, CHAT | {"stream": True}
+    driver = serve()
+    with http.stream("POST", "/v1/chat/completions", json=body, headers=named) as response:
+        lines = response.iter_lines()
+        next(lines)
+        driver.close()
+        assert "engine_failed" in "".join(lines)
+    serve()
+    again, replayed = (http.post("/v1/chat/completions", json=body, headers=named) for _ in range(2))
+
+    assert "idempotent-replayed" not in again.headers and '"finish_reason":"length"' in again.text
+    assert replayed.headers["idempotent-replayed"] == "true" and replayed.text == again.text
 
 
 def test_a_reader_that_stops_reading_holds_up_nobody(http: httpx.Client, serve: Serve) -> None:

@@ -1,14 +1,18 @@
 """What every answer has, whatever was asked."""
 
+import asyncio
+import json
 import re
 import socket
-import threading
 
 import httpx
 import openai
 import pytest
 from openai import OpenAI
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
+from app import db, handlers
 from app.accounts import keys
 from app.core.settings import Settings
 
@@ -96,17 +100,26 @@ def test_the_internal_routes_want_the_engine_token(http: httpx.Client) -> None:
     assert http.post("/internal/engines", json=beat).status_code == 401
 
 
-def test_many_requests_at_once_are_all_answered(http: httpx.Client) -> None:
-    statuses = list[int]()
-    threads = [threading.Thread(target=lambda: statuses.append(http.get("/v1/models").status_code)) for _ in range(40)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def test_more_requests_at_once_than_threads_and_connections_are_all_answered(http: httpx.Client) -> None:
+    async def ask() -> set[int]:
+        unlimited = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=http.base_url, headers=http.headers, limits=unlimited, timeout=60) as client:
+            return {one.status_code for one in await asyncio.gather(*(client.get("/v1/fine_tuning/jobs") for _ in range(300)))}
 
-    assert statuses == [200] * 40
+    assert asyncio.run(ask()) == {200}
 
 
 @pytest.mark.parametrize("path", ["files/a%00b", "fine_tuning/jobs/%00", "files?after=%00", "models/%00"])
 def test_a_nul_in_an_id_is_no_crash(http: httpx.Client, path: str) -> None:
     assert http.get(f"/v1/{path}").status_code in {400, 404}
+
+
+def test_a_query_that_takes_too_long_is_not_told_as_a_database_that_is_away(settings: Settings) -> None:
+    hasty = db.open_sessions(settings.database.api_url, statement_seconds=1)
+    with pytest.raises(OperationalError) as taking_long, hasty.begin() as session:
+        session.execute(text("SELECT pg_sleep(3)"))
+    hasty.kw["bind"].dispose()
+
+    response = handlers.answer(taking_long.value)
+    assert response.status_code == 503
+    assert json.loads(bytes(response.body))["error"]["code"] == "query_took_too_long"

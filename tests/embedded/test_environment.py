@@ -6,6 +6,7 @@ from pydantic import SecretStr
 from app.core.settings import DatabaseSettings, InferenceSettings, Settings, TrainingSettings, WebhookSettings
 from worker.embedded import environment
 from worker.embedded.programs import as_program, service
+from worker.embedded.state import Ports
 
 SETTINGS = Settings(
     database=DatabaseSettings(api_url=SecretStr("postgresql://api"), system_url=SecretStr("postgresql://system")),
@@ -13,6 +14,7 @@ SETTINGS = Settings(
     key_pepper=SecretStr("pepper"),
     engine_token=SecretStr("token"),
 )
+PORTS = Ports(postgres=1, valkey=2, s3=3, relay=4, cpu=5, train=6)
 
 
 def test_settings_survive_the_way_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,11 +37,11 @@ def test_no_process_inherits_our_secrets(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("api", {"DATABASE__API_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN", "WANDB", "MLFLOW"}),
+        ("api", {"DATABASE__API_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN", "METRICS__TOKEN", "WANDB", "MLFLOW"}),
         ("relay", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL", "ENGINE_TOKEN", "WANDB", "MLFLOW"}),
         ("cpu", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL", "ENGINE_TOKEN"}),
         ("train", {"DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL"}),
-        ("engine", {"STORAGE", "ENGINE_TOKEN"}),
+        ("engine", {"STORAGE", "ENGINE_TOKEN", "METRICS__TOKEN"}),
     ],
 )
 def test_each_process_gets_the_secrets_it_works_with(name: str, expected: set[str]) -> None:
@@ -58,7 +60,7 @@ def test_an_engine_is_run_for_each_way_to_hold_a_base(monkeypatch: pytest.Monkey
     found = {}
     for process in service(settings, "127.0.0.1", 8000):
         if process.arguments == ("-m", "worker.inference.server"):
-            monkeypatch.setattr(os, "environ", as_program(process, settings).environment)
+            monkeypatch.setattr(os, "environ", as_program(process, settings, PORTS).environment)
             held = Settings().inference
             found[process.name] = (held.quantization, held.port)
 

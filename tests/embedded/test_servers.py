@@ -13,7 +13,7 @@ import redis
 
 from app.core.errors import Unavailable
 from app.core.settings import Settings
-from app.core.storage import open_storage
+from app.core.storage import Storage, open_storage
 from tests.embedded.patience import eventually
 from worker.embedded import AlreadyRunning, Servers, StackError, roles, servers
 from worker.embedded.servers import NO_RETRY
@@ -201,3 +201,27 @@ def test_internal_ports_avoid_the_public_one() -> None:
     ports = usable_ports(None, avoid=(public,))
     assert len({public, ports.postgres, ports.valkey, ports.s3}) == 4
     assert all(is_free("127.0.0.1", port) for port in (ports.postgres, ports.valkey, ports.s3))
+
+
+def test_what_a_killed_s3_server_left_half_written_is_in_nobodys_way(running: Servers, tmp_path: Path) -> None:
+    storage = open_storage(running.settings.storage)
+    storage.put("orgs/whole.json", b"{}")
+    (sidecar,) = running.paths.s3.rglob(".nanio-meta/orgs/whole.json.json")
+    half_written = sidecar.with_name("half.json.json.tmp"), sidecar.parents[2] / "orgs" / f".tmp.{0:032x}"
+    for path in half_written:
+        path.write_bytes(b"{")
+    (server,) = (child for child in psutil.Process().children(recursive=True) if str(running.paths.s3) in child.cmdline())
+    server.kill()
+    server.wait()
+    eventually(lambda: _is_put(storage, "orgs/half.json"))
+
+    assert not any(path.exists() for path in half_written)
+    assert sorted(storage.list_keys("orgs/")) == ["orgs/half.json", "orgs/whole.json"]
+
+
+def _is_put(storage: Storage, key: str) -> bool:
+    try:
+        storage.put(key, b"{}")
+    except Unavailable:
+        return False
+    return True

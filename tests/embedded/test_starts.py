@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,14 +12,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from openai import OpenAI
 
 from app.core.settings import Settings
-from app.main import create_app
 from cli.main import main
 from migrations.upgrade import upgrade
 from tests import make
+from tests.conftest import serving_api
 from worker.embedded import Servers, environment, servers, stack
 from worker.embedded.paths import LEAST_FREE_BYTES, MIB
 from worker.embedded.programs import CODE, as_program, service
@@ -70,9 +68,9 @@ def test_every_process_waits_for_its_servers_and_then_works(tmp_path: Path, base
         migration = running.enter_context(started("migrate", migrating, owner, tmp_path))
         processes = {}
         for process in service(settings, "127.0.0.1", port):
-            program = as_program(process, settings)
+            program = as_program(process, settings, before.state.ports)
             processes[process.name] = running.enter_context(
-                started(process.name, program.command, dict(program.environment), tmp_path)
+                started(process.name, program.command, {**program.environment, **make.UNHURRIED}, tmp_path)
             )
         within(START_SECONDS, lambda: readyz(url))
         answer = readyz(url)
@@ -166,21 +164,6 @@ def test_a_data_directory_that_cannot_be_made_is_refused(tmp_path: Path, capsys:
         assert "Read-only file system" in refused(disk / "below", capsys)
 
 
-@contextmanager
-def serving(settings: Settings) -> Iterator[str]:
-    """The API in this process, at this URL."""
-    port = usable_ports(None).s3
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=port, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    within(START_SECONDS, lambda: server.started)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 def fill(path: Path, *, leave_bytes: int) -> None:
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(path.parent).free - leave_bytes)
@@ -190,7 +173,7 @@ def test_a_disk_that_fills_up_refuses_uploads_and_harms_nothing(tmp_path: Path) 
     with small_disk(tmp_path / "disk", "size=500m") as disk, servers(disk / "data", durable=False) as running:
         upgrade(running.settings.database.owner_url.get_secret_value())
         stack.ensure_key(running)
-        with serving(running.settings) as url:
+        with serving_api(running.settings) as url:
             headers = {"Authorization": f"Bearer {running.state.api_key}"}
             with httpx.Client(base_url=f"{url}/v1", headers=headers, timeout=30) as http:
 

@@ -12,6 +12,7 @@ from openai import OpenAI
 from sqlalchemy import func, orm, select, update
 from sqlalchemy.exc import IntegrityError
 
+from app import standing
 from app.accounts.caller import Caller
 from app.files.service import expire
 from app.jobs import gates, states
@@ -225,18 +226,21 @@ def test_what_a_killed_worker_left_is_found_and_concluded_once(
     http: httpx.Client, services: Services, trains: Trains, system_sessions: Sessions
 ) -> None:
     job_id = trains()
+    is_decidable = select(Job.id).where(Job.id == job_id, gates.decidable())
     with system_sessions() as session:
-        assert not gates.is_due(session)
+        assert session.scalar(is_decidable) is None
     while evaluate.evaluate_next(services):
         pass
     assert shown(http, job_id)["status"] == "running"
     with system_sessions() as session:
+        assert session.scalar(is_decidable) == job_id
+        assert standing.read(session, engine_timeout_seconds=1).queues["cpu"].count >= 1
         assert "cpu" in jobs.due_queues(session)
 
     assert gate.conclude_next(services) and not gate.conclude_next(services)
     assert shown(http, job_id)["status"] == "succeeded"
     with system_sessions() as session:
-        assert not gates.is_due(session)
+        assert session.scalar(is_decidable) is None
 
 
 def test_no_release_lets_a_job_succeed_past_its_gate(trains: Trains, system_sessions: Sessions) -> None:

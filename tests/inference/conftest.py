@@ -21,11 +21,6 @@ from worker.model.base import LoadedBase
 OpenDriver = Callable[..., NativeDriver]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # tiny products: threads would only wait for each other
-
-
 @pytest.fixture(scope="session")
 def load_tiny(bases_dir: Path) -> Callable[[], LoadedBase]:
     """A fresh copy at each call: a driver owns its base. In fp32, where equal mathematics gives equal tokens."""

@@ -12,6 +12,7 @@ from app.core.engine import AdapterRef
 from app.core.errors import BadRequest, NotFound, Unavailable
 from app.core.manifest import BaseEntry
 from app.core.storage import Storage
+from tests import small_disk
 from tests.inference.make import Words
 from worker.inference import adapters
 from worker.inference.adapters import AdapterStore, Room
@@ -298,6 +299,20 @@ def test_nothing_half_fetched_stays_on_disk(disk: AdapterDisk, storage: Storage,
         disk.open(tampered(storage, published["first"], "adapter_model.safetensors", prefix="tampered/half"))
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_the_adapter_loads_when_there_is_room(
+    storage: Storage, published: Published, tmp_path: Path
+) -> None:
+    with small_disk.mounted(tmp_path / "disk", mib=1) as folder:
+        disk = AdapterDisk(storage, folder / "adapters", max_bytes=2**30)
+        small_disk.fill(folder)
+        with pytest.raises(Unavailable) as full:
+            disk.open(published["first"])
+        assert full.value.code == "insufficient_storage"
+
+        small_disk.clear(folder)
+        assert disk.open(published["first"]).is_dir()
 
 
 def test_a_file_damaged_on_disk_is_fetched_again(disk: AdapterDisk, published: Published) -> None:

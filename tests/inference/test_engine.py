@@ -1,5 +1,7 @@
 """The scheduler and the step loop, told with a runner that only says what it is given. No torch runs here."""
 
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from app.core.engine import Chunk
 from app.core.errors import Unavailable
 from tests.inference import make
-from worker.inference.engine import Engine, Runner
+from worker.inference.engine import LEAVING, Engine, Runner
 from worker.inference.sequence import Sequence, Slice
 from worker.model.base import LoadedBase
 
@@ -183,18 +185,24 @@ def test_a_row_without_a_distribution_ends_alone(sequence: Add) -> None:
     assert whole_told[-1].finish_reason == "length"
 
 
-def test_draining_refuses_new_work_and_finishes_the_old(sequence: Add) -> None:
-    one, told = sequence(max_tokens=5)
-    loop = engine(make.SayingRunner())
+def test_draining_finishes_what_was_begun_and_refuses_the_rest(sequence: Add) -> None:
+    (one, told), (waiting, waiting_told) = sequence(max_tokens=5), sequence(max_tokens=5)
+    loop = engine(make.SayingRunner(), max_batch=1)
     loop.submit(one)
-    loop.start()
-    loop.drain()
+    loop.submit(waiting)
+    loop.step()
+    draining = threading.Thread(target=loop.drain)
+    draining.start()
+    while not waiting_told:
+        time.sleep(0.01)
+    run(loop)
+    draining.join()
 
     assert told[-1].finish_reason == "length"
+    assert [(chunk.text, chunk.error) for chunk in waiting_told] == [("", LEAVING)]
     with pytest.raises(Unavailable) as refusal:
         loop.submit(sequence()[0])
     assert refusal.value.code == "engine_draining"
-    loop.close()
 
 
 class _Interrupting(make.SayingRunner):

@@ -185,6 +185,26 @@ def test_a_client_that_leaves_frees_its_place_and_its_adapter(serve: Serve) -> N
                 assert served.driver.evict(REF.digest) is False
             await make.until(lambda: served.driver.stats().running == 0, seconds=2)
             await make.until(lambda: served.driver.evict(REF.digest), seconds=2)
+            told = (await served.client.get("/metrics")).text
+            assert 'tunesmith_engine_answers_total{finish_reason="left"} 1.0' in told
+
+    run(story())
+
+
+def test_a_prompt_counts_where_it_is_answered(serve: Serve) -> None:
+    async def story() -> None:
+        async with serve() as served:
+            unknown = lasting(REF.model_copy(update={"id": "unknown", "digest": "b" * 64}))
+            assert (await served.client.post("/generate", json=unknown)).status_code == 404
+            refused = (await served.client.get("/metrics")).text
+            wanted = make.request(max_tokens=3)
+            assert (await served.client.post("/generate", json=body(wanted))).status_code == 200
+            answered = (await served.client.get("/metrics")).text
+
+            assert "tunesmith_engine_prompt_tokens_total 0.0" in refused
+            assert f"tunesmith_engine_prompt_tokens_total {len(wanted.prompt)}.0" in answered
+            assert 'tunesmith_engine_answers_total{finish_reason="length"} 1.0' in answered
+            assert 'tunesmith_engine_answers_total{finish_reason="left"} 0.0' in answered
 
     run(story())
 
@@ -206,14 +226,15 @@ def test_a_client_that_leaves_while_waiting_leaves_the_queue(serve: Serve) -> No
 
 def test_on_a_signal_it_finishes_what_runs_and_takes_no_more(serve: Serve) -> None:
     async def story() -> None:
-        async with serve() as served:
+        async with serve(max_batch=1) as served:
             running = asyncio.create_task(served.client.post("/generate", json=lasting()))
             await make.until(lambda: served.driver.stats().running == 1)
+            waiting = asyncio.create_task(served.client.post("/generate", json=lasting()))
+            await make.until(lambda: served.driver.stats().waiting == 1)
             served.server.handle_exit(signal.SIGTERM, None)
             await make.until(lambda: served.driver.is_draining)
-            refused = await served.client.post("/generate", json=lasting())
-
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_draining")
+            for refused in (await waiting, await served.client.post("/generate", json=lasting())):
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_draining")
             assert (await served.client.get("/healthz")).status_code == 503
             assert json.loads((await running).text.splitlines()[-1])["finish_reason"] == "length"
             await make.until(lambda: served.server.should_exit)
@@ -262,13 +283,16 @@ def test_the_process_announces_itself_answers_and_leaves_when_told(
         assert authorization == f"Bearer {TOKEN}"
         assert (beat.base, beat.running, beat.waiting) == (rows.TINY, 0, 0)
         assert Renderers(storage).get(rows.TINY).stop_ids
-        answer = httpx.post(
-            f"{beat.url}/generate", json=body(make.request(ref=published["first"])), headers={"Authorization": authorization}
-        )
-        assert Chunk.model_validate_json(answer.text.splitlines()[-1]).finish_reason
+        wanted = body(make.request(ref=published["first"], max_tokens=200))
+        with httpx.stream("POST", f"{beat.url}/generate", json=wanted, headers={"Authorization": authorization}) as answer:
+            lines = answer.iter_lines()
+            assert Chunk.model_validate_json(next(lines)).finish_reason is None
+            process.send_signal(signal.SIGTERM)
+            assert Chunk.model_validate_json(list(lines)[-1]).finish_reason
+        assert process.wait(20) == 0
     finally:
-        process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+        process.kill()
+    assert [beat.is_leaving for _, beat in heard[-2:]] == [False, True]
 
 
 def environment(settings: Settings, gateway_url: str) -> dict[str, str]:
@@ -276,7 +300,7 @@ def environment(settings: Settings, gateway_url: str) -> dict[str, str]:
     assert stored.endpoint_url
     return {
         **os.environ,
-        "OMP_NUM_THREADS": "1",
+        **rows.UNHURRIED,
         "TUNESMITH_STORAGE__ENDPOINT_URL": stored.endpoint_url,
         "TUNESMITH_STORAGE__BUCKET": stored.bucket,
         "TUNESMITH_STORAGE__ACCESS_KEY": stored.access_key,

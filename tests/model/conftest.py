@@ -3,17 +3,11 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from app.core import catalog
 from tests import make
 from worker.model import base as bases
 from worker.model.base import LoadedBase
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # tiny products: threads would only wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """The tiny base in the two precisions that tests need. Runs leave it as it was, so all tests share it."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +13,27 @@ from tests.training.make import Runner
 from worker.model import base as bases
 from worker.model.base import LoadedBase
 from worker.training import fused
+from worker.training.fused import Fused
+
+_call_compiled = Fused.__call__
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # tiny products: threads would only wait for each other
+def _call_as_written(function: Fused[..., Any], *args: Any, **named: Any) -> Any:
+    return function.as_written(*args, **named)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _kernels(bases_dir: Path) -> None:
-    fused.keep_in(bases_dir)  # where trainers look for them: compiling takes longer than most of these tests together
+@pytest.fixture(scope="package", autouse=True)
+def _kernels(bases_dir: Path) -> Iterator[None]:
+    """What computes runs as it is written, but in tests that take `compiled`: compiling takes longer than all of them."""
+    fused.keep_in(bases_dir)  # where trainers look for what is compiled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fused, "__call__", _call_as_written)
+        yield
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fused, "__call__", _call_compiled)
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,7 @@ def require_equal(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, li
         assert float((one - other).norm() / other.norm()) < 2e-5
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_known_family_gives_what_transformers_gives(family: str) -> None:
     model = model_of(FAMILIES[family])
@@ -145,6 +146,7 @@ def test_gradients_are_added_to_those_that_are_there() -> None:
     torch.testing.assert_close(twice, [2 * gradient for gradient in once])
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("family", ["llama", "qwen3, with norms in heads"])
 def test_layers_computed_again_in_the_backward_change_no_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls, honest = model_of(FAMILIES[family]), [], decoder.Layer.forward
@@ -198,6 +200,7 @@ def of_module(module: Any) -> Iterator[Fused[..., Any]]:
     return (value for value in vars(module).values() if isinstance(value, Fused))
 
 
+@pytest.mark.usefixtures("compiled")
 def test_compiled_is_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     if not fused.can_compile():
         pytest.skip("no C++ compiler here: everything runs as it is written")

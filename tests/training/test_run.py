@@ -67,6 +67,7 @@ def test_the_manifest_tells_where_the_adapter_comes_from(tiny: LoadedBase, tmp_p
     assert said.metrics["train_loss"] == runner.of(Stepped)[-1].train_loss
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
 def test_a_stopped_and_resumed_run_gives_the_same_bits(tiny: LoadedBase, tmp_path: Path, stop_after: int, dropout: float) -> None:

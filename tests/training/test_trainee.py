@@ -206,6 +206,7 @@ def test_only_the_asked_for_modules_are_trained(tiny: LoadedBase) -> None:
     assert all("q_proj.lora_" in name or "v_proj.lora_" in name for name in names)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_after_warming_up_nothing_is_left_to_compile(tiny: LoadedBase) -> None:
     if not fused.can_compile():
         pytest.skip("no C++ compiler here: everything runs as it is written")

@@ -6,14 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.make import TINY
+from tests.make import TINY, UNHURRIED
 
 COMMAND = [sys.executable, "-m", "worker.gpu_check", "--base", TINY, "--epochs", "1"]
 
 
 def run(bases_dir: Path, *options: str) -> "subprocess.CompletedProcess[str]":
-    # one thread: tiny products, and threads would only wait for each other
-    given = os.environ | {"TUNESMITH_CACHE_DIR": str(bases_dir), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    given = os.environ | {"TUNESMITH_CACHE_DIR": str(bases_dir), "CUDA_VISIBLE_DEVICES": "", **UNHURRIED}
     return subprocess.run([*COMMAND, *options], env=given, capture_output=True, text=True, check=False)
 
 

@@ -117,7 +117,7 @@ def state_of(to: Services, job: Job) -> str:
 def test_a_damaged_checkpoint_in_storage_falls_back_to_the_one_before(
     to: Services, organization: Caller, tiny: LoadedBase, tmp_path: Path
 ) -> None:
-    asked = training.spec(n_epochs=60, checkpoint_every_steps=10)
+    asked = training.spec(n_epochs=30, checkpoint_every_steps=10)
     job = queued(to, organization, tiny, tmp_path, asked)
     with at_work(to, job.queue) as first:
         eventually(lambda: len(checkpoints(to, job)) == 2)
@@ -132,10 +132,10 @@ def test_a_damaged_checkpoint_in_storage_falls_back_to_the_one_before(
     assert state_of(to, job) == JobState.SUCCEEDED
     said = messages(to, job)
     assert any(message.startswith(f"The checkpoint of step {newest.step} is not used: ") for message in said), said
-    assert f"Training resumed at step {before.step} of 180" in said
+    assert f"Training resumed at step {before.step} of 90" in said
     after = dict(losses(to, job)[len(before_that) :])
     assert all(after[step] == loss for step, loss in before_that if step > before.step)  # the same curve
-    assert max(after) == 180
+    assert max(after) == 90
     with to.sessions() as session:
         again = session.scalars(select(JobCheckpoint).where(JobCheckpoint.job_id == job.id, JobCheckpoint.attempt == 2)).all()
     assert min(checkpoint.step for checkpoint in again) > before.step
@@ -168,7 +168,7 @@ def test_the_best_adapter_is_published_by_a_worker_that_did_not_train_it(
 def test_a_full_disk_is_told_as_one_and_the_job_goes_on_when_there_is_room(
     to: Services, organization: Caller, tiny: LoadedBase, tmp_path: Path
 ) -> None:
-    job = queued(to, organization, tiny, tmp_path, training.spec(n_epochs=60, checkpoint_every_steps=10))
+    job = queued(to, organization, tiny, tmp_path, training.spec(n_epochs=30, checkpoint_every_steps=10))
     with small_disk.mounted(tmp_path / "disk", mib=4) as disk:
         full = replace(to, settings=to.settings.model_copy(update={"work_dir": disk / "work"}))
         with at_work(full, job.queue):
@@ -189,7 +189,7 @@ def test_a_full_disk_is_told_as_one_and_the_job_goes_on_when_there_is_room(
             pass
 
     assert state_of(to, job) == JobState.SUCCEEDED
-    assert f"Training resumed at step {newest.step} of 180" in messages(to, job)
+    assert f"Training resumed at step {newest.step} of 90" in messages(to, job)
 
 
 def test_a_disk_that_is_full_before_the_training_is_told_too(

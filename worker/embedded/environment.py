@@ -9,7 +9,18 @@ from pydantic import SecretStr
 from app.core.settings import PREFIX, Settings
 
 # what begins like this is a secret or leads to one
-PRIVATE = ("DATABASE", "STORAGE", "BROKER_URL", "KEY_PEPPER", "ENGINE_TOKEN", "WANDB", "MLFLOW", "SECRETS_DIR", "CONFIG_FILE")
+PRIVATE = (
+    "DATABASE",
+    "STORAGE",
+    "BROKER_URL",
+    "KEY_PEPPER",
+    "ENGINE_TOKEN",
+    "WANDB",
+    "MLFLOW",
+    "METRICS__TOKEN",
+    "SECRETS_DIR",
+    "CONFIG_FILE",
+)
 
 
 def inherited() -> dict[str, str]:

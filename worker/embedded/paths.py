@@ -53,6 +53,16 @@ class Paths:
     def work(self) -> Path:
         return self.root / "work"
 
+    @property
+    def unfinished(self) -> Path:
+        """There while a backup is restored, and afterwards if that broke off."""
+        return self.root / "unfinished"
+
+    def require_finished(self) -> None:
+        """Raises StackError for what a restore that broke off has left."""
+        if self.unfinished.exists():
+            raise StackError(f"{self.root} holds half a backup: its restoring broke off; empty it and restore again")
+
     def make_root(self) -> None:
         """Raises StackError rather than take over what somebody else keeps under one of our names."""
         try:

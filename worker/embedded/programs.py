@@ -9,6 +9,7 @@ from app.core.settings import PREFIX, Settings
 from app.core.spec import USUAL
 from worker.embedded import environment
 from worker.embedded.processes import Program
+from worker.embedded.state import Ports
 from worker.train import celery_arguments
 
 WORKER_GRACE_SECONDS = 20.0
@@ -34,10 +35,11 @@ def service(settings: Settings, host: str, port: int) -> tuple[Process, ...]:
     """What makes up Tunesmith, with its API on `host` and `port`."""
     work = ("DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL")
     trackers = ("WANDB", "MLFLOW")
-    serve = ("DATABASE__API_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN", *trackers)
-    uvicorn = ("-m", "uvicorn", "app.main:create_app", "--factory", "--no-access-log")
+    serve = ("DATABASE__API_URL", "STORAGE", "KEY_PEPPER", "ENGINE_TOKEN", "METRICS__TOKEN", *trackers)
+    # a client that never reads would else hold it until it is killed, and with it the usage that is yet to be written down
+    uvicorn = ("-m", "uvicorn", "app.main:create_app", "--factory", "--no-access-log", "--timeout-graceful-shutdown", "8")
     return (
-        Process("api", (*uvicorn, "--host", host, "--port", str(port)), serve, grace_seconds=10),
+        Process("api", (*uvicorn, "--host", host, "--port", str(port)), serve, grace_seconds=15),
         Process("relay", ("-m", "worker.relay"), (*work, "ENGINE_TOKEN", *trackers)),
         Process("cpu", ("-m", "celery", "-A", "worker.celery", *celery_arguments("cpu", "cpu")), (*work, "ENGINE_TOKEN")),
         Process("train", ("-m", "worker.train"), work),
@@ -55,14 +57,15 @@ def _engines(settings: Settings) -> Iterator[Process]:
 def _engine(quantization: str, **changes: str) -> Process:
     variables = {f"{PREFIX}INFERENCE__{name.upper()}": value for name, value in {"quantization": quantization, **changes}.items()}
     name = "engine" if quantization == USUAL else f"engine-{quantization}"
-    return Process(name, ("-m", "worker.inference.server"), ("STORAGE", "ENGINE_TOKEN"), variables)
+    return Process(name, ("-m", "worker.inference.server"), ("STORAGE", "ENGINE_TOKEN", "METRICS__TOKEN"), variables)
 
 
-def as_program(process: Process, settings: Settings) -> Program:
+def as_program(process: Process, settings: Settings, ports: Ports) -> Program:
+    metrics = {f"{PREFIX}METRICS__PORT": str(getattr(ports, process.name, 0))}  # API and engines have one port for everything
     return Program(
         name=process.name,
         command=(sys.executable, *process.arguments),
-        environment=environment.of(settings, secrets=process.secrets) | process.variables,
+        environment=environment.of(settings, secrets=process.secrets) | metrics | process.variables,
         cwd=CODE,
         grace_seconds=process.grace_seconds,
     )

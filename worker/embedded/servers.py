@@ -1,8 +1,11 @@
 """Postgres, Valkey and S3 on one machine: real servers behind the same URLs as production's."""
 
+import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self, TextIO
 
@@ -11,6 +14,7 @@ import psycopg
 import redis
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from nanio.storage.paths import META_DIR_NAME, MULTIPART_ROOT_NAME
 from pydantic import SecretStr
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -72,6 +76,13 @@ class Servers:
             raise
         return self
 
+    def join(self) -> None:
+        """Lead to the servers that another process runs here, and let `stop` leave them alone."""
+        self.state = State.load(self.paths.state)
+        if self.state.ports is None:
+            raise StackError(f"the stack in {self.paths.root} is starting for the first time; try again when it is ready")
+        self._lead_to(self.state.ports)
+
     def stop(self) -> None:
         """Stop them in order, Postgres last. A second time does nothing; start anew with another `Servers`."""
         self.supervisor.stop()
@@ -88,10 +99,9 @@ class Servers:
     def _start(self, avoid_ports: tuple[int, ...]) -> None:
         self.paths.make_rooms()
         ports = self._recall(avoid_ports)
-        self.settings = _settings(self._chosen, self.paths, self.state, ports)
+        self._lead_to(ports)
         require_folder(self.settings.cache_dir, variable=f"{PREFIX}CACHE_DIR")
         require_folder(self.settings.work_dir, variable=f"{PREFIX}WORK_DIR")
-        self.superuser_dsn = f"postgresql://postgres:{self.state.superuser_password}@{LOCAL}:{ports.postgres}/postgres"
         database = postgres.prepared(
             self.paths.postgres,
             password=self.state.superuser_password,
@@ -106,6 +116,10 @@ class Servers:
         self._await_valkey()
         self._await_bucket()
         self._await_database()
+
+    def _lead_to(self, ports: Ports) -> None:
+        self.settings = _settings(self._chosen, self.paths, self.state, ports)
+        self.superuser_dsn = f"postgresql://postgres:{self.state.superuser_password}@{LOCAL}:{ports.postgres}/postgres"
 
     def _recall(self, avoid_ports: tuple[int, ...]) -> Ports:
         """Load the state, or begin one, with ports that are free now."""
@@ -134,6 +148,20 @@ class Servers:
         passwords = roles.Passwords(self.state.owner_password, self.state.api_password, self.state.system_password)
         with psycopg.connect(self.superuser_dsn, autocommit=True, connect_timeout=5) as superuser:
             roles.ensure_database(superuser, passwords)
+
+
+def settings_of(data_dir: Path, chosen: Settings) -> Settings:
+    """With what the processes of the stack there work, if it runs; `chosen` as for `Servers`. Raises StackError."""
+    paths = Paths(data_dir.resolve())
+    state = State.load(paths.state)
+    if state.ports is None:
+        raise StackError(f"{paths.root} holds no stack; `tunesmith up` makes one there, and --data-dir names another")
+    settings = _settings(chosen, paths, state, state.ports)
+    if not paths.credentials.exists():
+        return settings
+    url: str = json.loads(paths.credentials.read_text())["base_url"]
+    inference = settings.inference.model_copy(update={"gateway_url": url.removesuffix("/v1")})
+    return settings.model_copy(update={"inference": inference})
 
 
 @contextmanager
@@ -171,7 +199,17 @@ def _s3(folder: Path, port: int, state: State) -> Program:
         command=(*command, "--no-access-log", "--log-level", "warning"),
         environment=environment.inherited() | keys,
         cwd=folder,
+        prepare=partial(_remove_half_written, folder),
     )
+
+
+def _remove_half_written(folder: Path) -> None:
+    """What an S3 server that was killed had begun to write: nanio finds it in its way, and would refuse that key for ever."""
+    for directory, _, names in os.walk(folder):
+        is_of_nanio = not {META_DIR_NAME, MULTIPART_ROOT_NAME}.isdisjoint(Path(directory).relative_to(folder).parts)
+        for name in names:
+            if name.startswith(".tmp.") or (is_of_nanio and name.endswith(".tmp")):
+                (Path(directory) / name).unlink()
 
 
 def _settings(chosen: Settings, paths: Paths, state: State, ports: Ports) -> Settings:
@@ -198,6 +236,7 @@ def _settings(chosen: Settings, paths: Paths, state: State, ports: Ports) -> Set
         "storage": chosen.storage.model_copy(update=storage),
         "key_pepper": SecretStr(state.key_pepper),
         "engine_token": SecretStr(state.engine_token),
+        "metrics": chosen.metrics.model_copy(update={"token": SecretStr(state.metrics_token)}),
         # our processes run in another folder
         "cache_dir": chosen.cache_dir.resolve(),
         "work_dir": chosen.work_dir.resolve(),

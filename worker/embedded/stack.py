@@ -31,6 +31,7 @@ def up(data_dir: Path, chosen: Settings, *, host: str, port: int, console: TextI
     servers = Servers(data_dir, chosen, console=console)
     try:
         servers.claim()
+        servers.paths.require_finished()
         require_free(host, port)
         servers.paths.credentials.unlink(missing_ok=True)
         with suppress(KeyboardInterrupt), signals(_interrupt):
@@ -65,7 +66,9 @@ def _start(servers: Servers, host: str, port: int, processes: Processes) -> None
     url = _local_url(host, port)
     inference = servers.settings.inference.model_copy(update={"gateway_url": url})
     settings = servers.settings.model_copy(update={"inference": inference})
-    servers.supervisor.start(*(as_program(process, settings) for process in processes(settings, host, port)))
+    ports = servers.state.ports
+    assert ports is not None, "the servers have started on them"
+    servers.supervisor.start(*(as_program(process, settings, ports) for process in processes(settings, host, port)))
     say("the API, the workers and the engine are starting; the first time takes longest")
     ask = partial(_require_ready, url, settings.training.quantizations)
     servers.supervisor.wait_for("api", ask, failures=(_NotReady,), seconds=READY_SECONDS, pause_seconds=0.5)
@@ -77,6 +80,8 @@ def _announce(servers: Servers, host: str, port: int) -> None:
     write_private(paths.credentials, json.dumps(credentials, indent=2) + "\n")
     lines = (
         "Tunesmith is ready.",
+        f"  dashboard    {_local_url(host, port)}{bootstrap.sign_in_link(servers.settings)}",
+        "               (signs you in once; `tunesmith sign-in` prints another)",
         f"  API          {base_url}",
         f"  credentials  {paths.credentials}",
         f"  logs         {paths.logs}",

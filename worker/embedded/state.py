@@ -22,9 +22,14 @@ def secret() -> str:
 
 
 class Ports(BaseModel):
+    """Those of the servers, and those where relay and workers tell their metrics; 0 is one that is yet to be chosen."""
+
     postgres: int
     valkey: int
     s3: int
+    relay: int = 0
+    cpu: int = 0
+    train: int = 0
 
 
 class State(BaseModel):
@@ -40,6 +45,7 @@ class State(BaseModel):
     s3_secret_key: str = Field(default_factory=secret)
     key_pepper: str = Field(default_factory=secret)
     engine_token: str = Field(default_factory=secret)
+    metrics_token: str = Field(default_factory=secret)
     api_key: str | None = None
 
     @classmethod
@@ -60,8 +66,8 @@ def usable_ports(kept: Ports | None, *, avoid: Iterable[int] = ()) -> Ports:
     used = set(avoid)
     chosen = {}
     for name in Ports.model_fields:
-        port = getattr(kept, name, None)
-        while port is None or port in used or not is_free("127.0.0.1", port):
+        port = getattr(kept, name, 0)
+        while not port or port in used or not is_free("127.0.0.1", port):
             port = random.choice(INTERNAL_PORTS)
         chosen[name] = port
         used.add(port)

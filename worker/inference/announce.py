@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
@@ -23,23 +24,33 @@ TIMEOUT_SECONDS = 5.0
 async def announce(
     driver: EngineDriver, storage: Storage, *, card_dir: Path, url: str, token: str, settings: InferenceSettings
 ) -> None:
-    """Publish, then beat until cancelled. Nothing that fails here stops the engine: it is tried again with the next beat."""
+    """Publish, then beat until cancelled, and say goodbye. Nothing that fails here stops the engine: it is tried again with the
+    next beat."""
     engine_id = ids.new("engine_")
     failing = _Once()
     is_published = False
     async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS, headers={"Authorization": f"Bearer {token}"}) as client:
-        while True:
-            try:
-                if not is_published:
-                    await asyncio.to_thread(card.publish, storage, driver.caps.base.id, card_dir)
-                    is_published = True
-                beat = _beat(driver, engine_id, url)
-                answer = await client.post(f"{settings.gateway_url}/internal/engines", json=beat.model_dump(mode="json"))
-                answer.raise_for_status()
-                failing.clear()
-            except Exception as error:  # a full disk, a damaged card: an engine that falls silent is no longer asked
-                failing.warn("heartbeat_failed", reason=str(error) or type(error).__name__, gateway=settings.gateway_url)
-            await asyncio.sleep(settings.heartbeat_seconds)
+
+        async def beat(*, is_leaving: bool = False) -> None:
+            said = _beat(driver, engine_id, url, is_leaving=is_leaving).model_dump(mode="json")
+            answer = await client.post(f"{settings.gateway_url}/internal/engines", json=said)
+            answer.raise_for_status()
+
+        try:
+            while True:
+                try:
+                    if not is_published:
+                        await asyncio.to_thread(card.publish, storage, driver.caps.base.id, card_dir)
+                        is_published = True
+                    await beat()
+                    failing.clear()
+                except Exception as error:  # a full disk, a damaged card: an engine that falls silent is no longer asked
+                    failing.warn("heartbeat_failed", reason=str(error) or type(error).__name__, gateway=settings.gateway_url)
+                await asyncio.sleep(settings.heartbeat_seconds)
+        finally:
+            if is_published:
+                with suppress(httpx.HTTPError):  # a gateway that is away hears it from the silence
+                    await beat(is_leaving=True)
 
 
 def advertised_url(host: str, port: int, gateway_url: str) -> str:
@@ -58,7 +69,7 @@ def _address_towards(gateway: SplitResult) -> str:
         return str(probe.getsockname()[0])
 
 
-def _beat(driver: EngineDriver, engine_id: str, url: str) -> Heartbeat:
+def _beat(driver: EngineDriver, engine_id: str, url: str, *, is_leaving: bool) -> Heartbeat:
     stats = driver.stats()
     return Heartbeat(
         engine_id=engine_id,
@@ -68,6 +79,8 @@ def _beat(driver: EngineDriver, engine_id: str, url: str) -> Heartbeat:
         quantization=driver.caps.quantization,
         running=stats.running,
         waiting=stats.waiting,
+        adapters={name: tier.held for name, tier in stats.tiers.items()},
+        is_leaving=is_leaving,
     )
 
 

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from app.core import manifest
 from app.core.engine import AdapterRef, TierStats
-from app.core.errors import BadRequest, NotFound
+from app.core.errors import BadRequest, NotFound, Unavailable
 from app.core.manifest import Manifest
 from app.core.storage import Storage
+from worker.model.directory import is_full
 
 log = structlog.get_logger()
 
@@ -73,9 +74,14 @@ class AdapterDisk:
                 self._fetch_file(ref, name, entry, partial)
             (partial / manifest.NAME).write_bytes(wanted.to_bytes())
             partial.rename(directory)
-        except OSError:
-            if not directory.exists():  # another engine on this disk may have been faster
-                raise
+        except OSError as error:
+            if directory.exists():  # another engine on this disk was faster
+                return
+            if is_full(error):  # another engine may have room
+                log.error("adapter_disk_full", adapter=ref.internal_name)
+                message = "the engine's disk is full, so the model cannot be loaded; tell the operator, and try again later"
+                raise Unavailable(message, code="insufficient_storage") from error
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -13,6 +13,8 @@ from worker.inference.sequence import Choice, Sequence, Slice
 
 log = structlog.get_logger()
 
+LEAVING = "this engine is shutting down; another one will answer"
+
 
 class Runner(Protocol):
     """The model, as the loop sees it. Only the loop's thread calls it."""
@@ -38,7 +40,7 @@ class Engine:
         """Queue it. Raises what `Scheduler.add` raises, and Unavailable when the engine is leaving."""
         with self._changed:
             if self._is_draining:
-                raise Unavailable("this engine is shutting down; another one will answer", code="engine_draining")
+                raise Unavailable(LEAVING, code="engine_draining")
             self._scheduler.add(sequence)
             self._changed.notify_all()
 
@@ -69,9 +71,13 @@ class Engine:
         return self._is_draining
 
     def drain(self) -> None:
-        """Refuse new work and wait until what was accepted is done."""
+        """Refuse new work, and what has waited without a word so far: another engine may answer it. Waits for the rest."""
         with self._changed:
             self._is_draining = True
+            for sequence in self._scheduler.waiting:
+                if not sequence.completion_tokens and not sequence.is_over:  # who has spoken gave way for a while
+                    sequence.fail(LEAVING)
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._is_closed or not self._has_work())
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 import torch
 
+from app.core import tracing
 from app.core.engine import AdapterRef, Chunk, EngineStats, GenerateRequest
 from app.core.errors import BadRequest
 from app.core.render import Renderer
@@ -24,6 +25,7 @@ from worker.inference.disk import AdapterDisk, refused
 from worker.inference.driver import Caps, Lease
 from worker.inference.engine import Engine
 from worker.inference.lora import LoraWeights
+from worker.inference.metrics import EngineMetrics
 from worker.inference.pages import Pages
 from worker.inference.runner import ModelRunner, cache_dtype
 from worker.inference.scheduler import Scheduler
@@ -99,14 +101,18 @@ class NativeDriver:
             seed=_seed(request, self._caps.base.digest),
         )
         self._engine.submit(sequence)
+        first_at: float | None = None
         try:
             while True:
                 chunk = await chunks.get()
+                if first_at is None and chunk.completion_tokens:
+                    first_at = time.perf_counter()
                 yield chunk
                 if chunk.finish_reason or chunk.error is not None:
                     return
         finally:
             self._engine.cancel(sequence)
+            _trace(sequence, first_at)
 
     def cancel(self, request_id: str) -> None:
         for sequence in self._engine.find(request_id):
@@ -154,6 +160,17 @@ class NativeDriver:
         return room
 
 
+def _trace(sequence: Running, first_at: float | None) -> None:
+    """The parts of an answer that it has come to."""
+    began_at, now = sequence.began_at, time.perf_counter()
+    tracing.record("queue", sequence.made_at, began_at or now)
+    if began_at is not None:
+        prompt_tokens = len(sequence.tokens) - sequence.completion_tokens
+        tracing.record("prefill", began_at, first_at or now, tokens=prompt_tokens, cached_tokens=sequence.cached_tokens)
+    if first_at is not None:
+        tracing.record("decode", first_at, now, tokens=sequence.completion_tokens)
+
+
 def _held(request: GenerateRequest, leases: Sequence[Lease]) -> tuple[tuple[object, float], ...]:
     """The weights that this request asked for, and no others: a mistake here would answer with another model."""
     if [share.adapter.digest for share in request.shares] != [lease.digest for lease in leases]:
@@ -171,15 +188,18 @@ def _seed(request: GenerateRequest, base_digest: str) -> bytes:
     return hashlib.blake2b(json.dumps([base_digest, shares, request.tenant]).encode(), digest_size=32).digest()
 
 
-def open_driver(base: LoadedBase, storage: Storage, *, cache_dir: Path, settings: InferenceSettings) -> NativeDriver:
+def open_driver(
+    base: LoadedBase, storage: Storage, *, cache_dir: Path, settings: InferenceSettings, metrics: EngineMetrics | None = None
+) -> NativeDriver:
     """Start serving `base`, which belongs to this driver from now on. Adapters are cached under `cache_dir`."""
+    metrics = metrics or EngineMetrics()
     is_unpacked = unpacked.enable(base.model, dtype=base.model.dtype, max_bytes=settings.unpacked_bytes)
     if not is_unpacked:
         packed.enable(base.model, probe=base.renderer.vectors()[-1].tokens)
     pages = Pages(count=_page_count(base, settings), size=PAGE_TOKENS)
     runner = ModelRunner(base.model, page_count=pages.count, page_size=pages.size)
     disk = AdapterDisk(storage, cache_dir / "adapters", max_bytes=settings.adapter_disk_bytes)
-    load = partial(_load, disk=disk, base=base, dtype=runner.lora_dtype, max_rank=settings.max_rank)
+    load = metrics.timed(partial(_load, disk=disk, base=base, dtype=runner.lora_dtype, max_rank=settings.max_rank))
     caps = Caps(
         base=base.entry,
         quantization=base.quantization.name,
@@ -200,7 +220,7 @@ def open_driver(base: LoadedBase, storage: Storage, *, cache_dir: Path, settings
     room = Room(settings.max_adapters, settings.adapter_slot_bytes, settings.adapter_memory_bytes)
     place = None if runner.device.type == "cpu" else partial(LoraWeights.to, device=runner.device)
     store = AdapterStore(load, base=base.entry, room=room, place=place)
-    return NativeDriver(Engine(runner, scheduler), store, base.renderer, caps, disk=disk)
+    return NativeDriver(Engine(metrics.watching(runner), scheduler), store, base.renderer, caps, disk=disk)
 
 
 def _page_count(base: LoadedBase, settings: InferenceSettings) -> int:

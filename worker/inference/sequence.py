@@ -1,6 +1,7 @@
 """One request on its way: the prompt, what has been said so far, and when it is over. No torch here."""
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ class Sequence:
         )
         self.tokens = list(request.prompt)
         self.pages: list[int] = []  # of the cache, for the tokens in their order
+        self.made_at = time.perf_counter()
+        self.began_at: float | None = None  # when a step first read of it
         self.computed = 0  # tokens whose keys and values those pages hold
         self.cached_tokens = 0  # of the prompt, those that were found there
         self._chain = KeyChain(seed)

@@ -10,7 +10,7 @@ from types import FrameType
 import structlog
 import uvicorn
 
-from app.core import catalog, logging
+from app.core import catalog, logging, tracing
 from app.core.settings import Settings
 from app.core.spec import QUANTIZATIONS
 from app.core.storage import open_storage
@@ -18,6 +18,7 @@ from worker import gpu
 from worker.inference import native, threads
 from worker.inference.announce import advertised_url, announce
 from worker.inference.driver import EngineDriver
+from worker.inference.metrics import EngineMetrics
 from worker.inference.routes import create_app
 from worker.model import base as bases
 from worker.model import card
@@ -28,7 +29,7 @@ LAST_BYTES_SECONDS = 10  # what a slow reader gets after the engine has nothing 
 
 
 class DrainingServer(uvicorn.Server):
-    """The first signal drains: new requests get 503 while running ones finish. The second one leaves at once."""
+    """The first signal drains: the gateway is told, new requests get 503, running ones finish. The second one leaves at once."""
 
     def __init__(self, config: uvicorn.Config, driver: EngineDriver) -> None:
         super().__init__(config)
@@ -49,19 +50,23 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self, reason: str) -> None:
         log.info("engine_draining", signal=reason)
+        await asyncio.gather(self._driver.drain(), self._take_leave())
+        self.should_exit = True
+
+    async def _take_leave(self) -> None:
         if self.announcing:
             self.announcing.cancel()
-        await self._driver.drain()
-        self.should_exit = True
+            await asyncio.wait([self.announcing])
 
 
 async def serve(settings: Settings, base: bases.LoadedBase, card_dir: Path) -> None:
     """Answer until told to leave."""
     storage = open_storage(settings.storage)
     token = settings.engine_token.get_secret_value()
-    driver = native.open_driver(base, storage, cache_dir=settings.cache_dir, settings=settings.inference)
+    metrics = EngineMetrics()
+    driver = native.open_driver(base, storage, cache_dir=settings.cache_dir, settings=settings.inference, metrics=metrics)
     try:
-        app = create_app(driver, token=token)
+        app = create_app(driver, token=token, metrics=metrics, metrics_token=settings.metrics.token.get_secret_value())
         listener = _listen(settings.inference.host, settings.inference.port)
         url = advertised_url(settings.inference.host, listener.getsockname()[1], settings.inference.gateway_url)
         config = uvicorn.Config(
@@ -89,6 +94,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def main() -> None:
     settings = Settings()
     logging.configure("engine", format=settings.log_format, level=settings.log_level)
+    tracing.configure("engine", settings.tracing)
     try:
         gpu.pin(os.environ)
     except gpu.CardRefused as error:

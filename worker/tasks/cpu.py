@@ -3,12 +3,12 @@
 from typing import Any
 
 import structlog
-from celery.signals import worker_ready
+from celery.signals import worker_ready, worker_shutting_down
 
 from app import db
 from app.files.service import CPU_QUEUE
 from worker.celery import celery
-from worker.services import services
+from worker.services import Services, services
 from worker.tasks import evaluate, gate, prepare, publish, validate
 
 log = structlog.get_logger()
@@ -17,13 +17,26 @@ _IN_TURN = (validate.validate_next, prepare.prepare_next, gate.conclude_next, ev
 
 
 @celery.task(name="cpu.look")
-def look(_queue: str) -> None:
+def look(queue: str) -> None:
     """Validate files, prepare jobs and evaluate until nothing is left. The message carries none of it: rows do."""
+    to = services()
     try:
-        while any(work(services()) for work in _IN_TURN):
-            pass
+        with to.metrics.look(queue):
+            while one_of_each(to):
+                pass
     except db.OUTAGE:
         log.warning("look_postponed")  # the relay rings again when the database is back
+
+
+def one_of_each(to: Services) -> bool:
+    """In turn, so that who uploads a thousand files does not keep others' jobs waiting. False when nothing is left."""
+    return any([work(to) for work in _IN_TURN if not to.in_hand.is_leaving])  # noqa: C419 - all of them, whatever the first says
+
+
+@worker_shutting_down.connect
+def _leave(**_: object) -> None:
+    if services.cache_info().currsize:
+        services().in_hand.leave(services().sessions)
 
 
 @worker_ready.connect

@@ -2,8 +2,6 @@
 
 import asyncio
 import hashlib
-import os
-import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import cache, partial
@@ -13,7 +11,7 @@ import structlog
 from sqlalchemy import ColumnElement, select
 
 from app import db
-from app.core import data, judges, limited
+from app.core import data, judges, limited, tracing
 from app.core.data import EvaluationRow
 from app.core.errors import AppError, BadRequest, Unavailable
 from app.core.graders import grade, judging
@@ -30,6 +28,7 @@ from app.inference.renderers import Renderers
 from app.inference.service import Whole
 from app.models import EvaluationSample
 from worker import patience
+from worker.metrics import process_id
 from worker.services import Services
 
 log = structlog.get_logger()
@@ -44,11 +43,15 @@ T = TypeVar("T")
 def evaluate_next(to: Services) -> bool:
     """Work on one evaluation for a while; False when none waits."""
     with to.sessions.begin() as session:
-        claimed = leases.claim(session, owner=_owner(), settings=to.settings.leases, limits=to.settings.evaluations)
+        claimed = leases.claim(session, owner=process_id(), settings=to.settings.leases, limits=to.settings.evaluations)
     if claimed is None:
         return False
     try:
-        _work(to, claimed)
+        with (
+            to.in_hand.holding(lambda session: leases.rest(session, claimed.lease)),
+            tracing.span("evaluate", evaluation_id=claimed.lease.evaluation_id, attempt=claimed.lease.attempt),
+        ):
+            _work(to, claimed)
     except EvaluationLost:
         log.info("evaluation_lost", evaluation_id=claimed.lease.evaluation_id)
     return True
@@ -276,7 +279,3 @@ def _rows(storage: Storage, claimed: Claimed) -> list[EvaluationRow]:
 def _renderers(storage: Storage) -> Renderers:
     """This process's own: a tokenizer takes a while to read."""
     return Renderers(storage)
-
-
-def _owner() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"

@@ -1,14 +1,18 @@
 """Tokenise a job's files for its base, size the run, and queue it."""
 
+from datetime import timedelta
+from functools import partial
+
 import structlog
 
-from app.core import spec
+from app.core import crash, spec, tracing
 from app.core.errors import BadRequest, Unavailable
 from app.jobs import admission, preparing
 from app.jobs.admission import Data
 from app.jobs.preparing import ToPrepare
 from worker import datasets, patience
 from worker.datasets import Damaged, Unusable
+from worker.hold import held
 from worker.model.source import BaseRefused
 from worker.services import Services
 from worker.tasks.publish import publish
@@ -19,11 +23,20 @@ log = structlog.get_logger()
 def prepare_next(to: Services) -> bool:
     """Prepare one job; False when none waits."""
     with to.sessions.begin() as session:
-        job = preparing.claim(session)
+        job = preparing.claim(session, lease_seconds=to.settings.leases.lease_seconds)
     if job is None:
         return False
+    with to.in_hand.holding(lambda session: preparing.postpone(session, job.id, by=timedelta())):
+        return _attempt(to, job)
+
+
+def _attempt(to: Services, job: ToPrepare) -> bool:
     try:
-        _prepare(to, job)
+        with (
+            tracing.span("prepare", parent=job.trace, job_id=job.id, base=job.base),
+            held(to, partial(preparing.hold, job_id=job.id)),
+        ):
+            _prepare(to, job)
     except Unusable as error:
         message, param = str(error), error.param
         patience.say(
@@ -53,10 +66,12 @@ def _prepare(to: Services, job: ToPrepare) -> None:
     admitted = admission.admit(
         base, job.requested, known, seed=job.seed, among=settings.training.tiers, gpu=settings.gpu, catalog=to.catalog
     )
+    crash.point("dataset_stored")
     patience.say(
         to.sessions,
         lambda session: preparing.finish(
             session, job.id, admitted=admitted, datasets=made.datasets, report=made.report, reused=made.reused
         ),
     )
+    crash.point("job_prepared")
     log.info("job_prepared", job_id=job.id, queue=admitted.queue, examples=known.examples, reused=made.reused)

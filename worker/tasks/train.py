@@ -1,27 +1,27 @@
 """The train queues: one job at a time, claimed from rows."""
 
-import os
-import socket
 from functools import cache
 from typing import Any
 
 from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
 
 from worker.celery import celery
+from worker.metrics import process_id
 from worker.services import services
 from worker.supervisor import Supervisor
 
 
 @cache
 def supervisor() -> Supervisor:
-    """This worker's own. Its name tells host and process."""
-    return Supervisor(services(), owner=f"{socket.gethostname()}:{os.getpid()}")
+    """This worker's own."""
+    return Supervisor(services(), owner=process_id())
 
 
 @celery.task(name="train.look")
 def look(queue: str) -> None:
     """Claim and run jobs of this queue until none is left."""
-    supervisor().run_all(queue)
+    with services().metrics.look(queue):
+        supervisor().run_all(queue)
 
 
 @worker_ready.connect

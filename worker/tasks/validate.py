@@ -6,15 +6,18 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import timedelta
+from functools import partial
 
 import structlog
 
-from app.core import data, limited
+from app.core import crash, data, limited, tracing
 from app.core.errors import NotFound, Unavailable
 from app.core.storage import Storage
 from app.files import service as files
 from app.files.service import ToValidate
 from worker import examiner, patience
+from worker.hold import held
 from worker.services import Services
 
 log = structlog.get_logger()
@@ -23,11 +26,20 @@ log = structlog.get_logger()
 def validate_next(to: Services) -> bool:
     """Validate one file; False when none waits."""
     with to.sessions.begin() as session:
-        file = files.claim_to_validate(session)
+        file = files.claim_to_validate(session, lease_seconds=to.settings.leases.lease_seconds)
     if file is None:
         return False
+    with to.in_hand.holding(lambda session: files.postpone(session, file.id, by=timedelta())):
+        return _validate(to, file)
+
+
+def _validate(to: Services, file: ToValidate) -> bool:
     try:
-        report = examine(to.storage, file)
+        with (
+            tracing.span("validate", file_id=file.id, purpose=file.purpose),
+            held(to, partial(files.hold, file_id=file.id)),
+        ):
+            report = examine(to.storage, file)
     except Unavailable:
         log.warning("validation_postponed", file_id=file.id)
         patience.say(to.sessions, lambda session: files.postpone(session, file.id))
@@ -35,7 +47,9 @@ def validate_next(to: Services) -> bool:
     except Exception:
         log.exception("validation_failed", file_id=file.id)
         report = _refused("file_damaged", "the file could not be read")
+    crash.point("file_examined")
     patience.say(to.sessions, lambda session: files.finish_validation(session, file.id, report))
+    crash.point("verdict_committed")
     log.info("file_validated", file_id=file.id, rows=report.rows, problems=report.problem_count, format=report.format)
     return True
 
