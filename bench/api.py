@@ -11,8 +11,8 @@ from stack import wait
 
 from app import db
 from app.accounts import keys
-from app.accounts.bootstrap import create_organization
 from app.accounts.caller import Caller
+from app.accounts.people import create_organization
 from app.core.settings import Settings
 from migrations.upgrade import upgrade
 from tests.make import free_port

@@ -20,8 +20,8 @@ from typing import Any
 from sqlalchemy import insert, orm
 
 from app import db
-from app.accounts.bootstrap import create_organization
 from app.accounts.caller import Caller
+from app.accounts.people import create_organization
 from app.core import ids
 from app.core.settings import LeaseSettings
 from app.jobs import leases, queue

@@ -23,8 +23,8 @@ from typing import Any
 
 from sqlalchemy import orm
 
-from app.accounts.bootstrap import create_organization
 from app.accounts.caller import Caller
+from app.accounts.people import create_organization
 from app.core import catalog, data, ids
 from app.core.chat import Message
 from app.core.limited import environment

@@ -19,6 +19,7 @@ from cli import (
     login,
     migrate,
     models,
+    people,
     plan,
     sign_in,
     status,
@@ -67,6 +68,8 @@ for operators in (
     *(config.config, migrate.migrate, backup, restore, version.version),
 ):
     app.command(rich_help_panel=OPERATE)(cast(Callable[..., Any], operators))
+app.add_typer(people.organizations, name="organizations", rich_help_panel=OPERATE)
+app.add_typer(people.users, name="users", rich_help_panel=OPERATE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

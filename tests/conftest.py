@@ -22,8 +22,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 from app import db
 from app.accounts import keys
-from app.accounts.bootstrap import create_organization
 from app.accounts.caller import Caller
+from app.accounts.people import create_organization
 from app.core import ids
 from app.core.data import Report
 from app.core.settings import Settings

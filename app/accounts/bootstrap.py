@@ -6,28 +6,28 @@ from contextlib import contextmanager
 from sqlalchemy import orm, select
 
 from app import db
-from app.accounts import keys, users
-from app.core import ids
+from app.accounts import keys, people, users
 from app.core.settings import Settings
-from app.models import ApiKey, Organization, Project, User
+from app.models import ApiKey, Project, User
 
 OPERATOR = "operator@localhost"
 
 
 def ensure_first_key(settings: Settings) -> str | None:
     """Create organization, project and key on an empty database and return the key; None if there is one already."""
-    with _system_session(settings) as session:
+    with system_session(settings) as session:
         if session.scalar(select(ApiKey.id).limit(1)) is not None:
             return None
-        _, project = create_organization(session, name="Default", slug="default")
+        _, project = people.create_organization(session, name="Default", slug="default")
         return _key_of(session, project, settings)
 
 
-def sign_in_link(settings: Settings) -> str:
-    """The path of a page that signs the operator in once. Whoever may read the database's secrets may have it."""
-    with _system_session(settings) as session:
-        token = users.make_link(session, _operator(session), pepper=settings.key_pepper.get_secret_value().encode())
-        return f"/sign-in/{token}"
+def sign_in_link(settings: Settings, *, email: str | None = None) -> str:
+    """The path of a page that signs this user in once; without an address the operator. Whoever may read the database's secrets
+    may have it. Raises NotFound."""
+    with system_session(settings) as session:
+        user = _operator(session) if email is None else people.find_user(session, email)
+        return f"/sign-in/{users.make_link(session, user, pepper=settings.key_pepper.get_secret_value().encode())}"
 
 
 def _operator(session: orm.Session) -> User:
@@ -43,18 +43,8 @@ def _operator(session: orm.Session) -> User:
 
 def another_key(settings: Settings) -> str:
     """One more key for the first project, for whoever lost the first: only its hash was kept."""
-    with _system_session(settings) as session:
+    with system_session(settings) as session:
         return _key_of(session, session.scalars(select(Project).order_by(Project.created_at).limit(1)).one(), settings)
-
-
-def create_organization(session: orm.Session, *, name: str, slug: str) -> tuple[Organization, Project]:
-    """An organization and its first project."""
-    organization = Organization(id=ids.new("org-"), name=name, slug=slug)
-    project = Project(id=ids.new("proj_"), organization_id=organization.id, name="Default project")
-    session.add(organization)
-    session.flush()  # the project's foreign key needs the row
-    session.add(project)
-    return organization, project
 
 
 def _key_of(session: orm.Session, project: Project, settings: Settings) -> str:
@@ -68,7 +58,7 @@ def _key_of(session: orm.Session, project: Project, settings: Settings) -> str:
 
 
 @contextmanager
-def _system_session(settings: Settings) -> Iterator[orm.Session]:
+def system_session(settings: Settings) -> Iterator[orm.Session]:
     sessions = db.open_sessions(settings.database.system_url, pool_size=1)
     try:
         with sessions.begin() as session:

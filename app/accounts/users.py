@@ -9,7 +9,7 @@ from threading import BoundedSemaphore
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerifyMismatchError
-from sqlalchemy import delete, func, orm, select, text
+from sqlalchemy import delete, exists, func, orm, select, text
 
 from app import db
 from app.accounts import keys
@@ -20,6 +20,7 @@ from app.models import SignIn, SignInLink, User
 
 SIGNED_IN_FOR = timedelta(days=14)
 LINK_LASTS = timedelta(hours=24)
+LINK_PROVES_FOR = timedelta(hours=1)  # who somebody is, as their password does
 SHORTEST_PASSWORD, LONGEST_PASSWORD = 10, 256
 MAX_FORGOTTEN = 1000  # at once, so that the transaction stays short
 FREE_FAILURES, LONGEST_PAUSE_SECONDS = 5, 900
@@ -67,15 +68,9 @@ def set_password(session: orm.Session, user: User, password: str) -> None:
         session.execute(delete(table).where(table.user_id == user.id))
 
 
-def has_password(session: orm.Session, visitor: Visitor) -> bool:
-    return session.get_one(User, visitor.user_id).password_hash is not None
-
-
-def change_password(sessions: orm.sessionmaker[orm.Session], visitor: Visitor, *, current: str, password: str) -> None:
-    """For whoever knows the one there is, if there is one. Raises as `set_password` and `by_password` do."""
-    with db.organization_session(sessions, visitor.caller.organization_id) as session:
-        is_known = has_password(session, visitor)
-    if is_known:
+def change_password(sessions: orm.sessionmaker[orm.Session], visitor: Visitor, *, current: str | None, password: str) -> None:
+    """`current` is null where it need not be known: `SignIns.must_prove`. Raises as `set_password` and `by_password` do."""
+    if current is not None:
         by_password(sessions, visitor.email, current)
     with db.organization_session(sessions, visitor.caller.organization_id) as session:
         set_password(session, session.get_one(User, visitor.user_id), password)
@@ -146,7 +141,7 @@ class SignIns:
         with self._sessions.begin() as session:
             return _known(_found(session, "take_sign_in_link", self._hash(token)))
 
-    def begin(self, visitor: Visitor) -> str:
+    def begin(self, visitor: Visitor, *, by_link: bool = False) -> str:
         """The cookie of a new sign-in."""
         cookie = secrets.token_urlsafe(32)
         with db.organization_session(self._sessions, visitor.caller.organization_id) as session:
@@ -157,9 +152,19 @@ class SignIns:
                 user_id=visitor.user_id,
                 hash=self._hash(cookie),
                 expires_at=func.clock_timestamp() + SIGNED_IN_FOR,
+                by_link=by_link,
             )
             session.add(row)
         return cookie
+
+    def must_prove(self, visitor: Visitor, cookie: str) -> bool:
+        """Whether a new password needs the old one: not for who has none, nor for who has just come by a link, perhaps because
+        they have forgotten it. A browser that was left signed in is no proof."""
+        came = func.clock_timestamp() - LINK_PROVES_FOR
+        fresh = exists().where(SignIn.hash == self._hash(cookie), SignIn.by_link, SignIn.created_at > came)
+        with db.organization_session(self._sessions, visitor.caller.organization_id) as session:
+            must = select(User.password_hash.is_not(None) & ~fresh).where(User.id == visitor.user_id)
+            return bool(session.scalar(must))
 
     def end(self, visitor: Visitor, cookie: str) -> None:
         with db.organization_session(self._sessions, visitor.caller.organization_id) as session:

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Form, Request, Response
 
-from app import db
 from app.accounts import users
+from app.accounts.browser import Browser
 from app.accounts.users import Visitor
 from app.core.errors import BadRequest, RateLimited, Unauthenticated
 from app.dashboard.deps import OurBrowser, SignedIn
@@ -17,8 +17,8 @@ router = APIRouter(prefix="/account", include_in_schema=False, route_class=PageR
 
 
 @router.get("")
-def show_account(request: Request, sessions: Sessions, visitor: SignedIn, is_changed: bool = False) -> Response:
-    return _shown(request, sessions, visitor, is_changed=is_changed)
+def show_account(request: Request, visitor: SignedIn, browser: OurBrowser, is_changed: bool = False) -> Response:
+    return _shown(request, must_prove=_must_prove(request, visitor, browser), is_changed=is_changed)
 
 
 @router.post("/password")
@@ -31,24 +31,25 @@ def change_password(
     current: Annotated[str, Form(max_length=1024)] = "",
 ) -> Response:
     """All browsers of this user are signed out but this one, which is signed in anew."""
+    must_prove = _must_prove(request, visitor, browser)
     try:
-        users.change_password(sessions, visitor, current=current, password=password)
+        users.change_password(sessions, visitor, current=current if must_prove else None, password=password)
     except (Unauthenticated, RateLimited, BadRequest) as error:
-        return _shown(request, sessions, visitor, problem=str(error))
+        return _shown(request, must_prove=must_prove, problem=str(error))
     response = Response(headers={"HX-Redirect": "/account?is_changed=true"})
     browser.remember(response, request.scope, browser.sign_ins.begin(visitor))
     return response
 
 
-def _shown(
-    request: Request, sessions: Sessions, visitor: Visitor, *, problem: str | None = None, is_changed: bool = False
-) -> Response:
-    with db.organization_session(sessions, visitor.caller.organization_id) as session:
-        has_password = users.has_password(session, visitor)
+def _must_prove(request: Request, visitor: Visitor, browser: Browser) -> bool:
+    return browser.sign_ins.must_prove(visitor, browser.cookie_of(request.scope) or "")
+
+
+def _shown(request: Request, *, must_prove: bool, problem: str | None = None, is_changed: bool = False) -> Response:
     return render(
         request,
         "account.html",
-        has_password=has_password,
+        must_prove=must_prove,
         problem=problem,
         is_changed=is_changed,
         shortest=users.SHORTEST_PASSWORD,

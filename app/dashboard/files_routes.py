@@ -4,11 +4,11 @@ from fastapi import APIRouter, Depends, Form, Request, Response
 from fastapi.responses import HTMLResponse
 
 from app import db
-from app.core.data import MAX_LISTED, TO_TRAIN, Report
+from app.core.data import MAX_LISTED, TO_EVALUATE, TO_TRAIN, Report
 from app.dashboard.deps import get_visitor
 from app.dashboard.rendering import render
 from app.dashboard.route import PageRoute
-from app.deps import BaseModels, Caller, Session, Sessions, Storage
+from app.deps import BaseModels, Caller, Session, Sessions, Settings, Storage
 from app.files import excerpts
 from app.files import service as files
 from app.jobs.routes import DryRuns
@@ -22,11 +22,17 @@ A_PAGE = 50
 
 @router.get("/files")
 def list_files(
-    request: Request, session: Session, caller: Caller, after: str | None = None, purpose: str | None = None
+    request: Request,
+    session: Session,
+    caller: Caller,
+    settings: Settings,
+    after: str | None = None,
+    purpose: str | None = None,
 ) -> HTMLResponse:
     found, has_more = files.list_page(session, caller, purpose=purpose, after=after, limit=A_PAGE, order="desc")
     waits = any(file.status == FileStatus.UPLOADED for file in found)
-    return render(request, "files.html", files=found, has_more=has_more, waits=waits)
+    part_bytes = settings.limits.part_bytes
+    return render(request, "files.html", files=found, has_more=has_more, waits=waits, part_bytes=part_bytes)
 
 
 @router.get("/files/{file_id}")
@@ -37,7 +43,7 @@ def show_file(
         file = files.get(session, caller, file_id)
     report = Report.model_validate(file.report) if file.report else None
     lines = excerpts.lines_of(storage, file, {one.line for one in report.problems}) if report else {}
-    can_train = file.purpose == TO_TRAIN and file.status == FileStatus.PROCESSED
+    is_valid = file.status == FileStatus.PROCESSED
     return render(
         request,
         "file.html",
@@ -45,7 +51,8 @@ def show_file(
         report=report,
         lines=lines,
         listed=MAX_LISTED,
-        bases=list(catalog.values()) if can_train else [],
+        bases=list(catalog.values()) if is_valid and file.purpose == TO_TRAIN else [],
+        can_evaluate=is_valid and file.purpose == TO_EVALUATE,
     )
 
 

@@ -12,6 +12,7 @@ from app.dashboard import (
     files_routes,
     keys_routes,
     models_routes,
+    new_evaluation_routes,
     outcome_routes,
     routes,
     service_routes,
@@ -43,6 +44,7 @@ def register(app: FastAPI) -> None:
         outcome_routes,
         files_routes,
         models_routes,
+        new_evaluation_routes,  # before evaluations by their ids
         evaluation_routes,
         webhooks_routes,
         keys_routes,

@@ -55,7 +55,7 @@ def show_link(request: Request, browser: OurBrowser, token: str) -> Response:
 @router.post("/sign-in/{token}")
 def take_link(request: Request, browser: OurBrowser, token: str) -> Response:
     browser.require_own_origin(request.scope)
-    return _signed_in(request, browser, browser.sign_ins.take_link(token), HOME)
+    return _signed_in(request, browser, browser.sign_ins.take_link(token), HOME, by_link=True)
 
 
 @router.post("/sign-out")
@@ -68,9 +68,9 @@ def sign_out(request: Request, browser: OurBrowser) -> Response:
     return response
 
 
-def _signed_in(request: Request, browser: Browser, visitor: Signed, next: str) -> Response:
+def _signed_in(request: Request, browser: Browser, visitor: Signed, next: str, *, by_link: bool = False) -> Response:
     response = RedirectResponse(_within(next), status_code=303)
-    browser.remember(response, request.scope, browser.sign_ins.begin(visitor))
+    browser.remember(response, request.scope, browser.sign_ins.begin(visitor, by_link=by_link))
     return response
 
 

@@ -30,13 +30,27 @@ def create(
     settings: EvaluationSettings,
 ) -> Evaluation:
     """Queue an evaluation. The file may still be on its way through validation."""
+    _, pinned = checked(session, caller, catalog, request=request, judges=judges, settings=settings)
+    return add(session, caller, pinned)
+
+
+def checked(
+    session: orm.Session,
+    caller: Caller,
+    catalog: Catalog,
+    *,
+    request: EvaluationCreate,
+    judges: Container[str],
+    settings: EvaluationSettings,
+) -> tuple[File, EvaluationCreate]:
+    """The file of a request that can be queued, and the request with each alias as the model behind it. Raises AppError."""
     file = files.get_for_evaluation(session, caller, request.file, param="file")
     request = _pinned(session, caller, catalog, request)
     for param, judge in request.judges():
         if judge not in judges:
             names.resolve(session, caller, catalog, judge, param=param)
     require_possible(file, request, settings)
-    return add(session, caller, request)
+    return file, request
 
 
 def add(session: orm.Session, caller: Caller, request: EvaluationCreate, *, job_id: str | None = None) -> Evaluation:

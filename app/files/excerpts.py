@@ -10,16 +10,16 @@ MOST_BYTES = 16 * 1024 * 1024  # of a longer file lines further on are not shown
 SHOWN = 400  # characters of a line
 
 
-def lines_of(storage: Storage, file: File, wanted: Collection[int]) -> dict[int, str]:
-    """The beginnings of those lines that are found, counted from 1. Raises what Storage raises."""
+def lines_of(storage: Storage, file: File, wanted: Collection[int], *, shown: int = SHOWN) -> dict[int, str]:
+    """The beginnings of those lines that are found, counted from 1: so many characters. Raises what Storage raises."""
     found = dict[int, str]()
     last = max(wanted, default=0)
     if not last:
         return found
     for number, line in enumerate(data.split_lines(_beginning(storage, file)), 1):
         if number in wanted:
-            text = line[: SHOWN * 4].decode("utf-8", "replace")
-            found[number] = text[:SHOWN] + "…" if len(text) > SHOWN else text
+            text = line[: shown * 4].decode("utf-8", "replace")
+            found[number] = text[:shown] + "…" if len(text) > shown else text
         if number >= last:
             break
     return found

@@ -72,6 +72,8 @@ class SignIn(_Lets, Table):
 
     __tablename__ = "sign_ins"
 
+    by_link: Mapped[bool] = mapped_column(server_default=false())
+
 
 class SignInLink(_Lets, Table):
     """Signs its user in once; then it is gone."""

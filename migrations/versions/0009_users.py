@@ -44,6 +44,7 @@ def upgrade() -> None:
             sa.UniqueConstraint("hash", name=op.f(f"uq_{table}_hash")),
         )
         op.create_index(op.f(f"ix_{table}_user_id"), table, ["user_id"], unique=False)
+    op.add_column("sign_ins", sa.Column("by_link", sa.Boolean(), server_default=sa.text("false"), nullable=False))
     mine = "organization_id = nullif(current_setting('app.org', true), '')"
     for table in TABLES:
         op.create_index(op.f(f"ix_{table}_organization_id"), table, ["organization_id"], unique=False)

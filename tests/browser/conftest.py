@@ -14,6 +14,8 @@ from tests.stack import Stack, running_stack
 PATIENCE_MILLISECONDS = 60_000
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
+Session = dict[str, object]  # cookies and all else that a browser keeps of a sign-in
+
 expect.set_options(timeout=PATIENCE_MILLISECONDS)
 
 
@@ -36,13 +38,17 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def signed_in(stack: Stack, browser: Browser) -> dict[str, object]:
+def signed_in(stack: Stack, browser: Browser) -> Session:
     """By the link that `tunesmith up` has printed."""
     printed = re.search(r"dashboard +(http\S+)", (stack.data_dir / "console").read_text())
     assert printed is not None
+    return signed_in_by(browser, printed[1])
+
+
+def signed_in_by(browser: Browser, link: str) -> Session:
     context = browser.new_context()
     page = context.new_page()
-    page.goto(printed[1])
+    page.goto(link)
     page.get_by_role("button", name="Continue").click()
     expect(page.get_by_role("heading", name="Overview")).to_be_visible()
     state = dict(context.storage_state())
@@ -54,14 +60,21 @@ Opening = Callable[..., Page]
 
 
 @pytest.fixture
-def open_page(stack: Stack, browser: Browser, signed_in: dict[str, object]) -> Iterator[Opening]:
+def open_page(stack: Stack, browser: Browser, signed_in: Session) -> Iterator[Opening]:
     """Opens pages in a browser that is signed in, and fails the test for whatever a page complains of."""
     contexts, complaints = list[BrowserContext](), list[str]()
 
-    def open_one(path: str, *, size: dict[str, int] = DESK, bypass_csp: bool = False) -> Page:
+    def open_one(
+        path: str,
+        *,
+        size: dict[str, int] = DESK,
+        bypass_csp: bool = False,
+        session: Session = signed_in,
+        origin: str = stack.base_url.removesuffix("/v1"),
+    ) -> Page:
         context = browser.new_context(
-            base_url=stack.base_url.removesuffix("/v1"),
-            storage_state=signed_in,
+            base_url=origin,
+            storage_state=session,
             viewport=size,
             bypass_csp=bypass_csp,  # type: ignore[arg-type]
         )

@@ -116,6 +116,7 @@ def _history(settings: Settings) -> dict[str, str]:
             "compare": f"/jobs/compare?ids={support.id}&ids={router.id}&ids={running.id}",
             "models": "/models",
             "evaluations": "/evaluations",
+            "new-evaluation": f"/evaluations/new?file={evaluation.file_id}&model={make.TINY}&model={support.fine_tuned_model}",
             "evaluation": f"/evaluations/{evaluation.id}",
             "playground": "/playground",
             "webhooks": "/webhooks",

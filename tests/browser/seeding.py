@@ -62,21 +62,25 @@ def uploads(session: orm.Session, caller: Caller, storage: Storage) -> list[File
     good = "\n".join(make.chat_line(question, answer) for question, answer in _SUPPORT * 40)
     wrong = '{"messages": []}', '{"messages": [{"role": "user"', "[1, 2]"
     bad = "\n".join([*(make.chat_line(*pair) for pair in _SUPPORT), *wrong])
-    named = (("support-chats.jsonl", good), ("ticket-export.jsonl", bad))
-    return [_uploaded(session, caller, storage, name, text.encode()) for name, text in named]
+    named = ("support-chats.jsonl", good), ("ticket-export.jsonl", bad)
+    return [uploaded(session, caller, storage, name, text) for name, text in named]
 
 
-def _uploaded(session: orm.Session, caller: Caller, storage: Storage, name: str, content: bytes) -> File:
-    file_id = ids.new("file-")
+def uploaded(
+    session: orm.Session, caller: Caller, storage: Storage, name: str, text: str, *, purpose: str = data.TO_TRAIN
+) -> File:
+    """A file, read and judged."""
+    content, file_id = text.encode(), ids.new("file-")
     stored = storage.put(files.key_for(caller, file_id), content)
-    file = files.add(session, caller, file_id=file_id, filename=name, purpose=data.TO_TRAIN, stored=stored)
+    file = files.add(session, caller, file_id=file_id, filename=name, purpose=purpose, stored=stored)
     examined(session, file, content)
     return file
 
 
 def examined(session: orm.Session, file: File, content: bytes) -> None:
     """What the cpu worker finds in it."""
-    files.finish_validation(session, file.id, data.examine(data.split_lines([content])))
+    examine = data.examine_evaluation if file.purpose == data.TO_EVALUATE else data.examine
+    files.finish_validation(session, file.id, examine(data.split_lines([content])))
 
 
 def webhook(session: orm.Session, caller: Caller) -> tuple[WebhookEndpoint, WebhookDelivery]:

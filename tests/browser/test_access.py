@@ -21,6 +21,7 @@ PAGES = (
     "/webhooks",
     "/keys",
     "/evaluations",
+    "/evaluations/new",
     "/account",
     "/service",
 )

@@ -2,14 +2,18 @@
 
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from openai import OpenAI
 from playwright.sync_api import Page, expect
 
+from bench.chaos.proxy import Proxy, serving
 from tests import make
 from tests.browser.conftest import PHONE, Opening
 from tests.stack import Stack
+
+PART_BYTES = 16 * 1024 * 1024  # of what the browser sends
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -135,6 +139,87 @@ def test_a_page_goes_on_after_lost_connections_and_a_restart_of_the_api(open_pag
     expect(page.locator("#job-state .badge")).to_have_text("cancelled")
     told = page.locator("#log li").all_inner_texts()
     assert len(told) == len(set(told))
+
+
+def test_a_stream_that_breaks_off_or_is_refused_is_taken_up_again(open_page: Opening, stack: Stack, client: OpenAI) -> None:
+    """By a network that resets connections, and by a proxy that answers 502 while the API is away."""
+    job = begin(client, epochs=100)
+    api = urlsplit(stack.base_url)
+    proxy = Proxy(lambda: api.port or 80)
+    with serving(proxy):
+        page = open_page("/account", origin=f"http://{api.hostname}:{proxy.port}")
+        refusals = [502, 503]
+        page.route(
+            "**/events?*", lambda route: route.fulfill(status=refusals.pop()) if refusals else route.continue_(), times=None
+        )
+        page.goto(f"/jobs/{job}")
+        expect(page.locator("#job[data-follows]")).to_be_visible()
+        assert refusals == []
+        seen = wait_for_steps(page, 4)
+        for _ in range(2):
+            proxy.reset()
+            seen = wait_for_steps(page, seen)
+        client.fine_tuning.jobs.cancel(job)
+        expect(page.locator("#job-state .badge")).to_have_text("cancelled")
+        expect(page.locator("#log")).to_contain_text("cancelled")
+        told = page.locator("#log li").all_inner_texts()
+        assert len(told) == len(set(told))
+
+
+def test_an_evaluation_is_made_and_read(open_page: Opening, tmp_path: Path) -> None:
+    page = open_page("/files")
+    page.get_by_label("to", exact=True).select_option("evaluate with")
+    held_back = tmp_path / "held-back.jsonl"
+    held_back.write_bytes(make.chat_file(3))
+    page.locator("#chosen").set_input_files(held_back)
+    expect(page.get_by_role("row", name=re.compile("held-back.jsonl")).get_by_text("valid", exact=True)).to_be_visible()
+    page.get_by_role("link", name="held-back.jsonl").click()
+    page.get_by_role("link", name="Evaluate with it").click()
+
+    expect(page.locator("#rows-of-file")).to_contain_text("{{item.reference}}")
+    expect(page.locator("#plan")).to_contain_text("nothing would be found out")
+    page.get_by_role("button", name="likeness to the reference").click()
+    page.get_by_role("button", name="a pattern").click()
+    expect(page.locator("#plan")).to_contain_text("pattern")
+    page.get_by_role("button", name="Remove this grader").last.click()
+    expect(page.locator("#plan")).to_contain_text("Choose a second model")
+    page.get_by_label("Longest answer").fill("4")
+    page.get_by_label("Name", exact=True).last.fill("first look")
+    page.get_by_role("button", name="Start the evaluation").click()
+
+    expect(page.get_by_role("heading", name="first look")).to_be_visible()
+    expect(page.locator("#evaluation .badge").first).to_have_text("succeeded")
+    expect(page.get_by_role("region", name="Scores")).to_contain_text("likeness")
+    expect(page.get_by_role("region", name="Answers").locator("tbody tr")).to_have_count(3)
+
+
+def test_a_large_file_goes_in_parts_through_a_restart_of_the_api_and_a_reload(
+    open_page: Opening, stack: Stack, client: OpenAI, tmp_path: Path
+) -> None:
+    large = tmp_path / "large.jsonl"
+    with large.open("wb") as file:
+        while file.tell() < 3.5 * PART_BYTES:
+            file.write(make.chat_file(10_000) + b"\n")
+    page = open_page("/files")
+    sent = list[str]()
+    page.on("response", lambda answer: sent.append(answer.url) if answer.url.endswith("/parts") and answer.ok else None)
+    page.locator("#chosen").set_input_files(large)
+    page.wait_for_function("() => Number(document.querySelector('#uploads progress')?.value) > 0.3")
+    (api,) = stack.children("uvicorn")
+    api.kill()
+    expect(page.locator("#uploads")).to_contain_text("it goes on by itself")
+    page.wait_for_function("() => Object.values(localStorage).some((kept) => kept.includes('part_'))")
+
+    page.on("dialog", lambda dialog: dialog.accept())  # whether to leave
+    page.reload()
+    expect(page.locator("#uploads li")).to_have_count(0)
+    page.locator("#chosen").set_input_files(large)
+    row = page.get_by_role("row", name=re.compile("large.jsonl"))
+    expect(row.get_by_text("valid", exact=True)).to_be_visible()
+    assert page.evaluate("Object.keys(localStorage).filter((key) => key.startsWith('upload'))") == []
+    (file,) = (one for one in client.files.list() if one.filename == "large.jsonl")
+    assert file.bytes == large.stat().st_size
+    assert len(sent) <= 5, "parts that had arrived were sent again"
 
 
 def test_a_closed_tab_changes_nothing(open_page: Opening, client: OpenAI) -> None:

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import func, select, update
 
 from app import processes, standing
+from app.accounts import users
 from app.accounts.caller import Caller
 from app.core import ids
 from app.core.engine import Heartbeat
@@ -18,13 +19,25 @@ from app.dashboard.rendering import POLICY
 from app.files import service as files
 from app.inference import engines
 from app.jobs import curves, events
-from app.models import Adapter, Job, Snapshot
+from app.models import Adapter, Job, SignIn, Snapshot, User
 from tests import make
 from tests.browser import seeding
 from tests.dashboard.conftest import Open, Page, Sessions, link_of
 
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
-PLAIN = ("/", "/files", "/jobs", "/jobs/new", "/models", "/playground", "/webhooks", "/keys", "/evaluations", "/account")
+PLAIN = (
+    "/",
+    "/files",
+    "/jobs",
+    "/jobs/new",
+    "/models",
+    "/playground",
+    "/webhooks",
+    "/keys",
+    "/evaluations",
+    "/evaluations/new",
+    "/account",
+)
 
 
 @pytest.fixture
@@ -268,6 +281,36 @@ def test_a_password_is_set_and_signs_in(page: Page, open_page: Open) -> None:
     assert httpx.get(f"{page.url}/account", cookies=old).status_code == 303
     elsewhere = open_page()
     assert elsewhere.submit("/sign-in", email=email[0], password="correct horse").url.path == "/"
+
+
+def test_whoever_has_just_come_by_a_link_replaces_a_forgotten_password(
+    page: Page, open_page: Open, system_sessions: Sessions, settings: Settings
+) -> None:
+    """A browser that was left signed in does not, nor does an old sign-in by a link."""
+    page.ask("POST", "/account/password", data={"password": "correct horse"})
+    email = re.search(r"[\w.-]+@example\.org", page.get("/account").text)
+    assert email is not None and 'name="current"' in page.get("/account").text
+
+    def by_link() -> Page:
+        pepper = settings.key_pepper.get_secret_value().encode()
+        with system_sessions.begin() as session:
+            user = session.scalars(select(User).where(User.email == email[0])).one()
+            link = f"/sign-in/{users.make_link(session, user, pepper=pepper)}"
+        opened = open_page()
+        opened.submit(link)
+        return opened
+
+    late = by_link()
+    with system_sessions.begin() as session:
+        an_hour_ago = func.clock_timestamp() - users.LINK_PROVES_FOR
+        session.execute(update(SignIn).where(SignIn.by_link).values(created_at=an_hour_ago))
+    assert "is wrong" in late.ask("POST", "/account/password", data={"password": "battery staple"}).text
+
+    fresh = by_link()
+    assert 'name="current"' not in fresh.get("/account").text
+    assert "hx-redirect" in fresh.ask("POST", "/account/password", data={"password": "battery staple"}).headers
+    assert 'name="current"' in fresh.get("/account").text
+    assert open_page().submit("/sign-in", email=email[0], password="battery staple").url.path == "/"
 
 
 def test_an_operator_sees_how_the_installation_stands(

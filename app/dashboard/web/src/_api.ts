@@ -37,9 +37,14 @@ export function json(body: unknown): RequestInit {
 }
 
 async function problemOf(answer: Response): Promise<Problem> {
+  return problemIn(answer.status, await answer.text().catch(() => ""));
+}
+
+/** What an answer says is wrong; a proxy's says nothing that could be read. */
+export function problemIn(status: number, body: string): Problem {
   try {
-    return ((await answer.json()) as { error: Problem }).error;
+    return (JSON.parse(body) as { error: Problem }).error;
   } catch {
-    return { message: `the server answered ${answer.status}; try again`, param: null, code: null };
+    return { message: `the server answered ${status}; try again`, param: null, code: null };
   }
 }

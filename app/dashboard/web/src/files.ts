@@ -1,11 +1,12 @@
 // Files dropped or chosen go to the API, one after another, and say how far they are.
-import { csrfToken } from "./_api";
+import { upload } from "./_upload";
 
 const form = document.getElementById("drop") as HTMLFormElement;
 const chosen = document.getElementById("chosen") as HTMLInputElement;
 const purpose = document.getElementById("purpose") as HTMLSelectElement;
 const list = document.getElementById("uploads") as HTMLUListElement;
 let depth = 0; // of elements entered while something is dragged
+let underWay = 0;
 
 function over(by: number): void {
   depth = Math.max(0, depth + by);
@@ -28,50 +29,44 @@ chosen.addEventListener("change", () => {
 form.addEventListener("submit", (event) => event.preventDefault());
 
 async function uploadAll(files: File[]): Promise<void> {
-  for (const file of files) await upload(file);
+  for (const file of files) await show(file);
 }
 
-async function upload(file: File): Promise<void> {
-  const item = document.createElement("li");
-  const name = document.createElement("span");
-  const bar = document.createElement("progress");
+async function show(file: File): Promise<void> {
+  const [item, name, bar, state] = (["li", "span", "progress", "span"] as const).map((tag) => document.createElement(tag)) as [
+    HTMLLIElement,
+    HTMLSpanElement,
+    HTMLProgressElement,
+    HTMLSpanElement,
+  ];
   name.textContent = file.name;
   bar.max = 1;
   bar.value = 0;
   bar.setAttribute("aria-label", `upload of ${file.name}`);
-  item.append(name, bar);
+  state.className = "small muted numbers";
+  item.append(name, bar, state);
   list.append(item);
+  underWay += 1;
   try {
-    await send(file, (share) => (bar.value = share));
+    await upload(file, purpose.value, Number(form.dataset["partBytes"]), {
+      share: (share) => {
+        bar.value = share;
+        state.textContent = share < 1 ? `${Math.floor(share * 100)} %` : "sent; it is being put away";
+      },
+      waits: (reason) => (state.textContent = reason && `${reason}; it goes on by itself`),
+    });
     item.remove();
     document.body.dispatchEvent(new CustomEvent("uploaded"));
   } catch (problem) {
     bar.remove();
+    state.remove();
     name.textContent = `${file.name}: ${problem instanceof Error ? problem.message : String(problem)}`;
     name.className = "bad";
+  } finally {
+    underWay -= 1;
   }
 }
 
-/** By XMLHttpRequest, which alone tells how much of a body was sent. */
-function send(file: File, onShare: (share: number) => void): Promise<void> {
-  return new Promise((resolve, reject) => {
-    const body = new FormData();
-    body.append("purpose", purpose.value);
-    body.append("file", file);
-    const request = new XMLHttpRequest();
-    request.open("POST", "/v1/files");
-    request.setRequestHeader("x-csrf-token", csrfToken());
-    request.upload.onprogress = (event) => event.lengthComputable && onShare(event.loaded / event.total);
-    request.onerror = () => reject(new Error("the server does not answer; drop it again"));
-    request.onload = () => (request.status === 200 ? resolve() : reject(new Error(problemIn(request))));
-    request.send(body);
-  });
-}
-
-function problemIn(request: XMLHttpRequest): string {
-  try {
-    return (JSON.parse(request.responseText) as { error: { message: string } }).error.message;
-  } catch {
-    return `the server answered ${request.status}`;
-  }
-}
+window.addEventListener("beforeunload", (event) => {
+  if (underWay > 0) event.preventDefault(); // the browser asks whether to leave
+});

@@ -20,6 +20,7 @@ interface JobEvent {
   data: Record<string, number> | null;
 }
 
+const RECONNECT_MILLISECONDS = 2000;
 const MOST_POINTS = 2000; // then they are asked for anew, and the server leaves some out
 const page = document.getElementById("job");
 if (page) follow(page, page.dataset["job"] ?? "");
@@ -84,8 +85,13 @@ function follow(page: HTMLElement, id: string): void {
     const after = curves.last_event_id ? `&after=${encodeURIComponent(curves.last_event_id)}` : "";
     const source = new EventSource(`/v1/fine_tuning/jobs/${id}/events?stream=true${after}`);
     source.onopen = () => page.setAttribute("data-follows", "");
-    source.onerror = () => page.removeAttribute("data-follows"); // the browser connects again by itself
+    source.onerror = () => {
+      page.removeAttribute("data-follows");
+      // after a lost connection the browser connects again by itself; after a proxy's 502 it gives up
+      if (source.readyState === EventSource.CLOSED) setTimeout(listen, RECONNECT_MILLISECONDS);
+    };
     source.onmessage = (message: MessageEvent<string>) => {
+      if (message.lastEventId) curves.last_event_id = message.lastEventId;
       if (message.data === "[DONE]") {
         source.close();
         refreshed();

@@ -53,6 +53,12 @@ document.addEventListener("click", (event) => {
       pressed.setAttribute("aria-expanded", String(isOpen));
       break;
     }
+    case "remove": {
+      const form = pressed.closest("form");
+      pressed.closest("[data-removable]")?.remove();
+      form?.dispatchEvent(new Event("change", { bubbles: true }));
+      break;
+    }
     case "copy":
       void navigator.clipboard.writeText(pressed.dataset["text"] ?? "").then(() => toast("copied", "info"));
       break;
