@@ -79,7 +79,7 @@ def _history(at: Api) -> dict[str, str]:
     with sessions.begin() as session:
         good, bad = seeding.uploads(session, at.caller, storage)
         done, other, _, running, *_ = seeding.history(session, at.caller, good)
-        evaluation = seeding.evaluation(session, at.caller, [make.TINY, str(done.fine_tuned_model)])
+        evaluation = seeding.evaluation(session, at.caller, storage, [make.TINY, str(done.fine_tuned_model)])
         endpoint, _ = seeding.webhook(session, at.caller)
         _add_jobs(session, done)
         long = make.queued_job(session, at.caller, suffix="long")
@@ -96,6 +96,7 @@ def _history(at: Api) -> dict[str, str]:
             "compare": f"/jobs/compare?ids={done.id}&ids={other.id}",
             "models": "/models",
             "evaluations": "/evaluations",
+            "new evaluation": f"/evaluations/new?file={evaluation.file_id}",
             "evaluation": f"/evaluations/{evaluation.id}",
             "playground": "/playground",
             "webhooks": "/webhooks",

@@ -28,7 +28,7 @@ def held(to: Services, extend: Extend) -> Iterator[None]:
     def beat() -> None:
         while not is_over.wait(leases.heartbeat_seconds):
             try:
-                with to.sessions.begin() as session:
+                with to.in_hand.keeping(), to.sessions.begin() as session:
                     extend(session, lease_seconds=leases.lease_seconds)
             except Exception as error:  # whatever it was, the next beat may do
                 say = log.warning if db.is_outage(error) else log.error

@@ -36,6 +36,13 @@ class InHand:
             with self._lock:
                 self._give_back = None
 
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Meanwhile nothing is given back, and once it was nobody comes here: a word that it is worked on still must not be said
+        after the one that it is free."""
+        with self._lock:
+            yield
+
     def leave(self, sessions: orm.sessionmaker[orm.Session]) -> None:
         """Begin nothing more. What is not done in a while is given back, and the process ends: nobody waits for its work."""
         self.is_leaving = True

@@ -1,4 +1,4 @@
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Form, Request, Response
 from fastapi.responses import HTMLResponse
@@ -27,12 +27,19 @@ def list_files(
     caller: Caller,
     settings: Settings,
     after: str | None = None,
-    purpose: str | None = None,
+    purpose: Literal["", "fine-tune", "evals", "fine-tune-results"] = "",
 ) -> HTMLResponse:
-    found, has_more = files.list_page(session, caller, purpose=purpose, after=after, limit=A_PAGE, order="desc")
+    found, has_more = files.list_page(session, caller, purpose=purpose or None, after=after, limit=A_PAGE, order="desc")
     waits = any(file.status == FileStatus.UPLOADED for file in found)
-    part_bytes = settings.limits.part_bytes
-    return render(request, "files.html", files=found, has_more=has_more, waits=waits, part_bytes=part_bytes)
+    return render(
+        request,
+        "files.html",
+        files=found,
+        has_more=has_more,
+        waits=waits,
+        purpose=purpose,
+        part_bytes=settings.limits.part_bytes,
+    )
 
 
 @router.get("/files/{file_id}")

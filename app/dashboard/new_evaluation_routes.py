@@ -142,9 +142,11 @@ async def create(
 
 
 def _models(session: orm.Session, caller: ApiCaller, catalog: Catalog, *, served: set[str]) -> Iterator[tuple[str, list[str]]]:
-    """Names that can be asked, by what they are. Bases that no engine serves are left out."""
-    yield "Bases", [base.id for base in catalog.values() if base.id in served]
-    yield "Your models", [model.name for model in adapters.list_published(session, caller)]
+    """Names that can be asked, by what they are. Bases that no engine serves and no model is of are left out."""
+    tuned = adapters.list_published(session, caller)
+    wanted = served | {model.base for model in tuned}
+    yield "Bases", [base.id for base in catalog.values() if base.id in wanted]
+    yield "Your models", [model.name for model in tuned]
     yield "Aliases", [alias.name for alias, _ in aliases.list_pointed(session, caller)]
 
 

@@ -96,9 +96,10 @@ def _history(settings: Settings) -> dict[str, str]:
     with sessions.begin() as session:
         organization, project = session.execute(select(Organization, Project).join(Project)).one()
         owner = Caller("user-any", organization.id, project.id, organization.slug)
-        good, bad = seeding.uploads(session, owner, open_storage(settings.storage))
+        storage = open_storage(settings.storage)
+        good, bad = seeding.uploads(session, owner, storage)
         support, router, failed, running, waiting, _ = seeding.history(session, owner, good)
-        evaluation = seeding.evaluation(session, owner, [make.TINY, str(support.fine_tuned_model)])
+        evaluation = seeding.evaluation(session, owner, storage, [make.TINY, str(support.fine_tuned_model)])
         endpoint, delivery = seeding.webhook(session, owner)
         seeding.service(session)
         return {

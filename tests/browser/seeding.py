@@ -134,23 +134,22 @@ def _measured(rng: random.Random, *, steps: int, of: int, final: float) -> Itera
             yield Evaluated(step=step, valid_loss=fell + 0.05 + step / of / 40, valid_mean_token_accuracy=1 - fell / 4)
 
 
-def evaluation(session: orm.Session, caller: Caller, models: list[str]) -> Evaluation:
-    """Of two models on four rows, one of them better, judged and over."""
+def evaluation(session: orm.Session, caller: Caller, storage: Storage, models: list[str]) -> Evaluation:
+    """Of two models on a few rows, one of them better, judged and over."""
     rng = random.Random(9)
-    file = make.uploaded_file(session, caller)
-    file.purpose, file.filename = data.TO_EVALUATE, "held-back-chats.jsonl"
-    files.finish_validation(session, file.id, data.Report(format=data.CHAT, rows=4, problem_count=0))
+    held_back = "\n".join(make.chat_line(*pair) for pair in _SUPPORT)
+    file = uploaded(session, caller, storage, "held-back-chats.jsonl", held_back, purpose=data.TO_EVALUATE)
     grader = {"type": "text_similarity", "name": "likeness", "input": "a", "reference": "b", "evaluation_metric": "bleu"}
     asked = {"name": "Support, held back", "file": file.id, "models": models, "graders": [grader]}
     request = EvaluationCreate.model_validate(asked)
     made = evaluations.create(session, caller, catalog.load(), request=request, judges=(), settings=EvaluationSettings())
     made.lease_owner, made.lease_expires_at, made.attempt = "worker", func.clock_timestamp() + timedelta(hours=1), 1
-    made.state, made.rows, made.started_at = EvaluationState.RUNNING, 4, func.clock_timestamp()
+    made.state, made.rows, made.started_at = EvaluationState.RUNNING, len(_SUPPORT), func.clock_timestamp()
     session.flush()
     lease = evaluation_leases.Lease(made.id, 1, "worker")
-    for position in range(4 * len(models)):
+    for position in range(len(_SUPPORT) * len(models)):
         line, place = divmod(position, len(models))
-        answer = Whole(_SUPPORT[line % 3][1] if place else "I do not know.", "stop", 30, 12)
+        answer = Whole(_SUPPORT[line][1] if place else "I do not know.", "stop", 30, 12)
         at = {"position": position, "line": line + 1}
         evaluation_leases.record_answer(session, lease, **at, model=models[place], answer=answer)
         grade = {"score": min(1.0, 0.2 + 0.6 * place + rng.random() / 5), "errors": {}}

@@ -28,6 +28,7 @@ MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 PLAIN = (
     "/",
     "/files",
+    "/files?purpose=fine-tune-results",
     "/jobs",
     "/jobs/new",
     "/models",
@@ -47,7 +48,7 @@ def paths(system_sessions: Sessions, organization: Caller, storage: Storage) -> 
         uploaded = seeding.uploads(session, organization, storage)
         jobs = seeding.history(session, organization, uploaded[0])
         done, other = jobs[:2]
-        evaluation = seeding.evaluation(session, organization, [make.TINY, str(done.fine_tuned_model)])
+        evaluation = seeding.evaluation(session, organization, storage, [make.TINY, str(done.fine_tuned_model)])
         endpoint, delivery = seeding.webhook(session, organization)
         return [
             *PLAIN,
@@ -252,11 +253,11 @@ def test_jobs_are_compared_by_what_differs(page: Page, system_sessions: Sessions
 
 
 def test_an_evaluation_tells_of_every_model_and_is_cancelled_while_it_runs(
-    page: Page, system_sessions: Sessions, organization: Caller
+    page: Page, system_sessions: Sessions, organization: Caller, storage: Storage
 ) -> None:
     with system_sessions.begin() as session:
         tuned = make.tuned_model(session, organization)
-        over = seeding.evaluation(session, organization, [make.TINY, tuned]).id
+        over = seeding.evaluation(session, organization, storage, [make.TINY, tuned]).id
         runs = make.evaluation(session, organization, make.TINY)[0].id
     told = page.get(f"/evaluations/{over}").text
     assert told.count(tuned) >= 3 and "Against the first model" in told and "I do not know." in told

@@ -1,7 +1,9 @@
 """What is in hand without a lease: held while it is worked on, and soon another's if nobody does."""
 
+import os
 import threading
 import time
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -14,6 +16,7 @@ from app.core.storage import Storage
 from app.files import service as files
 from app.models import File, FileStatus, Job, JobState
 from tests import make
+from worker import in_hand
 from worker.hold import held
 from worker.services import Services
 from worker.tasks import cpu
@@ -44,6 +47,31 @@ def test_what_is_in_hand_stays_there_for_as_long_as_it_takes(services: Services,
     time.sleep(LEASE_SECONDS + 0.1)
 
     assert is_free(services, file_id)
+
+
+def test_what_was_given_back_is_not_held_once_more(
+    services: Services, organization: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the process that leaves has still to end, and its heart beats meanwhile."""
+    with services.sessions.begin() as session:
+        file_id = make.uploaded_file(session, organization).id
+    seen, ended = list[bool](), threading.Event()
+
+    def end_slowly(_: int) -> None:
+        seen.append(is_free(services, file_id))
+        time.sleep(LEASE_SECONDS)
+        seen.append(is_free(services, file_id))
+        ended.set()
+
+    monkeypatch.setattr(os, "_exit", end_slowly)
+    monkeypatch.setattr(in_hand, "FINISH_SECONDS", LEASE_SECONDS / 2)
+    with (
+        services.in_hand.holding(lambda session: files.postpone(session, file_id, by=timedelta())),
+        held(services, partial(files.hold, file_id=file_id)),
+    ):
+        services.in_hand.leave(services.sessions)
+        assert ended.wait(30)
+    assert seen == [True, True]
 
 
 def test_a_beat_that_fails_is_not_the_last(services: Services) -> None:

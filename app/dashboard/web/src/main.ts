@@ -28,14 +28,34 @@ document.body.addEventListener("htmx:configRequest", (event) => {
   const { detail } = event as CustomEvent<{ headers: Record<string, string> }>;
   detail.headers["X-CSRF-Token"] = csrfToken();
 });
+interface Failed {
+  xhr: XMLHttpRequest;
+  elt: Element;
+  target: Element;
+}
+
 document.body.addEventListener("htmx:responseError", (event) => {
-  const { xhr } = (event as CustomEvent<{ xhr: XMLHttpRequest }>).detail;
-  toast(xhr.getResponseHeader("X-Problem") ?? `the server answered ${xhr.status}; try again`);
+  const { xhr, target } = (event as CustomEvent<Failed>).detail;
+  tell(xhr.getResponseHeader("X-Problem") ?? `the server answered ${xhr.status}; try again`, target);
 });
 document.body.addEventListener("htmx:sendError", (event) => {
-  const { elt } = (event as CustomEvent<{ elt: Element }>).detail;
-  if (!elt.hasAttribute("data-refreshes")) toast("the server does not answer; nothing was changed");
+  const { elt, target } = (event as CustomEvent<Failed>).detail;
+  if (!elt.hasAttribute("data-refreshes")) tell("the server does not answer; nothing was changed", target);
 });
+
+/** Where something was to appear, or else in passing. */
+function tell(problem: string, target: Element): void {
+  const awaited = target.classList.contains("skeleton") ? target : target.querySelector(".skeleton");
+  if (!awaited) {
+    toast(problem);
+    return;
+  }
+  const said = document.createElement("p");
+  said.className = "problem";
+  said.setAttribute("role", "alert");
+  said.textContent = problem;
+  awaited.replaceWith(said);
+}
 document.body.addEventListener("htmx:afterSettle", () => tellTimes());
 
 document.addEventListener("click", (event) => {
