@@ -38,7 +38,7 @@ SERVER_P95_MS, PAINT_MS, DRAWN_MS, WEIGHT_KB = 100.0, 1000.0, 300.0, 300.0
 # when the curves of a page stand on the screen: two frames after they were given to the chart
 NOTES_WHEN_DRAWN = """
 new MutationObserver((_, observer) => {
-  if (!document.querySelector("#job[data-has-curves]")) return;
+  if (!document.querySelector("#job[data-curves=drawn]")) return;
   observer.disconnect();
   requestAnimationFrame(() => requestAnimationFrame(() => { window.drawnAt = performance.now(); }));
 }).observe(document, { subtree: true, childList: true, attributes: true });

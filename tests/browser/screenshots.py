@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from playwright.sync_api import Browser, Page
-from sqlalchemy import select
+from sqlalchemy import orm, select
 
 from app import db
 from app.accounts import bootstrap
@@ -22,8 +22,10 @@ from migrations.upgrade import upgrade
 from tests import make
 from tests.browser import seeding
 from tests.browser.chromium import launched
-from tests.conftest import serving_api
+from tests.conftest import CACHE, serving_api
 from worker.embedded import Servers
+from worker.services import open_services
+from worker.tasks.publish import publish_all
 
 SCREENS = {"desk": {"width": 1360, "height": 850}, "phone": {"width": 390, "height": 844}}
 THEMES = ("light", "dark")
@@ -36,6 +38,7 @@ class Seeded:
     url: str
     link: str
     paths: dict[str, str]
+    go_on: Callable[[], None]  # all processes say once more that they are there
 
 
 def main() -> None:
@@ -50,6 +53,7 @@ def main() -> None:
         session = _signed_in(browser, site)
         for name, path in site.paths.items():
             if name.startswith(chosen):
+                site.go_on()
                 for (screen, size), theme in product(SCREENS.items(), THEMES):
                     _shoot(browser, session, site.url + path, size, theme, asked.out / f"{name}-{screen}-{theme}.png")
     print(f"{asked.out}: {len(list(asked.out.glob('*.png')))} pictures")
@@ -80,19 +84,27 @@ def _shoot(browser: Browser, session: dict[str, object], url: str, size: dict[st
 def seeded(folder: Path) -> Iterator[Seeded]:
     """Servers of its own, gone at the end."""
     servers = Servers(folder / "servers", durable=False).start()
+    inference = servers.settings.inference.model_copy(update={"base": make.TINY})
+    settings = servers.settings.model_copy(update={"cache_dir": CACHE, "inference": inference})
     try:
-        upgrade(servers.settings.database.owner_url.get_secret_value())
-        bootstrap.ensure_first_key(servers.settings)
-        link = bootstrap.sign_in_link(servers.settings)
-        paths = _history(servers.settings)
-        with serving_api(servers.settings) as url:
-            yield Seeded(url, link, paths)
+        upgrade(settings.database.owner_url.get_secret_value())
+        bootstrap.ensure_first_key(settings)
+        link = bootstrap.sign_in_link(settings)
+        sessions = db.open_sessions(settings.database.system_url)
+        paths = _history(sessions, settings)
+        publish_all(open_services(settings))
+
+        def go_on() -> None:
+            with sessions.begin() as session:
+                seeding.service(session)
+
+        with serving_api(settings) as url:
+            yield Seeded(url, link, paths, go_on)
     finally:
         servers.stop()
 
 
-def _history(settings: Settings) -> dict[str, str]:
-    sessions = db.open_sessions(settings.database.system_url)
+def _history(sessions: orm.sessionmaker[orm.Session], settings: Settings) -> dict[str, str]:
     with sessions.begin() as session:
         organization, project = session.execute(select(Organization, Project).join(Project)).one()
         owner = Caller("user-any", organization.id, project.id, organization.slug)
@@ -101,7 +113,6 @@ def _history(settings: Settings) -> dict[str, str]:
         support, router, failed, running, waiting, _ = seeding.history(session, owner, good)
         evaluation = seeding.evaluation(session, owner, storage, [make.TINY, str(support.fine_tuned_model)])
         endpoint, delivery = seeding.webhook(session, owner)
-        seeding.service(session)
         return {
             "sign-in": "/sign-in",
             "overview": "/",

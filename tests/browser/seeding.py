@@ -102,8 +102,9 @@ def service(session: orm.Session) -> None:
     held = {"slots": 12, "memory": 140}
     beat = Heartbeat(engine_id="engine-a", url="http://x", base=make.TINY, base_digest="d", running=3, waiting=0, adapters=held)
     engines.record(session, beat)
-    for kind, queues in (("relay", ()), ("cpu", ("cpu",)), ("train", ("train.24",)), ("train", ("train.24", "train.48"))):
-        processes.record(session, f"{kind}@{ids.new('host-')[-6:]}", kind=kind, queues=queues, broker_seconds=1)
+    works = ("relay@a", ()), ("cpu@a", ("cpu",)), ("train@b", ("train.24",)), ("train@c", ("train.24", "train.48"))
+    for name, queues in works:
+        processes.record(session, name, kind=name.partition("@")[0], queues=queues, broker_seconds=1)
     standing.keep(session, standing.read(session, engine_timeout_seconds=60))
 
 

@@ -46,11 +46,13 @@ function follow(page: HTMLElement, id: string): void {
   const outcomeRefreshed = throttled(() => htmx.trigger("#outcome", "refresh", {}), 1000);
 
   function draw(): void {
-    loss.show(lossData(curves));
     const steps = curves.train.map((point) => point.step);
+    const isEmpty = steps.length + curves.validation.length === 0;
+    page.dataset["curves"] = isEmpty ? "none" : "drawn";
+    if (isEmpty) return;
+    loss.show(lossData(curves));
     rate.show([steps, curves.train.map((point) => point.learning_rate)]);
     speed.show([steps, curves.train.map((point) => point.tokens_per_second)]);
-    page.toggleAttribute("data-has-curves", steps.length > 0);
   }
 
   async function load(): Promise<void> {
