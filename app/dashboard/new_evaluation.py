@@ -40,6 +40,11 @@ def placeholders(held: str, row: Mapping[str, Any] | None) -> list[str]:
     return [f"{{{{item.{name}}}}}" for name in item] if isinstance(item, dict) else []
 
 
+def is_begun(form: FormData) -> bool:
+    """Whether there is enough of it that what is wrong is worth telling: a file, and something that tells answers apart."""
+    return bool(form.get("file")) and any((name == "judge" and text) or name.startswith(GRADER) for name, text in form.items())
+
+
 def asked(form: FormData) -> EvaluationCreate:
     """The body that this form stands for. Raises BadRequest, naming the field."""
     said = {name: text.strip() for name, text in form.items() if isinstance(text, str) and text.strip()}

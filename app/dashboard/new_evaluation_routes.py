@@ -127,7 +127,7 @@ def plan_evaluation(
             session, caller, catalog, request=body, judges=asker.judges.keys(), settings=settings.evaluations
         )
     except AppError as error:
-        return render(request, "evaluation_plan.html", refused=error if form.get("file") else None, body=None)
+        return render(request, "evaluation_plan.html", refused=error if new_evaluation.is_begun(form) else None, body=None)
     rows = (file.report or {}).get("rows")
     return render(request, "evaluation_plan.html", body=body, rows=rows, held=(file.report or {}).get("format", ""), refused=None)
 

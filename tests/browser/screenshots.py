@@ -75,6 +75,7 @@ def _shoot(browser: Browser, session: dict[str, object], url: str, size: dict[st
     context = browser.new_context(viewport=size, color_scheme=theme, device_scale_factor=1, **signed_in)
     page: Page = context.new_page()
     page.goto(url)
+    page.wait_for_function("() => document.querySelector('.skeleton') === null")
     page.wait_for_timeout(700)  # curves are drawn when they have come
     page.screenshot(path=to, full_page=True)
     context.close()

@@ -177,7 +177,7 @@ def test_an_evaluation_is_made_and_read(open_page: Opening, tmp_path: Path) -> N
     page.get_by_role("link", name="Evaluate with it").click()
 
     expect(page.locator("#rows-of-file")).to_contain_text("{{item.reference}}")
-    expect(page.locator("#plan")).to_contain_text("nothing would be found out")
+    expect(page.locator("#plan")).to_contain_text("add a grader")
     page.get_by_role("button", name="likeness to the reference").click()
     page.get_by_role("button", name="a pattern").click()
     expect(page.locator("#plan")).to_contain_text("pattern")

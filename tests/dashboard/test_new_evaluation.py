@@ -121,7 +121,7 @@ def test_an_evaluation_is_what_the_form_said(
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"file": ""}, "Choose a file"),
+        ({"file": ""}, "Choose a file and add a grader"),
         ({"first": "nobody"}, "nobody"),
         ({"grader.a.type": "regex", "grader.a.pattern": "("}, "regular expression"),
         ({"grader.a.type": "json_schema", "grader.a.schema": "{"}, "graders.0.json_schema must be JSON"),
@@ -131,14 +131,15 @@ def test_an_evaluation_is_what_the_form_said(
         ({"max_tokens": "0"}, "sampling.max_tokens"),
         ({"question": "?"}, "remove input"),
         ({"judge": "x"}, "at least two"),
-        ({}, "nothing would be found out"),
+        ({"grader.a.type": ""}, "add a grader"),
     ],
 )
 def test_what_is_wrong_is_told_where_the_plan_is(
     page: Page, system_sessions: Sessions, organization: Caller, storage: Storage, changed: dict[str, str], why: str
 ) -> None:
     file = evaluated(system_sessions, organization, storage, make.chat_line("Hello", "Hi"))
-    form = {"file": file, "first": make.TINY} | changed
+    form = {"file": file, "first": make.TINY, "grader.a.type": "string_check"} | changed
+    form = {name: text for name, text in form.items() if text}
     told = page.ask("POST", "/evaluations/new/plan", data=form)
     assert told.status_code == 200 and why in told.text.replace("&#39;", "'"), told.text
     refused = page.ask("POST", "/evaluations/new", data=form)
