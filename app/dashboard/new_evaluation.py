@@ -9,8 +9,10 @@ from starlette.datastructures import FormData
 
 from app.core import data
 from app.core.errors import BadRequest
+from app.core.graders import template
 from app.core.graders.similarity import METRICS
 from app.core.graders.spec import OUTPUT, REFERENCE
+from app.dashboard.forms import number
 from app.evaluations.schemas import EvaluationCreate
 from app.handlers import first_problem
 
@@ -37,7 +39,17 @@ def placeholders(held: str, row: Mapping[str, Any] | None) -> list[str]:
     if held != data.ITEM:
         return [f"{{{{{name}}}}}" for name in _FOUND.get(held, ())]
     item = (row or {}).get("item")
-    return [f"{{{{item.{name}}}}}" for name in item] if isinstance(item, dict) else []
+    named = [f"{{{{item.{name}}}}}" for name in item] if isinstance(item, dict) else []
+    return [placeholder for placeholder in named if _is_usable(placeholder)]
+
+
+def _is_usable(placeholder: str) -> bool:
+    """A field may be called what no placeholder can say."""
+    try:
+        template.check(placeholder)
+    except ValueError:
+        return False
+    return True
 
 
 def is_begun(form: FormData) -> bool:
@@ -67,7 +79,7 @@ def _texts(form: FormData, name: str) -> Sequence[str]:
 
 
 def _sampling(said: Mapping[str, str]) -> dict[str, Any]:
-    return {name: _number(said[name]) for name in ("max_tokens", "temperature", "seed") if name in said}
+    return {name: number(said[name]) for name in ("max_tokens", "temperature", "seed") if name in said}
 
 
 def _graders(said: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -93,7 +105,7 @@ def _grader(place: int, fields: Mapping[str, str]) -> dict[str, Any]:
         case "regex":
             return made | {"pattern": fields.get("pattern", ""), "full": "full" in fields, "ignore_case": "ignore_case" in fields}
         case "score_model":
-            ends = [_number(fields.get("lowest", "0")), _number(fields.get("highest", "1"))]
+            ends = [number(fields.get("lowest", "0")), number(fields.get("highest", "1"))]
             message = {"role": "user", "content": fields.get("instructions", "")}
             return made | {"model": fields.get("judge", ""), "input": [message], "range": ends}
         case _:
@@ -105,15 +117,3 @@ def _json(text: str, param: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"{param} must be JSON: {error}", param=param) from None
-
-
-def _number(text: str) -> Any:
-    """As the API takes it; what is none stays text, for the API to say so."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return text

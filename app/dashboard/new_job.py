@@ -11,11 +11,15 @@ from app.core.catalog import Base, Catalog
 from app.core.planner import Run
 from app.core.settings import GpuSettings
 from app.core.spec import LoraSpec
+from app.dashboard.forms import number
 from app.handlers import first_problem
 from app.jobs.schemas import JobCreate
 
 USUAL_TOKENS, USUAL_BATCH = 1024, 8  # of the rows that cards are sized for
-_WHOLE = {"n_epochs", "batch_size", "seed", "rank", "max_seq_length", "checkpoint_every_steps", "validation_split"}
+_NUMBERS = {
+    *("n_epochs", "batch_size", "seed", "rank", "max_seq_length", "checkpoint_every_steps", "validation_split"),
+    *("learning_rate", "alpha", "dropout", "beta"),
+}
 _ADAPTER = ("rank", "alpha", "dropout")
 _PLAIN = ("model", "training_file", "validation_file", "suffix", "seed")
 _HYPERPARAMETERS = ("n_epochs", "batch_size")
@@ -68,8 +72,9 @@ def _fits(base: Base, among: frozenset[str], gpu: GpuSettings) -> Iterator[Fit]:
 
 def asked(form: Mapping[str, str], *, dry_run: bool) -> JobCreate:
     """The body that this form stands for: an empty field is left to us. Raises BadRequest, naming the field."""
-    said = {name: _value(name, text.strip()) for name, text in form.items() if text.strip()}
-    method = said.pop("method", "supervised")
+    written = {name: text.strip() for name, text in form.items() if text.strip()}
+    said = {name: number(text) if name in _NUMBERS else text for name, text in written.items()}
+    method = str(said.pop("method", "supervised"))
     hyperparameters = {name: said[name] for name in _HYPERPARAMETERS if name in said}
     if method != "supervised" and "beta" in said:
         hyperparameters["beta"] = said["beta"]
@@ -84,15 +89,3 @@ def asked(form: Mapping[str, str], *, dry_run: bool) -> JobCreate:
         return JobCreate.model_validate(body)
     except ValidationError as error:
         raise first_problem(error.errors()) from None
-
-
-def _value(name: str, text: str) -> Any:
-    """Numbers as the API takes them; what is none stays text, for the API to say so."""
-    if name in _WHOLE and text.isdecimal():
-        return int(text)
-    if name in ("learning_rate", "alpha", "dropout", "beta"):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    return text

@@ -64,6 +64,8 @@ def test_from_a_file_to_a_model_that_answers(open_page: Opening, tmp_path: Path)
     page.get_by_label("Epochs").fill("3")
     page.get_by_label("Name").fill("counting")
     expect(page.locator("#plan").get_by_text("What auto becomes")).to_be_visible()
+    page.reload()
+    expect(page.get_by_label("Name")).to_have_value("counting")
     page.get_by_role("button", name="Start the job").click()
 
     expect(page.get_by_role("heading", name="counting")).to_be_visible()
@@ -85,6 +87,13 @@ def test_from_a_file_to_a_model_that_answers(open_page: Opening, tmp_path: Path)
     for column in page.locator(".column").all():
         expect(column.locator(".turn.assistant")).not_to_be_empty()
         expect(column.locator(".speed")).to_contain_text("first token after")
+
+    page.get_by_label("Message", exact=True).fill("and a half-written one")
+    said = page.locator(".turn").all_inner_texts()
+    page.reload()
+    expect(page.locator(".turn")).to_have_count(4)
+    assert page.locator(".turn").all_inner_texts() == said
+    expect(page.get_by_label("Message", exact=True)).to_have_value("and a half-written one")
 
 
 def test_a_file_with_problems_shows_its_lines(open_page: Opening, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 import htmx from "htmx.org";
 import { Idiomorph } from "idiomorph";
 import { csrfToken } from "./_api";
+import { keepDrafts } from "./_draft";
 import { tellTimes } from "./_time";
 import { toast } from "./_toast";
 
@@ -85,5 +86,6 @@ document.addEventListener("click", (event) => {
   }
 });
 
+keepDrafts();
 tellTimes();
 setInterval(tellTimes, 15_000);

@@ -1,6 +1,7 @@
 // One question to several models at once: the same seed, answers side by side as they come, and how fast they came.
 import { ApiError, json, send } from "./_api";
 import { told } from "./_chart";
+import { keep, kept } from "./_kept";
 import { toast } from "./_toast";
 
 interface Model {
@@ -21,10 +22,24 @@ interface Chunk {
   error?: { message: string };
 }
 
+/** What a reload brings back. */
+interface Kept {
+  settings: Record<string, string>;
+  columns: Conversation[];
+}
+
+interface Conversation {
+  model: string;
+  mixedWith: string;
+  weight: number;
+  history: Message[];
+}
+
 const columns = document.getElementById("columns") as HTMLElement;
 const template = document.getElementById("column") as HTMLTemplateElement;
 const form = document.getElementById("ask") as HTMLFormElement;
 const MOST = 4;
+const KEPT_AS = `playground${location.search}`;
 let models: Model[] = [];
 
 class Column {
@@ -32,18 +47,38 @@ class Column {
   private readonly history: Message[] = [];
   private stopping: AbortController | undefined;
 
-  constructor(chosen: string) {
+  constructor(chosen: string, before?: Conversation) {
     this.root = (template.content.cloneNode(true) as DocumentFragment).firstElementChild as HTMLElement;
     const select = this.find<HTMLSelectElement>("select.model");
     for (const model of models) select.add(new Option(model.alias_of ? `${model.id} → ${model.alias_of}` : model.id, model.id));
     if (models.some((model) => model.id === chosen)) select.value = chosen;
-    select.addEventListener("change", () => this.offerMix());
+    select.addEventListener("change", () => {
+      this.offerMix();
+      remember();
+    });
     this.find(".remove").addEventListener("click", () => this.remove());
-    this.find(".mix-weight").addEventListener("input", () => this.tellWeight());
+    this.find(".mix-weight").addEventListener("input", () => {
+      this.tellWeight();
+      remember();
+    });
     this.find(".curl").addEventListener("click", () => void copy(asCurl(this.body())));
     this.find(".python").addEventListener("click", () => void copy(asPython(this.body())));
     columns.append(this.root);
     this.offerMix();
+    if (before) this.goOn(before);
+  }
+
+  conversation(): Conversation {
+    const mixedWith = this.find<HTMLSelectElement>(".mix-with").value;
+    return { model: this.model, mixedWith, weight: this.weight, history: this.history };
+  }
+
+  private goOn(before: Conversation): void {
+    this.find<HTMLSelectElement>(".mix-with").value = before.mixedWith;
+    this.find<HTMLInputElement>(".mix-weight").value = String(before.weight);
+    this.tellWeight();
+    for (const { role, content } of before.history) this.say(role, content);
+    this.history.push(...before.history);
   }
 
   /** What the API is asked: a mix of two adapters is asked of their base. */
@@ -83,6 +118,7 @@ class Column {
         this.tell(began, first, tokens);
       }
       this.history.push({ role: "assistant", content: text });
+      remember();
     } catch (problem) {
       this.history.pop();
       if (this.stopping.signal.aborted) return;
@@ -98,6 +134,7 @@ class Column {
     this.history.length = 0;
     this.find(".turns").replaceChildren();
     this.find(".speed").textContent = "";
+    remember();
   }
 
   get model(): string {
@@ -131,7 +168,10 @@ class Column {
     const select = this.find<HTMLSelectElement>(".mix-with");
     select.replaceChildren(new Option("nothing", ""), ...others.map((one) => new Option(one.id, one.id)));
     this.find(".mix").toggleAttribute("hidden", !own || !isTuned(own) || others.length === 0);
-    select.onchange = () => this.tellWeight();
+    select.onchange = () => {
+      this.tellWeight();
+      remember();
+    };
     this.tellWeight();
   }
 
@@ -146,6 +186,7 @@ class Column {
     this.root.remove();
     all.splice(all.indexOf(this), 1);
     tellNumber();
+    remember();
   }
 
   private find<T extends Element = HTMLElement>(selector: string): T {
@@ -211,10 +252,31 @@ function tellNumber(): void {
   (document.getElementById("add") as HTMLButtonElement).disabled = all.length >= MOST;
 }
 
-function add(model: string): void {
-  all.push(new Column(model));
+function add(model: string, before?: Conversation): void {
+  all.push(new Column(model, before));
   tellNumber();
 }
+
+/** A question that has no answer yet is not kept: after a reload nobody waits for it. */
+function remember(): void {
+  const settings = Object.fromEntries([...new FormData(form)].map(([name, value]) => [name, String(value)]));
+  const answered = all.map((column) => column.conversation()).map((said) => ({ ...said, history: pairs(said.history) }));
+  keep(KEPT_AS, { settings, columns: answered } satisfies Kept);
+}
+
+function pairs(history: Message[]): Message[] {
+  return history.at(-1)?.role === "user" ? history.slice(0, -1) : history;
+}
+
+function bringBack({ settings, columns }: Kept): void {
+  for (const [name, value] of Object.entries(settings)) {
+    const field = form.elements.namedItem(name);
+    if (field && "value" in field) field.value = value;
+  }
+  for (const before of columns) if (models.some((model) => model.id === before.model)) add(before.model, before);
+}
+
+form.addEventListener("input", remember);
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -222,6 +284,7 @@ form.addEventListener("submit", (event) => {
   const text = question.value.trim();
   if (!text) return;
   question.value = "";
+  remember();
   for (const column of all) void column.answer(text);
 });
 form.addEventListener("keydown", (event) => {
@@ -230,7 +293,10 @@ form.addEventListener("keydown", (event) => {
     form.requestSubmit();
   }
 });
-document.getElementById("add")?.addEventListener("click", () => add(all.at(-1)?.model ?? ""));
+document.getElementById("add")?.addEventListener("click", () => {
+  add(all.at(-1)?.model ?? "");
+  remember();
+});
 document.getElementById("clear")?.addEventListener("click", () => all.forEach((column) => column.clear()));
 
 void send("/v1/models")
@@ -239,9 +305,12 @@ void send("/v1/models")
     const served = new Set((columns.dataset["served"] ?? "").split(" "));
     models = data.filter((model) => served.has(model.base_model));
     models.sort((a, b) => Number(isTuned(b)) - Number(isTuned(a)) || b.id.localeCompare(a.id));
+    const before = kept<Kept>(KEPT_AS);
+    if (before) bringBack(before);
+    if (all.length) return;
     const asked = new URLSearchParams(location.search).getAll("model");
     const tuned = models.find(isTuned);
     const chosen = asked.length ? asked : [tuned?.base_model ?? models[0]?.id ?? "", ...(tuned ? [tuned.id] : [])];
-    chosen.slice(0, MOST).forEach(add);
+    for (const model of chosen.slice(0, MOST)) add(model);
   })
   .catch((problem: unknown) => toast(String(problem)));
