@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
-from fastapi import Query
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy import Select, orm
 
 
@@ -16,7 +15,7 @@ class HasId(Protocol):
 T = TypeVar("T")
 Row = TypeVar("Row", bound=HasId)
 Order = Literal["asc", "desc"]
-Limit = Annotated[int, Query(ge=0, le=100)]
+Limit = Annotated[int, Field(ge=0, le=100)]  # not FastAPI's: workers read pages too, and need no web framework
 
 
 class Page(BaseModel, Generic[T]):

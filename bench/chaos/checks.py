@@ -19,6 +19,7 @@ from bench.chaos.toy_trainer import STEPS_PER_EPOCH, WEIGHTS, sha256_after
 
 Broken = Iterator[str]
 CLAIMED_WITHIN_SECONDS = 5.0
+BEGUN = re.compile(r"Training (?:started|resumed at step (\d+))")
 ENTERED = (  # which state a message tells of
     ("Created fine-tuning job", JobState.VALIDATING_FILES),
     ("Files validated", JobState.QUEUED),
@@ -109,12 +110,12 @@ class Checks:
 
     def resumes(self) -> Broken:
         for job_id, told in self._events.items():
-            kept = set[int]()
+            kept = 0
             for event in told:
                 if saved := re.match(r"Checkpoint saved at step (\d+)", event["message"]):
-                    kept.add(int(saved[1]))
-                elif (resumed := re.match(r"Training resumed at step (\d+)", event["message"])) and int(resumed[1]) not in kept:
-                    yield f"{job_id} went on from step {resumed[1]}, of which there was no checkpoint"
+                    kept = int(saved[1])
+                elif (begun := BEGUN.match(event["message"])) and int(begun[1] or 0) != kept:
+                    yield f"{job_id} went on from step {begun[1] or 0}, and its last checkpoint was of step {kept}"
             highest = max((event["data"]["step"] for event in told if event["type"] == "metrics"), default=0)
             if self.jobs[job_id]["step"] < highest:
                 yield f"{job_id} says step {self.jobs[job_id]['step']}, and has told of {highest}"
@@ -210,7 +211,7 @@ class Checks:
         for told in self._events.values():
             step = 0
             for event in told:
-                if begun := re.match(r"Training (?:started|resumed at step (\d+))", event["message"]):
+                if begun := BEGUN.match(event["message"]):
                     lost.append(step - int(begun[1] or 0))
                     step = int(begun[1] or 0)
                 elif event["type"] == "metrics":
@@ -224,7 +225,7 @@ CHECKS: dict[str, Callable[[Checks], Broken]] = {
     "I2 running means leased": Checks.leased,
     "I3 attempts grow, and the old ones write nothing": Checks.attempts,
     "I4 ends are final, moves legal": Checks.moves,
-    "I5 steps never fall, resumes start at a checkpoint": Checks.resumes,
+    "I5 steps never fall, resumes start at the last checkpoint": Checks.resumes,
     "I6 what is published is whole, and nothing else is left": Checks.artifacts,
     "I6b the weights are those of an undisturbed run": Checks.weights,
     "I7 events without a gap": Checks.events,

@@ -27,7 +27,8 @@ TERMINAL = ("succeeded", "failed", "cancelled")
 class Customers:
     """A thread for each thing that they do. `riddles` are answers that no customer could make sense of."""
 
-    def __init__(self, house: House, ledger: Ledger, *, seed: int) -> None:
+    def __init__(self, house: House, ledger: Ledger, *, seed: int, pause_seconds: float = PAUSE_SECONDS) -> None:
+        self._pause_seconds = pause_seconds
         self._house, self._ledger = house, ledger
         self._rng = random.Random(seed)
         self._is_over = threading.Event()
@@ -51,7 +52,7 @@ class Customers:
 
     def _repeat(self, work: Callable[[OpenAI], None]) -> None:
         with self._house.client() as client:
-            while not self._is_over.wait(PAUSE_SECONDS):
+            while not self._is_over.wait(self._pause_seconds):
                 try:
                     work(client)
                 except Exception as error:

@@ -10,7 +10,7 @@ from typing import Any
 from bench.chaos.checks import Checks
 from bench.chaos.house import BASE, House, eventually, house
 from bench.chaos.ledger import Ledger
-from bench.chaos.load import Customers
+from bench.chaos.load import PAUSE_SECONDS, Customers
 from bench.chaos.sink import Sink, receiving
 
 REST_SECONDS = 300.0
@@ -26,16 +26,24 @@ class Outcome:
 
 
 def run(
-    data_dir: Path, cache_dir: Path, *, seed: int, strike: Callable[[House, Ledger], None], crash_at: Path | None = None
+    data_dir: Path,
+    cache_dir: Path,
+    *,
+    seed: int,
+    strike: Callable[[House, Ledger], None],
+    crash_at: Path | None = None,
+    pause_seconds: float = PAUSE_SECONDS,
 ) -> Outcome:
-    """What was left in `data_dir` is gone on with. Raises Stuck if the service does not recover, or does not come to rest."""
+    """What was left in `data_dir` is gone on with. `pause_seconds` lie between two things that a customer does. Raises Stuck if
+    the service does not recover, or does not come to rest."""
     data_dir.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(data_dir / "ledger.jsonl")
     sink = Sink(ledger)
     known_port = next((entry["port"] for entry in ledger.all("endpoint")), 0)
     with closing(ledger), receiving(sink, port=known_port), house(data_dir, cache_dir, crash_at=crash_at) as at:
         _ensure_endpoint(at, sink, ledger)
-        with Customers(at, ledger, seed=seed + len(ledger.all("fault"))).busy():
+        customers = Customers(at, ledger, seed=seed + len(ledger.all("fault")), pause_seconds=pause_seconds)
+        with customers.busy():
             strike(at, ledger)
         sink.refused_share = 0.0
         _await_quiet(at)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-PATIENCE_SECONDS = 90.0  # two workers, slow cores: a trainer alone may take twenty to start
+PATIENCE_SECONDS = 200.0  # three workers, slow cores: a trainer alone may take forty to start
 
 
 def eventually(is_so: Callable[[], object]) -> None:

@@ -24,7 +24,7 @@ from worker.embedded.paths import LEAST_FREE_BYTES, MIB
 from worker.embedded.programs import CODE, as_program, service
 from worker.embedded.state import usable_ports
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 CALM_SECONDS, MOST_LINES = 3.0, 30
 
 

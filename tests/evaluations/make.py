@@ -9,6 +9,7 @@ from openai import OpenAI
 from tokenizers import Tokenizer
 
 from tests import make
+from tests.embedded.patience import PATIENCE_SECONDS
 from worker.inference.sequence import Choice, Slice
 from worker.inference.sequence import Sequence as Running
 from worker.services import Services
@@ -79,7 +80,7 @@ def samples(client: OpenAI, evaluation_id: str) -> list[dict[str, Any]]:
 
 def finish(client: OpenAI, services: Services, made: dict[str, Any]) -> dict[str, Any]:
     """Let a worker work until it is over."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while (now := get(client, made["id"]))["status"] in ("queued", "running"):
         assert time.monotonic() < deadline, now
         if not evaluate.evaluate_next(services):

@@ -19,6 +19,7 @@ from app.jobs import gates, states
 from app.jobs import service as jobs
 from app.models import Evaluation, EvaluationState, File, Job, JobState, WebhookDelivery
 from tests import make as rows
+from tests.embedded.patience import PATIENCE_SECONDS
 from tests.evaluations import make
 from tests.evaluations.make import EXACT, ScriptedRunner
 from worker.services import Services
@@ -61,7 +62,7 @@ def shown(http: httpx.Client, job_id: str) -> dict[str, Any]:
 
 def decided(http: httpx.Client, services: Services, job_id: str) -> dict[str, Any]:
     """Let a worker work until the job is over."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while (now := shown(http, job_id))["status"] == "running":
         assert time.monotonic() < deadline, now
         if not (gate.conclude_next(services) or evaluate.evaluate_next(services)):

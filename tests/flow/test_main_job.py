@@ -13,6 +13,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from tests import make
+from tests.embedded.patience import PATIENCE_SECONDS
 from tests.stack import Stack
 from tests.webhooks.receiver import Receiver, running
 
@@ -43,7 +44,7 @@ def tuned(client: OpenAI, secret: str) -> FineTuningJob:
         seed=3,
         hyperparameters={"n_epochs": 4, "batch_size": 8},
     )
-    deadline = time.monotonic() + 80
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while job.status not in {"succeeded", "failed", "cancelled"} and time.monotonic() < deadline:
         time.sleep(0.2)
         job = client.fine_tuning.jobs.retrieve(job.id)
@@ -87,7 +88,7 @@ def test_the_job_says_what_it_has_come_to(client: OpenAI, tuned: FineTuningJob) 
 
 
 def test_the_webhook_came_signed(client: OpenAI, receiver: Receiver, secret: str, tuned: FineTuningJob) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not receiver.received and time.monotonic() < deadline:
         time.sleep(0.05)
     (message,) = receiver.received
@@ -312,7 +313,7 @@ def test_a_running_job_is_cancelled(client: OpenAI) -> None:
     job = client.fine_tuning.jobs.create(
         model=make.TINY, training_file=training.id, hyperparameters={"n_epochs": 100, "batch_size": 1}
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while job.status != "running" and time.monotonic() < deadline:
         time.sleep(0.2)
         job = client.fine_tuning.jobs.retrieve(job.id)

@@ -11,6 +11,7 @@ from openai.types.fine_tuning import FineTuningJob
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import make
+from tests.embedded.patience import PATIENCE_SECONDS
 
 
 def created(client: OpenAI, training: bytes, validation: bytes, *, model: str = make.TINY, **asked: Any) -> FineTuningJob:
@@ -20,7 +21,7 @@ def created(client: OpenAI, training: bytes, validation: bytes, *, model: str = 
 
 
 def succeeded(client: OpenAI, job: FineTuningJob) -> FineTuningJob:
-    deadline = time.monotonic() + 80
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while job.status not in {"succeeded", "failed", "cancelled"} and time.monotonic() < deadline:
         time.sleep(0.2)
         job = client.fine_tuning.jobs.retrieve(job.id)

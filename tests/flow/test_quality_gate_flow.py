@@ -7,9 +7,10 @@ import pytest
 from openai import NotFoundError, OpenAI
 
 from tests import make
+from tests.embedded.patience import PATIENCE_SECONDS
 from tests.stack import Stack
 
-SECONDS = 90
+SECONDS = PATIENCE_SECONDS
 SAYS_SEVEN = {"type": "regex", "name": "seven", "pattern": "7"}
 
 

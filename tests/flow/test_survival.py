@@ -11,9 +11,10 @@ from openai.types.fine_tuning import FineTuningJob
 
 from bench.chaos.house import adapter_sha256
 from tests import make
+from tests.embedded.patience import PATIENCE_SECONDS
 from tests.stack import Stack
 
-SECONDS = 120
+SECONDS = PATIENCE_SECONDS
 T = TypeVar("T")
 
 

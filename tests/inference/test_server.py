@@ -24,6 +24,7 @@ from app.core.settings import Settings
 from app.core.storage import Storage
 from app.inference.renderers import Renderers
 from tests import make as rows
+from tests.embedded.patience import PATIENCE_SECONDS
 from tests.inference import make
 from tests.inference.make import Words
 from worker.inference.adapters import AdapterStore, Room
@@ -276,7 +277,7 @@ def test_the_process_announces_itself_answers_and_leaves_when_told(
     url, heard = gateway
     process = subprocess.Popen([sys.executable, "-m", "worker.inference.server"], env=environment(settings, url))
     try:
-        waited_until = time.monotonic() + 60
+        waited_until = time.monotonic() + PATIENCE_SECONDS
         while len(heard) < 2 and time.monotonic() < waited_until and process.poll() is None:
             time.sleep(0.05)
         authorization, beat = heard[1]
@@ -289,7 +290,7 @@ def test_the_process_announces_itself_answers_and_leaves_when_told(
             assert Chunk.model_validate_json(next(lines)).finish_reason is None
             process.send_signal(signal.SIGTERM)
             assert Chunk.model_validate_json(list(lines)[-1]).finish_reason
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
     finally:
         process.kill()
     assert [beat.is_leaving for _, beat in heard[-2:]] == [False, True]

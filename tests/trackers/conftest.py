@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests import make
+from tests.embedded.patience import PATIENCE_SECONDS
 
 SERVE = """
 import sys
@@ -35,7 +36,7 @@ def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         command = (sys.executable, "-c", SERVE, str(port))
         process = subprocess.Popen(command, env=environment, cwd=directory, stdout=log, stderr=subprocess.STDOUT)
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE_SECONDS
             while not _is_up(url):
                 assert process.poll() is None and time.monotonic() < deadline, (directory / "log").read_text()[-3000:]
                 time.sleep(0.05)

@@ -16,6 +16,7 @@ from app.core import catalog, events, manifest
 from app.core.events import Checkpointed, Finished, Stepped, Stopped
 from app.core.memory import GIB
 from app.core.planner import Room
+from tests.embedded.patience import PATIENCE_SECONDS
 from tests.make import TINY
 from tests.training import make
 from worker import wire
@@ -82,7 +83,7 @@ def test_it_trains_the_job_it_is_given_and_ends(compiling_trainer: Trainer, tiny
     assert isinstance(last, Finished) and (tmp_path / "adapter" / "manifest.json").exists()
     assert last.memory.measured_as == "rss" and last.memory.peak_bytes > 50_000_000
     assert (last.memory.micro_batch_tokens, last.memory.is_checkpointing) == (160, False)
-    assert compiling_trainer.wait(10) == 0
+    assert compiling_trainer.wait(PATIENCE_SECONDS) == 0
     handed_over = [Path(event.directory) for event in said if isinstance(event, Checkpointed)]
     assert len(handed_over) == 5 and len(list((tmp_path / "checkpoints").iterdir())) == 2
     for directory in handed_over:  # the supervisor may take its time to upload them
@@ -97,7 +98,7 @@ def test_told_to_stop_it_keeps_a_checkpoint(trainer: Trainer, tiny: LoadedBase, 
     *_, kept, last = words
 
     assert isinstance(kept, Checkpointed) and isinstance(last, Stopped) and kept.step == last.step > 0
-    assert trainer.wait(10) == 0
+    assert trainer.wait(PATIENCE_SECONDS) == 0
 
 
 def test_it_ends_with_its_supervisor(trainer: Trainer, tiny: LoadedBase, tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_it_ends_with_its_supervisor(trainer: Trainer, tiny: LoadedBase, tmp_pat
     assert trainer.stdin is not None
     trainer.stdin.close()
 
-    assert trainer.wait(10) == 1
+    assert trainer.wait(PATIENCE_SECONDS) == 1
 
 
 def test_a_failure_is_said_in_one_event(trainer: Trainer, tiny: LoadedBase, tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_failure_is_said_in_one_event(trainer: Trainer, tiny: LoadedBase, tmp_
 
     assert isinstance(said, events.Failed) and (said.code, said.is_user_error) == ("internal_error", False)
     assert str(tmp_path) not in said.message
-    assert trainer.wait(10) == 1
+    assert trainer.wait(PATIENCE_SECONDS) == 1
 
 
 def test_killed_at_any_step_and_taken_over_it_ends_with_the_same_bits(tiny: LoadedBase, bases_dir: Path, tmp_path: Path) -> None:

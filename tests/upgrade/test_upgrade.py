@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from tests.embedded.patience import PATIENCE_SECONDS
 from tests.stack import Stack, running_stack
 from worker.embedded import Servers
 
 RECORDED = Path(__file__).parent
-SECONDS = 120
+SECONDS = PATIENCE_SECONDS
 
 
 def restore(release: str, data_dir: Path) -> None:

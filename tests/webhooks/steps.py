@@ -20,6 +20,7 @@ from app.webhooks import delivery, delivery_log, sending
 from app.webhooks import service as webhooks
 from app.webhooks.emit import EventType, emit
 from app.webhooks.schemas import EndpointCreate, EndpointUpdate
+from tests.embedded.patience import PATIENCE_SECONDS
 from worker.embedded import environment
 
 Sessions = orm.sessionmaker[orm.Session]
@@ -96,7 +97,7 @@ def relay_process(settings: Settings) -> Iterator["subprocess.Popen[bytes]"]:
         yield relay
     finally:
         relay.terminate()
-        assert relay.wait(timeout=30) == 0
+        assert relay.wait(timeout=PATIENCE_SECONDS) == 0
 
 
 def rows_of(sessions: Sessions, caller: Caller) -> list[WebhookDelivery]:
@@ -139,7 +140,7 @@ def seconds_until(sessions: Sessions, instant: datetime | None) -> float:
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.01)
