@@ -18,6 +18,7 @@ from app.metrics import route_of
 log = structlog.get_logger()
 
 FILES, PARTS = "/v1/files", re.compile("/v1/uploads/[^/]+/parts")
+EVERY_FEW_SECONDS = ("/internal/engines", "/healthz", "/readyz")  # asked by machines; what is wrong they tell themselves
 FORM_BYTES = 64 * 1024  # what a form adds to a part
 
 
@@ -54,7 +55,8 @@ class RequestContext:
                 await respond(error, scope, receive, send_with_id)
             finally:
                 seconds = round(time.perf_counter() - started, 4)
-                log.info("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
+                say = log.debug if scope["path"].startswith(EVERY_FEW_SECONDS) else log.info
+                say("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
 
 
 class Traced:

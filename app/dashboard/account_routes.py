@@ -34,7 +34,9 @@ def change_password(
     must_prove = _must_prove(request, visitor, browser)
     try:
         users.change_password(sessions, visitor, current=current if must_prove else None, password=password)
-    except (Unauthenticated, RateLimited, BadRequest) as error:
+    except Unauthenticated:
+        return _shown(request, must_prove=must_prove, problem="The current password is wrong.")
+    except (RateLimited, BadRequest) as error:
         return _shown(request, must_prove=must_prove, problem=str(error))
     response = Response(headers={"HX-Redirect": "/account?is_changed=true"})
     browser.remember(response, request.scope, browser.sign_ins.begin(visitor))

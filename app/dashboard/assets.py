@@ -39,4 +39,5 @@ class Assets:
         """An SVG in the text's size and colour. Without a label it is an ornament, and no screen reader tells of it."""
         told = Markup('role="img" aria-label="{}"').format(label) if label else Markup('aria-hidden="true"')
         start = Markup('<svg class="icon" viewBox="0 0 24 24" {}>').format(told)
-        return start + Markup(self._icons[name]) + Markup("</svg>")  # noqa: S704 - built from a package of ours
+        title = Markup("<title>{}</title>").format(label) if label else Markup()
+        return start + title + Markup(self._icons[name]) + Markup("</svg>")  # noqa: S704 - built from a package of ours

@@ -17,7 +17,7 @@ from app.models import FileStatus
 
 router = APIRouter(include_in_schema=False, route_class=PageRoute, dependencies=[Depends(get_visitor)])
 
-A_PAGE = 50
+A_PAGE, FIRST_ROWS = 50, 3
 
 
 @router.get("/files")
@@ -49,7 +49,8 @@ def show_file(
     with db.organization_session(sessions, caller.organization_id) as session:
         file = files.get(session, caller, file_id)
     report = Report.model_validate(file.report) if file.report else None
-    lines = excerpts.lines_of(storage, file, {one.line for one in report.problems}) if report else {}
+    first = set(range(1, min(report.rows, FIRST_ROWS) + 1)) if report else set[int]()
+    lines = excerpts.lines_of(storage, file, first | {one.line for one in report.problems}) if report else {}
     is_valid = file.status == FileStatus.PROCESSED
     return render(
         request,
@@ -57,6 +58,7 @@ def show_file(
         file=file,
         report=report,
         lines=lines,
+        first=sorted(first & lines.keys()),
         listed=MAX_LISTED,
         bases=list(catalog.values()) if is_valid and file.purpose == TO_TRAIN else [],
         can_evaluate=is_valid and file.purpose == TO_EVALUATE,

@@ -8,7 +8,9 @@ from typing import Any
 from sqlalchemy import func, orm, select
 
 from app.accounts.caller import Caller
+from app.core.spec import Requested, TrainSpec
 from app.jobs import queue
+from app.jobs.comparing import flat
 from app.jobs.life import TERMINAL
 from app.jobs.queue import Place
 from app.jobs.schemas import status_of
@@ -25,7 +27,7 @@ SHORT = tuple(
 
 @dataclass(frozen=True)
 class JobView:
-    """One job, as rows and headers show it. `seconds_left` is null until it runs."""
+    """One job, as rows and headers show it. `seconds_left` is null until it makes steps, `took_seconds` until it is over."""
 
     id: str
     name: str
@@ -33,6 +35,8 @@ class JobView:
     paused: bool
     is_over: bool
     can_pause: bool
+    is_pausing: bool
+    took_seconds: float | None
     base: str
     method: str
     training_file: str
@@ -59,6 +63,8 @@ class JobView:
             paused=job.state == JobState.PAUSED,
             is_over=job.state in TERMINAL,
             can_pause=job.state in (JobState.QUEUED, JobState.RUNNING) and job.desired == Desired.RUN,
+            is_pausing=job.state == JobState.RUNNING and job.desired == Desired.PAUSE,
+            took_seconds=(job.finished_at - job.started_at).total_seconds() if job.finished_at and job.started_at else None,
             base=job.base,
             method=job.request.get("method", "supervised"),
             training_file=job.training_file_id,
@@ -145,6 +151,17 @@ def latest(session: orm.Session, job: Job) -> Latest:
 
     train, validation = last("train_loss"), last("valid_loss") if job.validation_file_id or _is_split(job) else {}
     return Latest(train.get("train_loss"), validation.get("valid_loss"), train.get("tokens_per_second"))
+
+
+def asked(job: Job) -> dict[str, Any]:
+    """What was not left to us, by dotted names."""
+    usual = flat(Requested())
+    return {name: value for name, value in flat(Requested.model_validate(job.request)).items() if value != usual.get(name)}
+
+
+def chosen(job: Job) -> dict[str, Any]:
+    """All that it trains with, by dotted names; nothing until its files have been looked at."""
+    return flat(TrainSpec.model_validate(job.spec)) if job.spec else {}
 
 
 def memory(job: Job) -> Memory:

@@ -8,21 +8,39 @@ from pydantic import ValidationError
 
 from app.core import planner, tiers
 from app.core.catalog import Base, Catalog
+from app.core.errors import AppError
 from app.core.planner import Run
 from app.core.settings import GpuSettings
 from app.core.spec import LoraSpec
+from app.dashboard import jobs
 from app.dashboard.forms import number
 from app.handlers import first_problem
 from app.jobs.schemas import JobCreate
+from app.models import Job
 
 USUAL_TOKENS, USUAL_BATCH = 1024, 8  # of the rows that cards are sized for
 _NUMBERS = {
     *("n_epochs", "batch_size", "seed", "rank", "max_seq_length", "checkpoint_every_steps", "validation_split"),
     *("learning_rate", "alpha", "dropout", "beta"),
 }
+LABELS = {
+    "suffix": "The name",
+    "n_epochs": "Epochs",
+    "batch_size": "Batch size",
+    "seed": "Seed",
+    "rank": "LoRA rank",
+    "alpha": "LoRA alpha",
+    "dropout": "LoRA dropout",
+    "learning_rate": "Learning rate",
+    "max_seq_length": "Longest row",
+    "checkpoint_every_steps": "Checkpoint every",
+    "validation_split": "What is held back",
+    "beta": "Beta",
+}
 _ADAPTER = ("rank", "alpha", "dropout")
 _PLAIN = ("model", "training_file", "validation_file", "suffix", "seed")
 _HYPERPARAMETERS = ("n_epochs", "batch_size")
+FIELDS = frozenset({*_NUMBERS, "model", "training_file", "validation_file", "suffix", "method", "long_rows", "publish"})
 _TRAINING = ("learning_rate", "max_seq_length", "checkpoint_every_steps", "long_rows", "validation_split", "publish")
 
 
@@ -68,6 +86,21 @@ def _fits(base: Base, among: frozenset[str], gpu: GpuSettings) -> Iterator[Fit]:
             yield Fit(tier, None, None, is_held)
         else:
             yield Fit(tier, plan.memory.peak_bytes, plan.room.usable_bytes, plan.fits and is_held)
+
+
+def in_words(error: AppError) -> str:
+    """With the field's own label in place of the API's name for it."""
+    message, param = str(error), error.param or ""
+    label = LABELS.get(param.rpartition(".")[2])
+    return label + message.removeprefix(param) if label and message.startswith(param) else message
+
+
+def values_of(job: Job) -> dict[str, str]:
+    """The form that would make such a job again: what was left to us stays empty."""
+    settings = {name.rpartition(".")[2]: str(value) for name, value in jobs.asked(job).items()}
+    named = {"model": job.base, "training_file": job.training_file_id, "validation_file": job.validation_file_id}
+    mine = named | {"suffix": job.suffix, "method": job.request.get("method")} | settings
+    return {name: value for name, value in mine.items() if value and name in FIELDS}
 
 
 def asked(form: Mapping[str, str], *, dry_run: bool) -> JobCreate:

@@ -34,13 +34,16 @@ def show_outcome(request: Request, session: Session, caller: Caller, job_id: str
     losses = {
         checkpoint.step: checkpoint.metrics["valid_loss"] for checkpoint in checkpoints if "valid_loss" in checkpoint.metrics
     }
+    best_step = min(losses, key=lambda step: losses[step], default=None)
+    is_best_published = job.valid_loss is not None and job.valid_loss <= min(losses.values(), default=job.valid_loss)
     return render(
         request,
         "outcome.html",
         job=job,
+        is_best_published=is_best_published,
         is_there=bool(job.fine_tuned_model and adapters.find(session, caller, job.fine_tuned_model)),
         checkpoints=checkpoints,
-        best_step=min(losses, key=lambda step: losses[step], default=None),
+        best_step=None if is_best_published else best_step,
     )
 
 

@@ -52,6 +52,7 @@ def open_templates(assets: Assets) -> Environment:
         "number": number,
         "percent": percent,
         "money": money,
+        "short": short,
     }
     return made
 
@@ -126,6 +127,15 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
+
+
+def short(model: str) -> str:
+    """Of a tuned model's name what was given to it, and enough of the rest to tell two apart; a base's is short enough."""
+    kind, *parts = model.split(":")
+    if kind != "ft" or len(parts) < 4:
+        return model
+    base, _, suffix, run, *checkpoint = parts
+    return " · ".join([suffix or base, run, *(step.replace("ckpt-step-", "step ") for step in checkpoint)])
 
 
 def money(amount: float | None, currency: str = "USD") -> str:

@@ -32,7 +32,7 @@ async def _form_of(request: Request) -> dict[str, str]:
 
 
 @router.get("/")
-def overview(request: Request, session: Session, caller: Caller) -> HTMLResponse:
+def overview(request: Request, session: Session, caller: Caller, by_link: bool = False) -> HTMLResponse:
     unfinished, number = shown.unfinished(session, caller, most=12)
     recent, _ = jobs.list_page(session, caller, after=None, limit=8, options=shown.SHORT)
     views = shown.views(session, [*unfinished, *recent])  # at once: places in the queue are computed for all that wait
@@ -40,6 +40,7 @@ def overview(request: Request, session: Session, caller: Caller) -> HTMLResponse
     return render(
         request,
         "overview.html",
+        by_link=by_link,
         running=[job for job in now if job.status == "running"],
         waiting=[job for job in now if job.status != "running"],
         unfinished=number,
@@ -63,14 +64,17 @@ def show_form(
     catalog: BaseModels,
     settings: Settings,
     training_file: str = "",
+    again: str = "",
 ) -> HTMLResponse:
-    """With the newest files to choose from."""
+    """With the newest files to choose from. `again` names a job whose settings it begins with."""
+    values = new_job.values_of(jobs.get(session, caller, again)) if again else {}
     found, _ = files.list_page(session, caller, purpose=TO_TRAIN, after=None, limit=CHOICES, order="desc")
     return render(
         request,
         "new_job.html",
         files=[file for file in found if file.status != FileStatus.ERROR],
-        chosen=training_file,
+        chosen=training_file or values.get("training_file", ""),
+        values=values,
         cards=new_job.cards(catalog, among=settings.training.tiers, gpu=settings.gpu),
         methods=METHODS,
         usual=catalog.resolve(settings.inference.base).id,
@@ -84,8 +88,9 @@ async def plan_job(request: Request, caller: Caller, dry_runs: DryRuns) -> HTMLR
     try:
         seen = await run_in_threadpool(dry_runs.run, caller, new_job.asked(form, dry_run=True))
     except AppError as error:
-        return render(request, "plan.html", seen=None, refused=error)
-    return render(request, "plan.html", seen=seen, refused=None)
+        return render(request, "plan.html", seen=None, refused=error, told=new_job.in_words(error))
+    is_unmeasured = not (form.get("validation_file") or form.get("validation_split"))
+    return render(request, "plan.html", seen=seen, refused=None, is_unmeasured=is_unmeasured)
 
 
 @router.post("/jobs")
@@ -114,7 +119,20 @@ def create_job(
 def show_job(request: Request, session: Session, caller: Caller, job_id: str) -> HTMLResponse:
     job = jobs.get(session, caller, job_id)
     events, _ = jobs.list_messages(session, caller, job_id, limit=EVENTS)
-    return _render(request, session, job, "job.html", events=events, settings=(job.plan or {}).get("auto", {}))
+    named = {
+        file_id: files.find(session, caller, file_id) for file_id in (job.training_file_id, job.validation_file_id) if file_id
+    }
+    return _render(
+        request,
+        session,
+        job,
+        "job.html",
+        events=events,
+        files=named,
+        asked=shown.asked(job),
+        chosen=shown.chosen(job),
+        settings=(job.plan or {}).get("auto", {}),
+    )
 
 
 @router.get("/jobs/{job_id}/state")

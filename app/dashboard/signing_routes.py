@@ -55,7 +55,7 @@ def show_link(request: Request, browser: OurBrowser, token: str) -> Response:
 @router.post("/sign-in/{token}")
 def take_link(request: Request, browser: OurBrowser, token: str) -> Response:
     browser.require_own_origin(request.scope)
-    return _signed_in(request, browser, browser.sign_ins.take_link(token), HOME, by_link=True)
+    return _signed_in(request, browser, browser.sign_ins.take_link(token), f"{HOME}?by_link=true", by_link=True)
 
 
 @router.post("/sign-out")

@@ -17,7 +17,7 @@ from app.webhooks import delivery_log
 from app.webhooks import service as webhooks
 from app.webhooks.emit import EventType
 from app.webhooks.routes import Samples
-from app.webhooks.schemas import DeliveryDetail, DeliveryOut, EndpointCreate, EndpointUpdate
+from app.webhooks.schemas import DeliveryDetail, DeliveryOut, EndpointCreate, EndpointUpdate, SecretRotation
 
 router = APIRouter(prefix="/webhooks", include_in_schema=False, route_class=PageRoute, dependencies=[Depends(get_visitor)])
 
@@ -63,6 +63,19 @@ def show_endpoint(request: Request, session: Session, caller: Caller, endpoint_i
 def enable_endpoint(request: Request, session: Session, caller: Caller, settings: Settings, endpoint_id: str) -> HTMLResponse:
     webhooks.update(session, caller, endpoint_id, request=EndpointUpdate(is_enabled=True), settings=settings.webhooks)
     return _shown(request, session, caller, endpoint_id)
+
+
+@router.post("/{endpoint_id}/disable")
+def disable_endpoint(request: Request, session: Session, caller: Caller, settings: Settings, endpoint_id: str) -> HTMLResponse:
+    webhooks.update(session, caller, endpoint_id, request=EndpointUpdate(is_enabled=False), settings=settings.webhooks)
+    return _shown(request, session, caller, endpoint_id)
+
+
+@router.post("/{endpoint_id}/rotate")
+def rotate_secret(request: Request, session: Session, caller: Caller, endpoint_id: str) -> HTMLResponse:
+    asked = SecretRotation(keep_old_secret_active_for_24_hours=True)
+    endpoint = webhooks.rotate_secret(session, caller, endpoint_id, request=asked)
+    return render(request, "secret.html", made=Made("New signing secret", endpoint.secret))
 
 
 @router.post("/{endpoint_id}/test")

@@ -17,6 +17,8 @@ export interface ChartOptions {
   label: string;
 }
 
+const WHOLE = [1, 2, 5].flatMap((digit) => Array.from({ length: 8 }, (_, zeros) => digit * 10 ** zeros)).sort((a, b) => a - b);
+
 function css(name: string): string {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
@@ -71,7 +73,7 @@ export class Chart {
         padding: [8, 20, 0, 0],
         scales: { x: { time: false }, y: this.options.logarithmic ? { distr: 3 } : {} },
         axes: [
-          { ...axis, size: 28 },
+          { ...axis, size: 28, incrs: WHOLE },
           { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : told(tick))) },
         ],
         cursor: { y: false, points: { size: 6 } },

@@ -7,13 +7,14 @@ export function keepDrafts(): void {
 
 function keepDraft(form: HTMLFormElement): void {
   const key = `draft ${location.pathname}${location.search}`;
-  for (const [name, value] of Object.entries(kept<Record<string, string>>(key) ?? {})) {
+  const given = JSON.parse(form.dataset["values"] ?? "{}") as Record<string, string>;
+  for (const [name, value] of Object.entries(kept<Record<string, string>>(key) ?? given)) {
     const field = form.elements.namedItem(name);
     if (field && "value" in field) field.value = value; // of a group of radio buttons it chooses the one
   }
   form.addEventListener("input", () => keep(key, Object.fromEntries(new FormData(form))));
   form.addEventListener("htmx:afterRequest", (event) => {
-    const { elt, successful } = (event as CustomEvent<{ elt: Element; successful: boolean }>).detail;
-    if (elt === form && successful) forget(key);
+    const { elt, xhr } = (event as CustomEvent<{ elt: Element; xhr: XMLHttpRequest }>).detail;
+    if (elt === form && xhr.status === 200) forget(key);
   });
 }

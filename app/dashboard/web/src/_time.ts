@@ -11,9 +11,14 @@ const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
 export function ago(instant: Date): string {
   const seconds = (instant.getTime() - Date.now()) / 1000;
   for (const [unit, length] of units) {
-    if (Math.abs(seconds) >= length) return relative.format(Math.trunc(seconds / length), unit);
+    if (Math.abs(seconds) >= length) return told(Math.trunc(seconds / length), unit);
   }
-  return Math.abs(seconds) < 45 ? "just now" : relative.format(Math.trunc(seconds), "second");
+  return Math.abs(seconds) < 45 ? "just now" : told(Math.trunc(seconds), "second");
+}
+
+/** Without the full stops of abbreviations: it stands within sentences. */
+function told(value: number, unit: Intl.RelativeTimeFormatUnit): string {
+  return relative.format(value, unit).replace(".", "");
 }
 
 export function timeOfDay(instant: Date): string {

@@ -29,6 +29,12 @@ document.body.addEventListener("htmx:configRequest", (event) => {
   const { detail } = event as CustomEvent<{ headers: Record<string, string> }>;
   detail.headers["X-CSRF-Token"] = csrfToken();
 });
+// a page that nobody looks at asks for nothing by itself
+document.body.addEventListener("htmx:beforeRequest", (event) => {
+  const { elt } = (event as CustomEvent<{ elt: Element }>).detail;
+  if (document.hidden && elt.hasAttribute("data-refreshes")) event.preventDefault();
+});
+
 interface Failed {
   xhr: XMLHttpRequest;
   elt: Element;
@@ -78,6 +84,12 @@ document.addEventListener("click", (event) => {
       const form = pressed.closest("form");
       pressed.closest("[data-removable]")?.remove();
       form?.dispatchEvent(new Event("change", { bubbles: true }));
+      break;
+    }
+    case "fill": {
+      const field = document.getElementById(pressed.dataset["field"] ?? "") as HTMLInputElement;
+      field.value = pressed.dataset["value"] ?? "";
+      for (const type of ["input", "change"]) field.dispatchEvent(new Event(type, { bubbles: true }));
       break;
     }
     case "copy":

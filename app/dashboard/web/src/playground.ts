@@ -1,5 +1,5 @@
 // One question to several models at once: the same seed, answers side by side as they come, and how fast they came.
-import { ApiError, json, send } from "./_api";
+import { ApiError, ask, json, send } from "./_api";
 import { told } from "./_chart";
 import { keep, kept } from "./_kept";
 import { toast } from "./_toast";
@@ -50,7 +50,7 @@ class Column {
   constructor(chosen: string, before?: Conversation) {
     this.root = (template.content.cloneNode(true) as DocumentFragment).firstElementChild as HTMLElement;
     const select = this.find<HTMLSelectElement>("select.model");
-    for (const model of models) select.add(new Option(model.alias_of ? `${model.id} → ${model.alias_of}` : model.id, model.id));
+    for (const model of models) select.add(new Option(nameOf(model), model.id));
     if (models.some((model) => model.id === chosen)) select.value = chosen;
     select.addEventListener("change", () => {
       this.offerMix();
@@ -61,8 +61,8 @@ class Column {
       this.tellWeight();
       remember();
     });
-    this.find(".curl").addEventListener("click", () => void copy(asCurl(this.body())));
-    this.find(".python").addEventListener("click", () => void copy(asPython(this.body())));
+    this.find(".curl").addEventListener("click", () => void copy(asCurl(this.asked())));
+    this.find(".python").addEventListener("click", () => void copy(asPython(this.asked())));
     columns.append(this.root);
     this.offerMix();
     if (before) this.goOn(before);
@@ -94,6 +94,14 @@ class Column {
     const base = models.find((one) => one.id === model)?.base_model ?? model;
     const adapters = [{ model, weight: round(1 - weight) }, { model: other, weight }].filter((one) => one.weight !== 0);
     return { model: base, adapters, ...asked };
+  }
+
+  /** The same up to the last question, for whoever wants to ask it elsewhere. */
+  private asked(): Record<string, unknown> {
+    const body = this.body();
+    const messages = body["messages"] as Message[];
+    const last = messages.map((message) => message.role).lastIndexOf("user");
+    return { ...body, messages: last < 0 ? [...messages, { role: "user", content: "Hello" }] : messages.slice(0, last + 1) };
   }
 
   async answer(question: string): Promise<void> {
@@ -166,7 +174,7 @@ class Column {
     const own = models.find((model) => model.id === this.model);
     const others = models.filter((one) => isTuned(one) && one.base_model === own?.base_model && one.id !== own.id);
     const select = this.find<HTMLSelectElement>(".mix-with");
-    select.replaceChildren(new Option("nothing", ""), ...others.map((one) => new Option(one.id, one.id)));
+    select.replaceChildren(new Option("nothing", ""), ...others.map((one) => new Option(nameOf(one), one.id)));
     this.find(".mix").toggleAttribute("hidden", !own || !isTuned(own) || others.length === 0);
     select.onchange = () => {
       this.tellWeight();
@@ -178,7 +186,7 @@ class Column {
   private tellWeight(): void {
     const isMixed = this.find<HTMLSelectElement>(".mix-with").value !== "";
     this.find(".mix-slider").toggleAttribute("hidden", !isMixed);
-    this.find(".mix-told").textContent = `${round(1 - this.weight)} : ${this.weight}`;
+    this.find(".mix-told").textContent = `${Math.round((1 - this.weight) * 100)} % to ${Math.round(this.weight * 100)} %`;
   }
 
   private remove(): void {
@@ -198,6 +206,14 @@ const all: Column[] = [];
 
 function isTuned(model: Model): boolean {
   return model.owned_by !== "base" && model.alias_of === null;
+}
+
+/** The name that was given, and enough of the rest to tell two apart. */
+function nameOf(model: Model): string {
+  if (model.alias_of) return `${model.id} → ${model.alias_of}`;
+  const [kind, base, , suffix, run, checkpoint] = model.id.split(":");
+  if (kind !== "ft") return model.id;
+  return [suffix || base, run, checkpoint?.replace("ckpt-step-", "step ")].filter(Boolean).join(" · ");
 }
 
 function round(value: number): number {
@@ -229,7 +245,7 @@ function asPython(body: Record<string, unknown>): string {
   return [
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url="${location.origin}/v1")  # and OPENAI_API_KEY`,
+    `client = OpenAI(base_url="${location.origin}/v1")  # OPENAI_API_KEY: one of ${location.origin}/keys`,
     "answer = client.chat.completions.create(",
     ...lines,
     ")",
@@ -299,18 +315,31 @@ document.getElementById("add")?.addEventListener("click", () => {
 });
 document.getElementById("clear")?.addEventListener("click", () => all.forEach((column) => column.clear()));
 
-void send("/v1/models")
-  .then((answer) => answer.json() as Promise<{ data: Model[] }>)
-  .then(({ data }) => {
+/** What the list leaves out, such as checkpoints, is asked for by name. */
+async function known(asked: string[]): Promise<Model[]> {
+  const listed = (await ask<{ data: Model[] }>("/v1/models")).data;
+  const missing = asked.filter((id) => !listed.some((model) => model.id === id));
+  const found = missing.map((id) =>
+    ask<Model>(`/v1/models/${encodeURIComponent(id)}`).catch((problem: unknown) => {
+      toast(problem instanceof Error ? problem.message : String(problem));
+      return null;
+    }),
+  );
+  return [...listed, ...(await Promise.all(found)).filter((model) => model !== null)];
+}
+
+const asked = new URLSearchParams(location.search).getAll("model").slice(0, MOST);
+void known(asked)
+  .then((data) => {
     const served = new Set((columns.dataset["served"] ?? "").split(" "));
     models = data.filter((model) => served.has(model.base_model));
     models.sort((a, b) => Number(isTuned(b)) - Number(isTuned(a)) || b.id.localeCompare(a.id));
     const before = kept<Kept>(KEPT_AS);
     if (before) bringBack(before);
     if (all.length) return;
-    const asked = new URLSearchParams(location.search).getAll("model");
     const tuned = models.find(isTuned);
-    const chosen = asked.length ? asked : [tuned?.base_model ?? models[0]?.id ?? "", ...(tuned ? [tuned.id] : [])];
+    const wanted = asked.filter((id) => models.some((model) => model.id === id));
+    const chosen = wanted.length ? wanted : [tuned?.base_model ?? models[0]?.id ?? "", ...(tuned ? [tuned.id] : [])];
     for (const model of chosen.slice(0, MOST)) add(model);
   })
   .catch((problem: unknown) => toast(String(problem)));
