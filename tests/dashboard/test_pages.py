@@ -1,5 +1,7 @@
 """Every page, for whoever is signed in: whole, of their own organization, and nothing of what strangers write is markup."""
 
+import html
+import json
 import re
 from datetime import timedelta
 
@@ -162,6 +164,36 @@ def test_a_wrong_field_is_told_where_the_plan_is(
     assert page.ask("POST", "/jobs", data=form).status_code in (400, 404)
 
 
+def test_another_job_like_it_begins_with_its_settings(page: Page, system_sessions: Sessions, organization: Caller) -> None:
+    with system_sessions.begin() as session:
+        asked = {
+            "adapter": {"rank": 4},
+            "hyperparameters": {"n_epochs": 2},
+            "training": {"learning_rate": 1e-4, "validation_split": 2},
+        }
+        job = make.queued_job(session, organization, suffix="first", **asked)
+        job_id, file_id = job.id, job.training_file_id
+    told = page.get(f"/jobs/{job_id}").text
+    assert "<dt>adapter.rank</dt>" in told and "<dt>hyperparameters.n_epochs</dt>" in told and "adapter.alpha" not in told
+    form = page.get(f"/jobs/new?again={job_id}").text
+    values = re.search(r'data-values="([^"]*)"', form)
+    assert values is not None
+    given = json.loads(html.unescape(values[1]))
+    wanted = {"rank": "4", "n_epochs": "2", "learning_rate": "0.0001", "validation_split": "2", "suffix": "first"}
+    assert given == wanted | {"model": make.TINY, "training_file": file_id, "method": "supervised"}
+    assert page.get("/jobs/new?again=ftjob-of-nobody").status_code == 404
+
+
+def test_an_endpoint_is_disabled_enabled_and_signs_anew(page: Page, system_sessions: Sessions, organization: Caller) -> None:
+    with system_sessions.begin() as session:
+        endpoint, _ = seeding.webhook(session, organization)
+        path, old = f"/webhooks/{endpoint.id}", endpoint.secret
+    assert "Enable it again" in page.ask("POST", f"{path}/disable").text
+    assert "Enable it again" not in page.ask("POST", f"{path}/enable").text
+    told = page.ask("POST", f"{path}/rotate").text
+    assert "whsec_" in told and old not in told
+
+
 def test_keys_are_made_work_and_are_revoked(page: Page, api_url: str) -> None:
     told = page.ask("POST", "/keys", data={"name": "CI"}).text
     secret = re.search(r"ts-[\w-]{49}", told)
@@ -261,6 +293,8 @@ def test_an_evaluation_tells_of_every_model_and_is_cancelled_while_it_runs(
         runs = make.evaluation(session, organization, make.TINY)[0].id
     told = page.get(f"/evaluations/{over}").text
     assert told.count(tuned) >= 3 and "Against the first model" in told and "I do not know." in told
+    assert "My parcel says delivered" in told and "to be answered: I am sorry." in told
+    assert "higher than" in told and "That is hardly chance." in told
 
     assert 'class="badge cancelled"' in page.ask("POST", f"/evaluations/{runs}/cancel").text
 
