@@ -64,7 +64,7 @@ def _signed_in(browser: Browser, site: Seeded) -> dict[str, object]:
     page = context.new_page()
     page.goto(site.url + site.link)
     page.get_by_role("button", name="Continue").click()
-    page.wait_for_url(f"{site.url}/")
+    page.get_by_role("heading", name="Overview").wait_for()
     state: dict[str, object] = dict(context.storage_state())
     context.close()
     return state
@@ -75,7 +75,7 @@ def _shoot(browser: Browser, session: dict[str, object], url: str, size: dict[st
     context = browser.new_context(viewport=size, color_scheme=theme, device_scale_factor=1, **signed_in)
     page: Page = context.new_page()
     page.goto(url)
-    page.wait_for_function("() => document.querySelector('.skeleton') === null")
+    page.wait_for_function("() => [...document.querySelectorAll('.skeleton')].every((one) => !one.checkVisibility())")
     page.wait_for_timeout(700)  # curves are drawn when they have come
     page.screenshot(path=to, full_page=True)
     context.close()

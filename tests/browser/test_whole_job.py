@@ -94,6 +94,7 @@ def test_from_a_file_to_a_model_that_answers(open_page: Opening, tmp_path: Path)
         expect(column.locator(".turn.assistant")).not_to_be_empty()
         expect(column.locator(".speed")).to_contain_text("first token after")
 
+    expect(page.locator(".turn[aria-busy]")).to_have_count(0)
     page.get_by_label("Message", exact=True).fill("and a half-written one")
     said = page.locator(".turn").all_inner_texts()
     page.reload()
