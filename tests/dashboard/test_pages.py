@@ -294,7 +294,7 @@ def test_an_evaluation_tells_of_every_model_and_is_cancelled_while_it_runs(
     told = page.get(f"/evaluations/{over}").text
     assert told.count(tuned) >= 3 and "Against the first model" in told and "I do not know." in told
     assert "My parcel says delivered" in told and "to be answered: I am sorry." in told
-    assert "higher than" in told and "That is hardly chance." in told
+    assert "higher than" in told and "So few rows say little." in told
 
     assert 'class="badge cancelled"' in page.ask("POST", f"/evaluations/{runs}/cancel").text
 
