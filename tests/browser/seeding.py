@@ -31,6 +31,20 @@ from app.webhooks.schemas import EndpointCreate
 from tests import make
 
 STEPS = 240
+PAGES = (  # which are there before there is anything to show
+    "/",
+    "/files",
+    "/files?purpose=fine-tune-results",
+    "/jobs",
+    "/jobs/new",
+    "/models",
+    "/playground",
+    "/webhooks",
+    "/keys",
+    "/evaluations",
+    "/evaluations/new",
+    "/account",
+)
 _SUPPORT = (
     ("My parcel says delivered, but it is not here.", "I am sorry. Please ask your neighbours first; if it is not there by noon "
      "tomorrow, answer here and I send it again at no cost."),

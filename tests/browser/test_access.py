@@ -3,28 +3,17 @@
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 from openai import OpenAI
 from playwright.sync_api import expect
 
 from tests import make
+from tests.browser import seeding
 from tests.browser.conftest import DESK, PHONE, Opening
 
 AXE = Path(__file__).parents[2] / "app/dashboard/web/node_modules/axe-core/axe.min.js"
-PAGES = (
-    "/",
-    "/files",
-    "/jobs",
-    "/jobs/new",
-    "/models",
-    "/playground",
-    "/webhooks",
-    "/keys",
-    "/evaluations",
-    "/evaluations/new",
-    "/account",
-    "/service",
-)
+PAGES = (*seeding.PAGES, "/service")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +24,14 @@ def paths(client: OpenAI) -> list[str]:
         client.fine_tuning.jobs.create(model=make.TINY, training_file=file.id, hyperparameters=parameters).id
         for parameters in asked
     )
-    return [*PAGES, f"/files/{file.id}", f"/jobs/{one}", f"/jobs/compare?ids={one}&ids={other}"]
+    held_back = client.files.create(file=("held-back.jsonl", make.chat_file(2)), purpose="evals")
+    grader = {"type": "multiple_choice", "name": "letter"}
+    asked_for = {"file": held_back.id, "models": [make.TINY], "graders": [grader], "sampling": {"max_tokens": 2}}
+    evaluation = client.post("/evaluations", cast_to=httpx.Response, body=asked_for).json()["id"]
+    hook = {"url": "http://127.0.0.1:9/hook"}
+    endpoint = client.post("/webhook_endpoints", cast_to=httpx.Response, body=hook).json()["id"]
+    of_one = f"/files/{file.id}", f"/files/{held_back.id}", f"/jobs/{one}", f"/evaluations/{evaluation}", f"/webhooks/{endpoint}"
+    return [*PAGES, *of_one, f"/jobs/compare?ids={one}&ids={other}"]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -27,20 +27,6 @@ from tests.browser import seeding
 from tests.dashboard.conftest import Open, Page, Sessions, link_of
 
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
-PLAIN = (
-    "/",
-    "/files",
-    "/files?purpose=fine-tune-results",
-    "/jobs",
-    "/jobs/new",
-    "/models",
-    "/playground",
-    "/webhooks",
-    "/keys",
-    "/evaluations",
-    "/evaluations/new",
-    "/account",
-)
 
 
 @pytest.fixture
@@ -53,7 +39,7 @@ def paths(system_sessions: Sessions, organization: Caller, storage: Storage) -> 
         evaluation = seeding.evaluation(session, organization, storage, [make.TINY, str(done.fine_tuned_model)])
         endpoint, delivery = seeding.webhook(session, organization)
         return [
-            *PLAIN,
+            *seeding.PAGES,
             *(f"/files/{file.id}" for file in uploaded),
             *(f"/jobs/{job.id}" for job in jobs),
             *(f"/jobs/{job.id}/state" for job in jobs),
@@ -84,7 +70,7 @@ def test_an_organization_without_anything_is_told_what_to_do_next(page: Page) ->
 def test_a_stranger_sees_none_of_it(strange_page: Page, paths: list[str]) -> None:
     for path in paths:
         answer = strange_page.get(path)
-        assert answer.status_code == (200 if path in PLAIN else 404), path
+        assert answer.status_code == (200 if path in seeding.PAGES else 404), path
         assert not re.search("support-tone|support-chats|Deploy on success", answer.text), path
 
 

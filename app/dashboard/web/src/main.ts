@@ -63,7 +63,23 @@ function tell(problem: string, target: Element): void {
   said.textContent = problem;
   awaited.replaceWith(said);
 }
-document.body.addEventListener("htmx:afterSettle", () => tellTimes());
+document.body.addEventListener("htmx:afterSettle", () => {
+  tellTimes();
+  markFields();
+});
+
+/** The fields that the plan finds wrong: a problem names what the API calls it, `training.learning_rate` or `graders.1.pattern`. */
+function markFields(): void {
+  const plan = document.getElementById("plan");
+  if (!plan) return;
+  for (const field of document.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
+  for (const { dataset } of plan.querySelectorAll<HTMLElement>("[data-of]")) {
+    const [, grader] = /^graders\.(\d+)/.exec(dataset["of"] ?? "") ?? [];
+    const within = grader === undefined ? document : document.querySelectorAll(".grader")[Number(grader)];
+    const name = (dataset["of"] ?? "").split(".").at(-1) ?? "";
+    within?.querySelector(`[name="${CSS.escape(name)}"], [name$=".${CSS.escape(name)}"]`)?.setAttribute("aria-invalid", "true");
+  }
+}
 
 document.addEventListener("click", (event) => {
   const pressed = (event.target as Element).closest<HTMLElement>("[data-does]");
