@@ -83,7 +83,8 @@ def _watched(api: Api, job: Job, teller: Teller, after: str | None) -> Job:
         if is_over or time.monotonic() - looked_at >= LOOK_SECONDS:
             try:
                 job = api.get(f"/fine_tuning/jobs/{job['id']}")
-                teller.look(job)
+                if is_over or job["status"] not in OVER:  # how it ended is the last word, behind all events
+                    teller.look(job)
             except (Unreachable, Refused) as why:
                 _require_passing(why)
                 teller.trouble(str(why))

@@ -95,8 +95,10 @@ def test_the_least_recently_used_free_adapter_makes_room() -> None:
 
 def test_who_finds_every_slot_leased_waits_in_order_of_arrival() -> None:
     async def story() -> None:
-        held, order = store(Loads(), max_adapters=1), list[str]()
+        held, order = store(Loads(), max_adapters=1, memory_bytes=999), list[str]()
         lease = await held.acquire(ref("a"))
+        for name in "bcde":
+            await held.prefetch(ref(name))  # else they arrive as their loading ends, in any order
 
         async def ask(name: str) -> None:
             mine = await held.acquire(ref(name))
