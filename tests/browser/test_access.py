@@ -24,7 +24,7 @@ def paths(client: OpenAI) -> list[str]:
         client.fine_tuning.jobs.create(model=make.TINY, training_file=file.id, hyperparameters=parameters).id
         for parameters in asked
     )
-    held_back = client.files.create(file=("held-back.jsonl", make.chat_file(2)), purpose="evals")
+    held_back = client.files.create(file=("looked-at.jsonl", make.chat_file(2)), purpose="evals")
     grader = {"type": "multiple_choice", "name": "letter"}
     asked_for = {"file": held_back.id, "models": [make.TINY], "graders": [grader], "sampling": {"max_tokens": 2}}
     evaluation = client.post("/evaluations", cast_to=httpx.Response, body=asked_for).json()["id"]

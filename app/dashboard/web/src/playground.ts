@@ -301,7 +301,7 @@ form.addEventListener("submit", (event) => {
   if (!text) return;
   question.value = "";
   remember();
-  for (const column of all) void column.answer(text);
+  void ready.then(() => all.forEach((column) => void column.answer(text))); // somebody may be faster than the list of models
 });
 form.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && (event.target as Element).id === "question") {
@@ -329,7 +329,7 @@ async function known(asked: string[]): Promise<Model[]> {
 }
 
 const asked = new URLSearchParams(location.search).getAll("model").slice(0, MOST);
-void known(asked)
+const ready = known(asked)
   .then((data) => {
     const served = new Set((columns.dataset["served"] ?? "").split(" "));
     models = data.filter((model) => served.has(model.base_model));
