@@ -23,7 +23,6 @@ from app.files import service as files
 router = APIRouter(prefix="/evaluations", include_in_schema=False, route_class=PageRoute, dependencies=[Depends(get_visitor)])
 
 A_PAGE, ANSWERS = 50, 40
-LONGEST_ROW = 64 * 1024  # characters of a line, beyond which it is not shown
 
 
 @router.get("")
@@ -60,7 +59,7 @@ def _shown(
         samples, has_more = evaluations.list_samples(session, caller, evaluation_id, after=after, limit=ANSWERS)
         file = files.find(session, caller, evaluation.file_id)
     answers = [SampleOut.of(sample) for sample in samples]
-    lines = excerpts.lines_of(storage, file, {one.line for one in answers}, shown=LONGEST_ROW) if file else {}
+    lines = excerpts.lines_of(storage, file, {one.line for one in answers}, shown=excerpts.WHOLE) if file else {}
     told = EvaluationOut.of(evaluation)
     return render(
         request,

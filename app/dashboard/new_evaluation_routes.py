@@ -34,7 +34,6 @@ from app.models import FileStatus
 router = APIRouter(prefix="/evaluations/new", include_in_schema=False, route_class=PageRoute, dependencies=[Depends(get_visitor)])
 
 CHOICES = 200  # of files
-LONGEST_ROW = 64 * 1024  # characters of the first one, for the names of its fields
 
 
 async def _form_of(request: Request) -> FormData:
@@ -86,7 +85,7 @@ def show_rows(
     with db.organization_session(sessions, caller.organization_id) as session:
         found = files.get(session, caller, file)
     held = str((found.report or {}).get("format", ""))
-    line = excerpts.lines_of(storage, found, {1}, shown=LONGEST_ROW).get(1, "") if held else ""
+    line = excerpts.lines_of(storage, found, {1}, shown=excerpts.WHOLE).get(1, "") if held else ""
     return render(
         request,
         "evaluated_rows.html",

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from sqlalchemy import orm
 
 from app.accounts.caller import Caller as ApiCaller
+from app.core.settings import Settings as AllSettings
 from app.dashboard.deps import get_visitor
 from app.dashboard.keys_routes import Made
 from app.dashboard.rendering import render
@@ -61,14 +62,12 @@ def show_endpoint(request: Request, session: Session, caller: Caller, endpoint_i
 
 @router.post("/{endpoint_id}/enable")
 def enable_endpoint(request: Request, session: Session, caller: Caller, settings: Settings, endpoint_id: str) -> HTMLResponse:
-    webhooks.update(session, caller, endpoint_id, request=EndpointUpdate(is_enabled=True), settings=settings.webhooks)
-    return _shown(request, session, caller, endpoint_id)
+    return _switched(request, session, caller, settings, endpoint_id, is_enabled=True)
 
 
 @router.post("/{endpoint_id}/disable")
 def disable_endpoint(request: Request, session: Session, caller: Caller, settings: Settings, endpoint_id: str) -> HTMLResponse:
-    webhooks.update(session, caller, endpoint_id, request=EndpointUpdate(is_enabled=False), settings=settings.webhooks)
-    return _shown(request, session, caller, endpoint_id)
+    return _switched(request, session, caller, settings, endpoint_id, is_enabled=False)
 
 
 @router.post("/{endpoint_id}/rotate")
@@ -107,6 +106,13 @@ def replay_delivery(request: Request, session: Session, caller: Caller, endpoint
 def _listed(request: Request, session: orm.Session, caller: ApiCaller, *, made: Made | None = None) -> HTMLResponse:
     endpoints, _ = webhooks.list_page(session, caller, after=None, limit=MOST)
     return render(request, "webhooks.html", endpoints=endpoints, types=list(EventType), made=made)
+
+
+def _switched(
+    request: Request, session: orm.Session, caller: ApiCaller, settings: AllSettings, endpoint_id: str, *, is_enabled: bool
+) -> HTMLResponse:
+    webhooks.update(session, caller, endpoint_id, request=EndpointUpdate(is_enabled=is_enabled), settings=settings.webhooks)
+    return _shown(request, session, caller, endpoint_id)
 
 
 def _shown(request: Request, session: orm.Session, caller: ApiCaller, endpoint_id: str) -> HTMLResponse:

@@ -9,7 +9,7 @@ from app.core.storage import Storage
 from app.models import File
 
 MOST_BYTES = 16 * 1024 * 1024  # of a longer file lines further on are not shown
-SHOWN = 400  # characters of a line
+SHOWN, WHOLE = 400, 64 * 1024  # characters of a line: its beginning, and as much as is read of one that is taken apart
 
 
 def lines_of(storage: Storage, file: File, wanted: Collection[int], *, shown: int = SHOWN) -> dict[int, str]:

@@ -8,6 +8,14 @@ export function kept<T>(key: string): T | null {
   return text === null ? null : (JSON.parse(text) as T);
 }
 
+/** Fields of a form by name, as they were; of a group of radio buttons that chooses the one. */
+export function fill(form: HTMLFormElement, values: Record<string, string>): void {
+  for (const [name, value] of Object.entries(values)) {
+    const field = form.elements.namedItem(name);
+    if (field && "value" in field) field.value = value;
+  }
+}
+
 export function forget(key: string): void {
   sessionStorage.removeItem(key);
 }

@@ -1,7 +1,7 @@
 // One question to several models at once: the same seed, answers side by side as they come, and how fast they came.
 import { ApiError, ask, json, send } from "./_api";
 import { told } from "./_chart";
-import { keep, kept } from "./_kept";
+import { fill, keep, kept } from "./_kept";
 import { toast } from "./_toast";
 
 interface Model {
@@ -285,10 +285,7 @@ function pairs(history: Message[]): Message[] {
 }
 
 function bringBack({ settings, columns }: Kept): void {
-  for (const [name, value] of Object.entries(settings)) {
-    const field = form.elements.namedItem(name);
-    if (field && "value" in field) field.value = value;
-  }
+  fill(form, settings);
   for (const before of columns) if (models.some((model) => model.id === before.model)) add(before.model, before);
 }
 
