@@ -66,8 +66,10 @@ bench-serving: $(STAMP)  ## measure the serving engine (QUICK=1: fewer rounds an
 
 CYCLES ?= 60
 
+APT_INSTALL := apt-get install --yes --quiet --no-install-recommends
+
 test-browser: install  ## do the whole job in a real Chromium (installs one with apt where there is none)
-	@$(BIN)/python -c "from tests.browser.chromium import find; find()" 2> /dev/null || apt-get install --yes --quiet chromium
+	@$(BIN)/python -c "from tests.browser.chromium import find; find()" 2> /dev/null || $(APT_INSTALL) chromium || { apt-get update --quiet && $(APT_INSTALL) chromium; }
 	$(BIN)/python -m pytest tests/browser
 
 screenshots: install  ## every page of the dashboard as pictures in .tunesmith/screenshots (needs a Chromium)
