@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from app.core.settings import Settings
 
 organizations = typer.Typer(no_args_is_help=True, help="Add and list organizations: each sees only what is its own.")
-users = typer.Typer(no_args_is_help=True, help="Add and list people who sign in to the dashboard.")
+users = typer.Typer(no_args_is_help=True, help="Add, list and shut out people who sign in to the dashboard.")
 
 Name = Annotated[str, Argument(metavar="NAME", help="As people call it.")]
 Slug = Annotated[str, Option("--slug", metavar="SLUG", help="Part of its models' names: a to z, digits, -.")]
 Email = Annotated[str, Argument(metavar="EMAIL", help="Whom the link is for; they may set a password with it.")]
+Somebody = Annotated[str, Argument(metavar="EMAIL", help="Whom; `users list` has them.")]
 At = Annotated[str, Option("--organization", metavar="SLUG", help="Whose jobs, files and models they see.")]
 Called = Annotated[str | None, Option("--name", metavar="NAME", help="As the dashboard calls them; else their address.")]
 
@@ -78,15 +79,37 @@ def list_users(data_dir: Looked = None, as_json: AsJson = False) -> None:
                 "name": one.name,
                 "organization": one.organization,
                 "is_operator": one.is_operator,
+                "is_disabled": one.is_disabled,
                 "created_at": int(one.created_at.timestamp()),
             }
             for one in people.list_members(session)
         ]
-    rows = [
-        (one["email"], one["name"], one["organization"], "yes" if one["is_operator"] else "no", local_time(one["created_at"]))
-        for one in found
-    ]
-    show(found, listed(("EMAIL", "NAME", "ORGANIZATION", "OPERATOR", "CREATED"), rows), as_json=as_json)
+    rows = [(one["email"], one["name"], one["organization"], _standing(one), local_time(one["created_at"])) for one in found]
+    show(found, listed(("EMAIL", "NAME", "ORGANIZATION", "IS", "CREATED"), rows), as_json=as_json)
+
+
+@users.command("disable")
+def disable_user(email: Somebody, data_dir: Looked = None, as_json: AsJson = False) -> None:
+    """Sign somebody out everywhere, and let them in no more. API keys are their organization's, and go on working."""
+    from app.accounts import people
+
+    with _opened(data_dir) as (_, session):
+        told = {"email": people.disable_user(session, email).email, "is_disabled": True}
+    show(told, f"{told['email']} is signed out; revoke the API keys that they know in the dashboard", as_json=as_json)
+
+
+@users.command("enable")
+def enable_user(email: Somebody, data_dir: Looked = None, as_json: AsJson = False) -> None:
+    """Let somebody in again who was disabled."""
+    from app.accounts import people
+
+    with _opened(data_dir) as (_, session):
+        told = {"email": people.enable_user(session, email).email, "is_disabled": False}
+    show(told, f"{told['email']} may sign in, by the password that they had or by a link", as_json=as_json)
+
+
+def _standing(one: dict[str, Any]) -> str:
+    return "disabled" if one["is_disabled"] else "operator" if one["is_operator"] else "user"
 
 
 @contextmanager

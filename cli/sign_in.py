@@ -34,13 +34,13 @@ def sign_in(email: Whom = None, data_dir: Looked = None, as_json: AsJson = False
 
 
 def link_for(settings: "Settings", data_dir: Path | None, email: str | None) -> str:
-    """Raises Failed for an address that nobody has."""
+    """Raises Failed for an address that nobody has, or somebody who is disabled."""
     from app.accounts import bootstrap
-    from app.core.errors import NotFound
+    from app.core.errors import AppError
 
     try:
         return _origin(settings, data_dir or DATA_DIR) + bootstrap.sign_in_link(settings, email=email)
-    except NotFound as error:
+    except AppError as error:
         raise Failed(error) from error
 
 

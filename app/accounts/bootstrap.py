@@ -24,7 +24,7 @@ def ensure_first_key(settings: Settings) -> str | None:
 
 def sign_in_link(settings: Settings, *, email: str | None = None) -> str:
     """The path of a page that signs this user in once; without an address the operator. Whoever may read the database's secrets
-    may have it. Raises NotFound."""
+    may have it. Raises NotFound, or Conflict for one who is disabled."""
     with system_session(settings) as session:
         user = _operator(session) if email is None else people.find_user(session, email)
         return f"/sign-in/{users.make_link(session, user, pepper=settings.key_pepper.get_secret_value().encode())}"

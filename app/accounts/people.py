@@ -23,6 +23,7 @@ class Member:
     name: str
     organization: str
     is_operator: bool
+    is_disabled: bool
     created_at: datetime
 
 
@@ -65,6 +66,22 @@ def find_user(session: orm.Session, email: str) -> User:
     return found
 
 
+def disable_user(session: orm.Session, email: str) -> User:
+    """Signed out everywhere within a request, and let in by neither password nor link. Their organization's API keys go on
+    working. Raises NotFound."""
+    user = find_user(session, email)
+    user.disabled_at = user.disabled_at or func.clock_timestamp()
+    users.sign_out_everywhere(session, user)
+    return user
+
+
+def enable_user(session: orm.Session, email: str) -> User:
+    """Let in again, by the password that they had. Raises NotFound."""
+    user = find_user(session, email)
+    user.disabled_at = None
+    return user
+
+
 def list_organizations(session: orm.Session) -> list[tuple[Organization, int]]:
     """The oldest first, each with how many users it has."""
     counted = select(Organization, func.count(User.id)).outerjoin(User, User.organization_id == Organization.id)
@@ -77,4 +94,7 @@ def list_members(session: orm.Session) -> list[Member]:
     rows = session.execute(
         select(User, Organization.slug).join(Organization, Organization.id == User.organization_id).order_by(User.created_at)
     )
-    return [Member(user.email, user.name, slug, user.is_operator, user.created_at) for user, slug in rows]
+    return [
+        Member(user.email, user.name, slug, user.is_operator, user.disabled_at is not None, user.created_at)
+        for user, slug in rows
+    ]

@@ -15,7 +15,7 @@ from app import db
 from app.accounts import keys
 from app.accounts.caller import Caller
 from app.core import ids
-from app.core.errors import BadRequest, NotFound, RateLimited, Unauthenticated
+from app.core.errors import BadRequest, Conflict, NotFound, RateLimited, Unauthenticated
 from app.models import SignIn, SignInLink, User
 
 SIGNED_IN_FOR = timedelta(days=14)
@@ -64,6 +64,11 @@ def set_password(session: orm.Session, user: User, password: str) -> None:
         message = f"a password has {SHORTEST_PASSWORD} to {LONGEST_PASSWORD} characters, and this one has {len(password)}"
         raise BadRequest(message, param="password")
     user.password_hash = _hash(password)
+    sign_out_everywhere(session, user)
+
+
+def sign_out_everywhere(session: orm.Session, user: User) -> None:
+    """Links that were made for this user stop working too."""
     for table in (SignIn, SignInLink):
         session.execute(delete(table).where(table.user_id == user.id))
 
@@ -98,7 +103,9 @@ def by_password(sessions: orm.sessionmaker[orm.Session], email: str, password: s
 
 
 def make_link(session: orm.Session, user: User, *, pepper: bytes) -> str:
-    """A token that signs this user in once, within a day."""
+    """A token that signs this user in once, within a day. Raises Conflict for one who is disabled."""
+    if user.disabled_at is not None:
+        raise Conflict(f"{user.email} is disabled; `tunesmith users enable {user.email}` lets them in again", param="email")
     token = secrets.token_urlsafe(32)
     row = SignInLink(
         id=ids.new("link-"),

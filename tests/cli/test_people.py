@@ -53,6 +53,28 @@ def test_a_user_of_a_new_organization_is_let_in_and_given_a_new_link(tunesmith: 
     assert email.lower() in tunesmith("users", "list").out and slug in tunesmith("organizations", "list").out
 
 
+def test_whoever_is_disabled_is_out_at_once_and_comes_in_again(tunesmith: Tunesmith, api_url: str, slug: str) -> None:
+    email = f"eve@{slug}.example"
+    assert tunesmith("organizations", "add", "Acme", "--slug", slug).status == 0
+    link, unused = (
+        json.loads(tunesmith(*asked, "--json").out)["link"]
+        for asked in (("users", "add", email, "--organization", slug), ("sign-in", "--email", email))
+    )
+    with signed_in(link, api_url) as browser:
+        assert browser.get("/account").url.path == "/account"
+        assert json.loads(tunesmith("users", "disable", email.upper(), "--json").out) == {"email": email, "is_disabled": True}
+        assert browser.get("/account").url.path == "/sign-in"
+        assert browser.post(unused).status_code == 404
+    refused = tunesmith("sign-in", "--email", email)
+    assert (refused.status, refused.out) == (1, "") and "users enable" in refused.err
+    assert "disabled" in next(line for line in tunesmith("users", "list").out.splitlines() if email in line)
+
+    assert tunesmith("users", "enable", email).status == 0
+    again = json.loads(tunesmith("sign-in", "--email", email, "--json").out)["link"]
+    with signed_in(again, api_url) as browser:
+        assert email in browser.get("/account").text
+
+
 def test_what_cannot_be_is_told_in_a_line(tunesmith: Tunesmith, slug: str) -> None:
     assert tunesmith("organizations", "add", "One", "--slug", slug).status == 0
     assert tunesmith("users", "add", f"a@{slug}.example", "--organization", slug).status == 0
@@ -63,6 +85,7 @@ def test_what_cannot_be_is_told_in_a_line(tunesmith: Tunesmith, slug: str) -> No
         (("users", "add", "nobody", "--organization", slug), "is not an e-mail address"),
         (("users", "add", f"b@{slug}.example", "--organization", "nowhere"), "organizations list"),
         (("sign-in", "--email", "nobody@nowhere.example"), "users list"),
+        (("users", "disable", "nobody@nowhere.example"), "users list"),
     ):
         said = tunesmith(*arguments)
         assert (said.status, said.out, said.err.count("\n")) == (1, "", 1), said

@@ -112,7 +112,9 @@ def checkpoints(to: Services, job: Job) -> list[JobCheckpoint]:
 def steps_kept(to: Services, job: Job) -> list[int]:
     """The steps of all its checkpoints, in their order."""
     with to.sessions() as session:
-        return list(session.scalars(select(JobCheckpoint.step).where(JobCheckpoint.job_id == job.id).order_by(JobCheckpoint.step)))
+        return list(
+            session.scalars(select(JobCheckpoint.step).where(JobCheckpoint.job_id == job.id).order_by(JobCheckpoint.step))
+        )
 
 
 def state_of(to: Services, job: Job) -> str:
