@@ -92,9 +92,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     ):
         app.include_router(router)
     manual.register(app)
+    handlers.register(app)
     if settings.dashboard.is_served:
         dashboard.register(app)
-    handlers.register(app)
     # the last one added is the outermost: measured as a whole, an id first, a span, then who asks, then how much they send
     app.add_middleware(BodyLimit, limits=settings.limits)
     app.add_middleware(

@@ -1,10 +1,14 @@
 """The dashboard's place in the API process: pages, and what `web/` has built."""
 
-from fastapi import FastAPI
+from contextlib import suppress
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from app.core.errors import NotFound
 from app.dashboard import (
     account_routes,
     compare_routes,
@@ -19,8 +23,10 @@ from app.dashboard import (
     signing_routes,
     webhooks_routes,
 )
-from app.dashboard.assets import Assets
+from app.dashboard.assets import Assets, NotBuilt
 from app.dashboard.rendering import open_templates
+from app.dashboard.route import told
+from app.handlers import answer
 
 
 class _Forever(StaticFiles):
@@ -34,6 +40,7 @@ class _Forever(StaticFiles):
 
 
 def register(app: FastAPI) -> None:
+    """After the API's own handlers: of an address that nobody has people are told on a page, and programs as before."""
     assets = Assets()
     app.state.templates = open_templates(assets)
     app.mount("/static", _Forever(directory=assets.folder, check_dir=False), name="static")
@@ -52,3 +59,13 @@ def register(app: FastAPI) -> None:
         service_routes,
     ):
         app.include_router(rooms.router)
+    app.add_exception_handler(HTTPException, _in_their_way)
+
+
+async def _in_their_way(request: Request, error: Exception) -> Response:
+    is_missing = isinstance(error, HTTPException) and error.status_code == 404
+    is_a_person = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/v1/")
+    if is_missing and is_a_person:
+        with suppress(NotBuilt):
+            return told(request, NotFound("there is no page at this address"))
+    return answer(error)

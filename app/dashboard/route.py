@@ -29,7 +29,7 @@ class PageRoute(APIRoute):
             except NotBuilt as error:
                 return Response(f"{error}\n", status_code=503, media_type="text/plain")
             except Exception as error:  # as the API tells it, which logs what nobody expected
-                return _told(request, error)
+                return told(request, error)
 
         return handle_as_page
 
@@ -41,8 +41,8 @@ def _to_sign_in(request: Request) -> Response:
     return RedirectResponse(f"/sign-in?next={quote(request.url.path + query)}", status_code=303)
 
 
-def _told(request: Request, error: Exception) -> Response:
-    """In the API's words."""
+def told(request: Request, error: Exception) -> Response:
+    """In the API's words, as a page or to the part of one that asked."""
     said = answer(error)
     message: str = json.loads(bytes(said.body))["error"]["message"]
     if request.headers.get("hx-request"):

@@ -100,6 +100,18 @@ def test_a_missing_page_is_a_page(page: Page) -> None:
     assert answer.headers["content-type"].startswith("text/html") and "does not exist or is not yours" in answer.text
 
 
+def test_an_address_that_nobody_has_is_a_page_to_people_and_an_error_to_programs(open_page: Open) -> None:
+    stranger = open_page()
+    seen = stranger.http.get("/nowhere", headers={"accept": "text/html,*/*"})
+    assert (seen.status_code, seen.headers["content-security-policy"]) == (404, POLICY)
+    assert "there is no page at this address" in seen.text and 'href="/"' in seen.text
+    for path, accept in (("/nowhere", "application/json"), ("/v1", "*/*")):
+        told = stranger.http.get(path, headers={"accept": accept})
+        assert (told.status_code, told.json()["error"]["code"]) == (404, "unknown_url")
+    of_programs = stranger.http.get("/v1/nowhere", headers={"accept": "text/html"})
+    assert (of_programs.status_code, of_programs.json()["error"]["code"]) == (401, "missing_api_key")
+
+
 def test_what_a_part_asks_in_vain_is_told_in_a_header(page: Page) -> None:
     answer = page.ask("POST", "/jobs/ftjob-ü/cancel")
     assert answer.status_code == 404
