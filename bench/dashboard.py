@@ -95,6 +95,7 @@ def _history(at: Api) -> dict[str, str]:
             "job, 50,000 steps": f"/jobs/{long.id}",
             "compare": f"/jobs/compare?ids={done.id}&ids={other.id}",
             "models": "/models",
+            "model": f"/models/{done.fine_tuned_model}",
             "evaluations": "/evaluations",
             "new evaluation": f"/evaluations/new?file={evaluation.file_id}",
             "evaluation": f"/evaluations/{evaluation.id}",

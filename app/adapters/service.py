@@ -65,6 +65,15 @@ def quantization_of(session: orm.Session, adapter: Adapter) -> QuantizationSpec:
     return Requested.model_validate(request).quantization
 
 
+def valid_loss_of(session: orm.Session, adapter: Adapter) -> float | None:
+    """Nats per token, of the validation at its step; None where nothing was held back."""
+    if adapter.step is None:
+        return session.scalar(select(Job.valid_loss).where(Job.id == adapter.job_id))
+    of_step = JobCheckpoint.job_id == adapter.job_id, JobCheckpoint.step == adapter.step
+    metrics = session.scalar(select(JobCheckpoint.metrics).where(*of_step)) or {}
+    return metrics.get("valid_loss")
+
+
 def find(session: orm.Session, caller: Caller, name: str, *, lock: Literal["share", "update"] | None = None) -> Adapter | None:
     """`lock`: until the commit nobody deletes it, or nobody else locks it."""
     query = _visible(caller).where(Adapter.name == name)

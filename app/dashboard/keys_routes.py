@@ -9,7 +9,7 @@ from app.accounts import keys
 from app.accounts.caller import Caller as ApiCaller
 from app.dashboard.deps import get_visitor
 from app.dashboard.rendering import render
-from app.dashboard.route import PageRoute
+from app.dashboard.route import PageRoute, base_url_of
 from app.deps import Caller, Session, Settings
 
 router = APIRouter(include_in_schema=False, route_class=PageRoute, dependencies=[Depends(get_visitor)])
@@ -50,5 +50,5 @@ def revoke_key(request: Request, session: Session, caller: Caller, key_id: str) 
 
 
 def _listed(request: Request, session: orm.Session, caller: ApiCaller, *, made: Made | None = None) -> HTMLResponse:
-    base_url = str(request.base_url.replace(path="/v1"))
-    return render(request, "keys.html", keys=keys.list_all(session, caller), made=made, base_url=base_url)
+    found = keys.list_all(session, caller)
+    return render(request, "keys.html", keys=found, made=made, base_url=base_url_of(request))

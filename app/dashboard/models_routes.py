@@ -1,20 +1,32 @@
-from collections import defaultdict
+"""Models: all of a project's, one by itself, and several asked at once."""
 
-from fastapi import APIRouter, Depends, Request
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import HTMLResponse
 from sqlalchemy import orm
 
+from app import db
 from app.accounts.caller import Caller as ApiCaller
 from app.adapters import aliases
 from app.adapters import service as adapters
+from app.core import manifest
 from app.dashboard.deps import get_visitor
 from app.dashboard.rendering import render
-from app.dashboard.route import PageRoute
-from app.deps import BaseModels, Caller, Session, Settings
+from app.dashboard.route import PageRoute, base_url_of
+from app.deps import BaseModels, Caller, Session, Sessions, Settings, Storage
+from app.evaluations import service as evaluations
+from app.files import service as files
 from app.inference import engines
+from app.jobs import comparing
+from app.jobs import service as jobs
 from app.models import ModelAlias
 
 router = APIRouter(include_in_schema=False, route_class=PageRoute, dependencies=[Depends(get_visitor)])
+
+EVALUATIONS = 20
 
 
 @router.get("/models")
@@ -22,11 +34,41 @@ def list_models(request: Request, session: Session, caller: Caller) -> HTMLRespo
     return _listed(request, session, caller)
 
 
+@router.get("/models/{name:path}/manifest")
+def show_manifest(request: Request, sessions: Sessions, caller: Caller, storage: Storage, name: str) -> HTMLResponse:
+    with db.organization_session(sessions, caller.organization_id) as session:
+        prefix = adapters.get(session, caller, name).prefix
+    said = json.loads(storage.get(f"{prefix}/{manifest.NAME}"))
+    return render(request, "manifest.html", manifest=json.dumps(said, indent=2, ensure_ascii=False))
+
+
+@router.get("/models/{name:path}")
+def show_model(request: Request, session: Session, caller: Caller, name: str) -> HTMLResponse:
+    """A final model, or a checkpoint by its own name."""
+    model = adapters.get(session, caller, name)
+    job = jobs.get(session, caller, model.job_id)
+    return render(
+        request,
+        "model.html",
+        model=model,
+        job=job,
+        quantization=adapters.quantization_of(session, model).scheme,
+        valid_loss=adapters.valid_loss_of(session, model),
+        file=files.find(session, caller, job.training_file_id),
+        calls=_calls(base_url_of(request), name),
+        aliases=_aliases(session, caller)[name],
+        evaluations=[
+            (one, comparing.grades_of(one, name)) for one in evaluations.list_naming(session, caller, [name])[:EVALUATIONS]
+        ],
+    )
+
+
 @router.delete("/models/{name:path}")
-def delete_model(request: Request, session: Session, caller: Caller, catalog: BaseModels, name: str) -> HTMLResponse:
+def delete_model(request: Request, session: Session, caller: Caller, catalog: BaseModels, name: str, then: str = "") -> Response:
+    """Answers with what is left, which is where its own page leads then."""
     adapters.delete(session, caller, catalog, name)
     session.flush()
-    return _listed(request, session, caller)
+    return Response(headers={"HX-Redirect": "/models"}) if then else _listed(request, session, caller)
 
 
 @router.get("/playground")
@@ -36,7 +78,29 @@ def show_playground(request: Request, session: Session, settings: Settings) -> H
 
 
 def _listed(request: Request, session: orm.Session, caller: ApiCaller) -> HTMLResponse:
+    models = adapters.list_published(session, caller)
+    return render(request, "models.html", models=models, aliases=_aliases(session, caller))
+
+
+def _aliases(session: orm.Session, caller: ApiCaller) -> Mapping[str, list[ModelAlias]]:
+    """By the model that they stand for."""
     behind = defaultdict[str, list[ModelAlias]](list)
     for alias, _ in aliases.list_pointed(session, caller):
         behind[alias.model].append(alias)
-    return render(request, "models.html", models=adapters.list_published(session, caller), aliases=behind)
+    return behind
+
+
+def _calls(base_url: str, model: str) -> dict[str, str]:
+    """One question to it, by language: JSON is Python too, and in single quotes a shell's, but for those in it."""
+    messages = [{"role": "user", "content": "Hello"}]
+    body = json.dumps({"model": model, "messages": messages}).replace("'", r"'\''")
+    return {
+        "Python": f"""\
+from openai import OpenAI
+
+client = OpenAI(base_url="{base_url}")  # OPENAI_API_KEY: one of {base_url.removesuffix("/v1")}/keys
+answer = client.chat.completions.create(model={json.dumps(model)}, messages={json.dumps(messages)})
+print(answer.choices[0].message.content)""",
+        "curl": f"""\
+curl {base_url}/chat/completions -H "Authorization: Bearer $OPENAI_API_KEY" -H 'Content-Type: application/json' -d '{body}'""",
+    }

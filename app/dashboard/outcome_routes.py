@@ -1,13 +1,10 @@
 """What a run has come to: its checkpoints, its model beside the base, the rows that it finds hardest."""
 
-import json
-
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse
 
 from app import db
 from app.adapters import service as adapters
-from app.core import manifest
 from app.core.errors import NotFound
 from app.dashboard.deps import get_visitor
 from app.dashboard.rendering import render
@@ -63,12 +60,3 @@ def show_examples(request: Request, sessions: Sessions, caller: Caller, storage:
     texts = {id_: excerpts.lines_of(storage, file, wanted[id_]) if file else {} for id_, file in found.items()}
     lines = {split: texts[file_id] for split, file_id in file_of.items()}
     return render(request, "examples.html", examined=job.examined, hardest=hardest, lines=lines, reasons=REASONS)
-
-
-@router.get("/manifest")
-def show_manifest(request: Request, sessions: Sessions, caller: Caller, storage: Storage, job_id: str) -> HTMLResponse:
-    with db.organization_session(sessions, caller.organization_id) as session:
-        job = jobs.get(session, caller, job_id)
-        prefix = adapters.get(session, caller, job.fine_tuned_model or job.id).prefix
-    said = json.loads(storage.get(f"{prefix}/{manifest.NAME}"))
-    return render(request, "manifest.html", manifest=json.dumps(said, indent=2, ensure_ascii=False))

@@ -128,6 +128,7 @@ def _history(sessions: orm.sessionmaker[orm.Session], settings: Settings) -> dic
             "job-failed": f"/jobs/{failed.id}",
             "compare": f"/jobs/compare?ids={support.id}&ids={router.id}&ids={running.id}",
             "models": "/models",
+            "model": f"/models/{support.fine_tuned_model}",
             "evaluations": "/evaluations",
             "new-evaluation": f"/evaluations/new?file={evaluation.file_id}&model={make.TINY}&model={support.fine_tuned_model}",
             "evaluation": f"/evaluations/{evaluation.id}",

@@ -21,6 +21,7 @@ from app.dashboard.rendering import POLICY
 from app.files import service as files
 from app.inference import engines
 from app.jobs import curves, events
+from app.jobs import service as jobs
 from app.models import Adapter, Job, SignIn, Snapshot, User
 from tests import make
 from tests.browser import seeding
@@ -47,6 +48,7 @@ def paths(system_sessions: Sessions, organization: Caller, storage: Storage) -> 
             f"/jobs/{done.id}/examples",
             f"/jobs/compare?ids={done.id}&ids={other.id}",
             f"/evaluations/{evaluation.id}",
+            f"/models/{done.fine_tuned_model}",
             f"/webhooks/{endpoint.id}",
             f"/webhooks/{endpoint.id}/deliveries/{delivery.id}",
         ]
@@ -71,7 +73,8 @@ def test_a_stranger_sees_none_of_it(strange_page: Page, paths: list[str]) -> Non
     for path in paths:
         answer = strange_page.get(path)
         assert answer.status_code == (200 if path in seeding.PAGES else 404), path
-        assert not re.search("support-tone|support-chats|Deploy on success", answer.text), path
+        told = answer.text.replace(path.removeprefix("/models/"), "")  # what was asked for may be named
+        assert not re.search("support-tone|support-chats|Deploy on success", told), path
 
 
 def test_markup_in_names_and_rows_is_text(page: Page, system_sessions: Sessions, organization: Caller, storage: Storage) -> None:
@@ -262,11 +265,32 @@ def test_a_manifest_is_shown_while_there_is_a_model(
         adapter = session.scalars(select(Adapter).where(Adapter.job_id == made.id)).one()
         storage.put(f"{adapter.prefix}/manifest.json", make.manifest(made.id).to_bytes())
         job_id, name = made.id, made.fine_tuned_model
-    assert "&#34;dataset_sha256&#34;: " in page.get(f"/jobs/{job_id}/manifest").text
+    assert "&#34;dataset_sha256&#34;: " in page.get(f"/models/{name}/manifest").text
 
     page.ask("DELETE", f"/models/{name}")
-    assert page.get(f"/jobs/{job_id}/manifest").status_code == 404
+    assert page.get(f"/models/{name}/manifest").status_code == 404
     assert "deleted" in page.get(f"/jobs/{job_id}/outcome").text
+
+
+def test_a_model_tells_where_it_comes_from_how_it_did_and_how_it_is_called(
+    page: Page, strange_page: Page, system_sessions: Sessions, organization: Caller, storage: Storage
+) -> None:
+    with system_sessions.begin() as session:
+        good, _ = seeding.uploads(session, organization, storage)
+        done, *_ = seeding.history(session, organization, good)
+        name, job_id = str(done.fine_tuned_model), done.id
+        evaluation_id = seeding.evaluation(session, organization, storage, [make.TINY, name]).id
+        checkpoint = jobs.list_checkpoints(session, organization, job_id, after=None, limit=1)[0][0]
+    told = page.get(f"/models/{name}").text
+    assert f'href="/jobs/{job_id}"' in told and "support-chats.jsonl" in told and f'href="/evaluations/{evaluation_id}"' in told
+    assert "<dd>0.48</dd>" in told and f"model=&#34;{name}&#34;" in told and page.url + "/v1" in told
+    assert name in page.get("/models").text
+    assert f"at step {checkpoint.step}" in page.get(f"/models/{checkpoint.fine_tuned_model}").text
+    assert strange_page.get(f"/models/{name}").status_code == 404
+
+    assert strange_page.ask("DELETE", f"/models/{name}?then=list").status_code == 404
+    assert page.ask("DELETE", f"/models/{name}?then=list").headers["hx-redirect"] == "/models"
+    assert page.get(f"/models/{name}").status_code == 404
 
 
 def test_jobs_are_compared_by_what_differs(page: Page, system_sessions: Sessions, organization: Caller, storage: Storage) -> None:

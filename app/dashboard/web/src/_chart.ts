@@ -8,6 +8,7 @@ export interface Series {
   dash?: number[];
   points?: boolean;
   isBand?: boolean; // the edge of a band, which the legend leaves out
+  isFaint?: boolean; // what lies behind a smoothed curve; the legend leaves it out too
 }
 
 export interface ChartOptions {
@@ -17,6 +18,7 @@ export interface ChartOptions {
   label: string;
 }
 
+const [FAINT, FAINTER] = ["55", "33"]; // behind a colour #rrggbb
 const WHOLE = [1, 2, 5].flatMap((digit) => Array.from({ length: 8 }, (_, zeros) => digit * 10 ** zeros)).sort((a, b) => a - b);
 
 function css(name: string): string {
@@ -81,8 +83,8 @@ export class Chart {
           { label: "step", value: (_, step) => (step === null ? "–" : String(step)) },
           ...this.options.series.map((series) => ({
             label: series.label,
-            ...(series.isBand ? { class: "band" } : {}),
-            stroke: css(series.colour),
+            ...(series.isBand || series.isFaint ? { class: "unlisted" } : {}),
+            stroke: css(series.colour) + (series.isFaint ? FAINT : ""),
             width: series.width ?? 1.75,
             ...(series.dash ? { dash: series.dash } : {}),
             points: { show: series.points ?? false, size: 6, fill: css(series.colour) },
@@ -91,7 +93,7 @@ export class Chart {
           })),
         ],
         // the edges of a band come first, the upper before the lower
-        bands: this.options.series[0]?.isBand ? [{ series: [1, 2], fill: `${css(this.options.series[0].colour)}33` }] : [],
+        bands: this.options.series[0]?.isBand ? [{ series: [1, 2], fill: css(this.options.series[0].colour) + FAINTER }] : [],
       },
       this.data,
       this.place,

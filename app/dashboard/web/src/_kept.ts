@@ -1,4 +1,4 @@
-// What a page keeps of itself over a reload, in this tab alone.
+// What a page keeps of itself over a reload, in this tab alone; and what somebody likes, for all pages.
 export function keep(key: string, value: unknown): void {
   sessionStorage.setItem(key, JSON.stringify(value));
 }
@@ -14,6 +14,14 @@ export function fill(form: HTMLFormElement, values: Record<string, string>): voi
     const field = form.elements.namedItem(name);
     if (field && "value" in field) field.value = value;
   }
+}
+
+export function keepForGood(key: string, value: string): void {
+  localStorage.setItem(key, value);
+}
+
+export function keptForGood(key: string): string | null {
+  return localStorage.getItem(key);
 }
 
 export function forget(key: string): void {

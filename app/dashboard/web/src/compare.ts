@@ -1,7 +1,7 @@
 // Curves of several jobs over each other.
-import type uPlot from "uplot";
 import { ask } from "./_api";
 import { Chart, type Series } from "./_chart";
+import { smoothed, smoothing } from "./_smooth";
 
 interface Point {
   step: number;
@@ -34,16 +34,21 @@ function jobsOf(page: HTMLElement): Job[] {
 async function draw(jobs: Job[]): Promise<void> {
   const query = new URLSearchParams(jobs.map((job) => ["ids", job.id]));
   const curves = await ask<Record<string, Record<Curve, Point[]>>>(`/jobs/compare/curves?${query}`);
-  for (const [id, of] of [["validation", "validation"], ["training", "train"]] as const) {
-    const place = document.getElementById(id);
-    if (!place) continue;
-    const series = jobs.map((job) => ({ ...job.series, points: of === "validation" }));
-    new Chart(place, { label: "loss", series }).show(together(jobs.map((job) => curves[job.id]?.[of] ?? [])));
-  }
+  const [validation, training] = [document.getElementById("validation"), document.getElementById("training")];
+  if (!validation || !training) return;
+  const of = (curve: Curve) => together(jobs.map((job) => curves[job.id]?.[curve] ?? []));
+  const series = jobs.map((job) => job.series);
+  new Chart(validation, { label: "loss", series: series.map((one) => ({ ...one, points: true })) }).show(of("validation"));
+  const measured = series.map((one) => ({ ...one, width: 1, isFaint: true }));
+  const chart = new Chart(training, { label: "loss", series: [...measured, ...series] });
+  const [steps, ...losses] = of("train");
+  const share = smoothing(() => show());
+  const show = () => chart.show([steps, ...losses, ...losses.map((loss) => smoothed(steps, loss, share()))]);
+  show();
 }
 
 /** By step; null where a curve has no point. */
-function together(curves: Point[][]): uPlot.AlignedData {
+function together(curves: Point[][]): [number[], ...(number | null)[][]] {
   const steps = [...new Set(curves.flat().map((point) => point.step))].sort((a, b) => a - b);
   const known = curves.map((curve) => new Map(curve.map((point) => [point.step, point.loss])));
   return [steps, ...known.map((losses) => steps.map((step) => losses.get(step) ?? null))];

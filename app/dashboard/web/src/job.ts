@@ -3,6 +3,7 @@ import htmx from "htmx.org";
 import type uPlot from "uplot";
 import { ask } from "./_api";
 import { Chart } from "./_chart";
+import { smoothed, smoothing } from "./_smooth";
 import { timeOfDay } from "./_time";
 
 interface Curves {
@@ -31,6 +32,7 @@ function follow(page: HTMLElement, id: string): void {
     series: [
       { label: "highest", colour: "--accent", width: 0, isBand: true },
       { label: "lowest", colour: "--accent", width: 0, isBand: true },
+      { label: "as measured", colour: "--accent", width: 1, isFaint: true },
       { label: "training loss", colour: "--accent" },
       { label: "validation loss", colour: "--live", width: 2.25, points: true },
     ],
@@ -42,6 +44,7 @@ function follow(page: HTMLElement, id: string): void {
     series: [{ label: "speed", colour: "--live" }],
   });
   let curves: Curves = { train: [], validation: [], last_event_id: null };
+  const share = smoothing(() => draw());
   const refreshed = throttled(() => htmx.trigger("#job-state", "refresh", {}), 1000);
   const outcomeRefreshed = throttled(() => htmx.trigger("#outcome", "refresh", {}), 1000);
 
@@ -50,7 +53,7 @@ function follow(page: HTMLElement, id: string): void {
     const isEmpty = steps.length + curves.validation.length === 0;
     page.dataset["curves"] = isEmpty ? "none" : "drawn";
     if (isEmpty) return;
-    loss.show(lossData(curves));
+    loss.show(lossData(curves, share()));
     rate.show([steps, curves.train.map((point) => point.learning_rate)]);
     speed.show([steps, curves.train.map((point) => point.tokens_per_second)]);
   }
@@ -109,7 +112,7 @@ function follow(page: HTMLElement, id: string): void {
   });
 }
 
-function lossData(curves: Curves): uPlot.AlignedData {
+function lossData(curves: Curves, share: number): uPlot.AlignedData {
   const steps = [...new Set([...curves.train, ...curves.validation].map((point) => point.step))].sort((a, b) => a - b);
   const train = new Map(curves.train.map((point) => [point.step, point]));
   const validation = new Map(curves.validation.map((point) => [point.step, point.loss]));
@@ -117,11 +120,13 @@ function lossData(curves: Curves): uPlot.AlignedData {
     const point = train.get(step);
     return point ? read(point) : null;
   });
+  const measured = of((point) => point.loss);
   return [
     steps,
     of((point) => point.high),
     of((point) => point.low),
-    of((point) => point.loss),
+    measured,
+    smoothed(steps, measured, share),
     steps.map((step) => validation.get(step) ?? null),
   ];
 }

@@ -3,6 +3,7 @@ import htmx from "htmx.org";
 import { Idiomorph } from "idiomorph";
 import { csrfToken } from "./_api";
 import { keepDrafts } from "./_draft";
+import { keepForGood } from "./_kept";
 import { tellTimes } from "./_time";
 import { toast } from "./_toast";
 
@@ -86,7 +87,7 @@ document.addEventListener("click", (event) => {
   switch (pressed?.dataset["does"]) {
     case "theme": {
       const next = document.documentElement.dataset["theme"] === "dark" ? "light" : "dark";
-      localStorage.setItem("theme", next);
+      keepForGood("theme", next);
       document.documentElement.dataset["theme"] = next;
       break;
     }
