@@ -79,6 +79,14 @@ def test_from_a_file_to_a_model_that_answers(open_page: Opening, tmp_path: Path)
     expect(page.locator("#job-state .badge")).to_have_text("succeeded")
     expect(page.locator("#loss canvas")).to_be_visible()
     expect(page.locator("#log")).to_contain_text("successfully completed")
+    curve = page.locator("#loss canvas")
+    rough = curve.screenshot()
+    page.get_by_label("Smoothing").fill("5")
+    expect(page.locator("#job output")).to_have_text("5 % of the steps")
+    page.wait_for_timeout(200)
+    assert curve.screenshot() != rough
+    page.reload()
+    expect(page.locator("#job output")).to_have_text("5 % of the steps")
     expect(page.get_by_role("link", name="Try it beside its base")).to_be_visible()
     expect(page.get_by_role("region", name="Checkpoints").get_by_text(":ckpt-step-").first).to_be_visible()
     expect(page.locator("#examples .excerpt").first).to_contain_text("What comes after")
@@ -204,8 +212,14 @@ def test_an_evaluation_is_made_and_read(open_page: Opening, tmp_path: Path) -> N
     expect(page.locator("#plan")).to_contain_text("pattern")
     page.get_by_role("button", name="Remove this grader").last.click()
     expect(page.locator("#plan")).to_contain_text("Choose a second model")
+    page.get_by_label("Measure").select_option("gleu")
     page.get_by_label("Longest answer").fill("4")
     page.get_by_label("Name", exact=True).last.fill("first look")
+    form = page.url
+    page.reload()
+    expect(page.get_by_label("Measure")).to_have_value("gleu")
+    expect(page.get_by_label("Longest answer")).to_have_value("4")
+    expect(page.locator("#plan")).to_contain_text("Choose a second model")
     page.get_by_role("button", name="Start the evaluation").click()
 
     expect(page.get_by_role("heading", name="first look")).to_be_visible()
@@ -213,6 +227,10 @@ def test_an_evaluation_is_made_and_read(open_page: Opening, tmp_path: Path) -> N
     expect(page.get_by_role("region", name="Scores")).to_contain_text("likeness")
     expect(page.get_by_role("region", name="Answers").locator("tbody tr:not(.asked)")).to_have_count(3)
     expect(page.get_by_role("region", name="Answers")).to_contain_text("to be answered: 1")
+
+    page.goto(form)
+    expect(page.locator("#plan")).to_contain_text("add a grader")
+    expect(page.locator(".grader")).to_have_count(0)  # what was sent is no draft any more
 
 
 def test_a_large_file_goes_in_parts_through_a_restart_of_the_api_and_a_reload(

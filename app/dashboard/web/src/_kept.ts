@@ -8,12 +8,24 @@ export function kept<T>(key: string): T | null {
   return text === null ? null : (JSON.parse(text) as T);
 }
 
-/** Fields of a form by name, as they were; of a group of radio buttons that chooses the one. */
-export function fill(form: HTMLFormElement, values: Record<string, string>): void {
-  for (const [name, value] of Object.entries(values)) {
-    const field = form.elements.namedItem(name);
-    if (field && "value" in field) field.value = value;
-  }
+/** Of a form's fields, by name; several of one name that is chosen several times. */
+export type Entries = [string, string][];
+
+export function entriesOf(form: HTMLFormElement): Entries {
+  return [...new FormData(form)].map(([name, value]) => [name, String(value)]);
+}
+
+/** Fields as they were. Returns what has no field. */
+export function fill(form: HTMLFormElement, entries: Entries): Entries {
+  const fields = [...form.elements].filter((field) => "name" in field && "value" in field) as HTMLInputElement[];
+  return entries.filter(([name, value]) => {
+    const named = fields.filter((field) => field.name === name);
+    for (const field of named) {
+      if (field.type !== "checkbox" && field.type !== "radio") field.value = value;
+      else if (field.value === value) field.checked = true;
+    }
+    return named.length === 0;
+  });
 }
 
 export function keepForGood(key: string, value: string): void {

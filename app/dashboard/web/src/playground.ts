@@ -1,7 +1,7 @@
 // One question to several models at once: the same seed, answers side by side as they come, and how fast they came.
 import { ApiError, ask, json, send } from "./_api";
 import { told } from "./_chart";
-import { fill, keep, kept } from "./_kept";
+import { entriesOf, fill, keep, kept, type Entries } from "./_kept";
 import { toast } from "./_toast";
 
 interface Model {
@@ -24,7 +24,7 @@ interface Chunk {
 
 /** What a reload brings back. */
 interface Kept {
-  settings: Record<string, string>;
+  settings: Entries;
   columns: Conversation[];
 }
 
@@ -275,9 +275,8 @@ function add(model: string, before?: Conversation): void {
 
 /** A question that has no answer yet is not kept: after a reload nobody waits for it. */
 function remember(): void {
-  const settings = Object.fromEntries([...new FormData(form)].map(([name, value]) => [name, String(value)]));
   const answered = all.map((column) => column.conversation()).map((said) => ({ ...said, history: pairs(said.history) }));
-  keep(KEPT_AS, { settings, columns: answered } satisfies Kept);
+  keep(KEPT_AS, { settings: entriesOf(form), columns: answered } satisfies Kept);
 }
 
 function pairs(history: Message[]): Message[] {
