@@ -15,6 +15,7 @@ from app.core.prices import Price, PriceBook
 from app.evaluations import service as evaluations
 from app.jobs import results
 from app.jobs import service as jobs
+from app.jobs.curves import ValidationPoint, validation_of
 from app.jobs.schemas import status_of
 from app.models import Evaluation, Job, JobCheckpoint
 from app.schemas import Failure
@@ -117,7 +118,10 @@ class _Differences:
 
 
 def compare(session: orm.Session, caller: Caller, ids: Sequence[str], *, points: int, prices: PriceBook) -> ComparisonOut:
-    """Raises NotFound, naming the jobs that do not exist or are not the caller's; BadRequest for too few or too many."""
+    """With curves of so many points, or without any for 0: long runs take long to read.
+
+    Raises NotFound, naming the jobs that do not exist or are not the caller's; BadRequest for too few or too many.
+    """
     found = _named(session, caller, ids)
     differences = _Differences(
         requested=differing({job.id: _requested(job) for job in found}),
@@ -176,7 +180,6 @@ def _compared(
     points: int,
     prices: PriceBook,
 ) -> ComparedJob:
-    train, validation = curves_of(results.steps_of(session, job.id))
     took = job.finished_at - job.started_at if job.finished_at and job.started_at else None
     tokens = job.total_tokens if job.trained_tokens is None else job.trained_tokens
     return ComparedJob(
@@ -197,11 +200,16 @@ def _compared(
         price=prices.price(job.base, tokens) if tokens is not None else None,
         requested=differences.requested[job.id],
         resolved=differences.resolved.get(job.id),
-        validation=_valid_losses(job, validation),
+        validation=_valid_losses(job, validation_of(session, job.id)),
         held_out=job.held_out,
-        curves=Curves(train=thinned(train, points), validation=thinned(validation, points)),
+        curves=_curves(session, job, points) if points else Curves(train=[], validation=[]),
         evaluations=evaluated,
     )
+
+
+def _curves(session: orm.Session, job: Job, points: int) -> Curves:
+    train, validation = curves_of(results.steps_of(session, job.id))
+    return Curves(train=thinned(train, points), validation=thinned(validation, points))
 
 
 def curves_of(steps: Mapping[int, Mapping[str, Any]]) -> tuple[list[Point], list[Point]]:
@@ -226,8 +234,8 @@ def thinned(curve: Sequence[Point], points: int) -> list[Point]:
     return [curve[round(n * last / (points - 1))] for n in range(points)]
 
 
-def _valid_losses(job: Job, validation: Sequence[Point]) -> ValidLosses | None:
-    losses = [ValidLoss(step=point.step, valid_loss=point.metrics["valid_loss"]) for point in validation]
+def _valid_losses(job: Job, validation: Sequence[ValidationPoint]) -> ValidLosses | None:
+    losses = [ValidLoss(step=point.step, valid_loss=point.loss) for point in validation]
     if not losses:
         return None
     return ValidLosses(final=losses[-1], best=min(losses, key=lambda one: one.valid_loss), published=job.valid_loss)

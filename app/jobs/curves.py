@@ -41,7 +41,8 @@ def of_job(session: orm.Session, caller: Caller, job_id: str, *, points: int) ->
     last = session.scalar(
         select(JobEvent.id).where(JobEvent.job_id == job.id).order_by(JobEvent.sequence.desc()).limit(1)
     )  # before the curves are read: what comes in between is told twice, and never left out
-    return CurvesOut(train=_train(session, job.id, points), validation=_validation(session, job.id), last_event_id=last)
+    validation = [ValidationPoint(step=one.step, loss=_short(one.loss)) for one in validation_of(session, job.id)]
+    return CurvesOut(train=_train(session, job.id, points), validation=validation, last_event_id=last)
 
 
 def _measured(name: str) -> Any:
@@ -78,11 +79,12 @@ def _train(session: orm.Session, job_id: str, points: int) -> list[TrainPoint]:
     return [TrainPoint(step=step, **dict(zip(names, map(_short, numbers), strict=True))) for step, *numbers in rows]
 
 
-def _validation(session: orm.Session, job_id: str) -> list[ValidationPoint]:
+def validation_of(session: orm.Session, job_id: str) -> list[ValidationPoint]:
+    """In the order of steps; one that was repeated as it came out the last time."""
     mine = JobEvent.job_id == job_id, JobEvent.type == "metrics", JobEvent.data.has_key("valid_loss")
     found = session.scalars(select(JobEvent.data).where(*mine).order_by(JobEvent.sequence))
     losses = {data["step"]: data["valid_loss"] for data in found if data}
-    return [ValidationPoint(step=step, loss=_short(losses[step])) for step in sorted(losses)]
+    return [ValidationPoint(step=step, loss=losses[step]) for step in sorted(losses)]
 
 
 def _short(value: float) -> float:
