@@ -14,7 +14,10 @@ function keepDraft(form: HTMLFormElement): void {
   let absent = fill(form, before ?? given); // fields that come later, as those of a file's rows do
   void bring(form, absent);
 
-  const remember = () => keep(key, [...entriesOf(form), ...absent]);
+  let isSent = false;
+  const remember = () => {
+    if (!isSent) keep(key, [...entriesOf(form), ...absent]);
+  };
   form.addEventListener("input", remember);
   form.addEventListener("change", remember);
   form.addEventListener("htmx:afterSettle", () => {
@@ -23,7 +26,9 @@ function keepDraft(form: HTMLFormElement): void {
   });
   form.addEventListener("htmx:afterRequest", (event) => {
     const { elt, xhr } = (event as CustomEvent<{ elt: Element; xhr: XMLHttpRequest }>).detail;
-    if (elt === form && xhr.status === 200) forget(key);
+    if (elt !== form || xhr.status !== 200) return;
+    isSent = true; // a plan may still come
+    forget(key);
   });
 }
 
