@@ -68,8 +68,10 @@ def find_user(session: orm.Session, email: str) -> User:
 
 def disable_user(session: orm.Session, email: str) -> User:
     """Signed out everywhere within a request, and let in by neither password nor link. Their organization's API keys go on
-    working. Raises NotFound."""
+    working. Raises NotFound; Conflict for an operator, without whom nobody would see the service."""
     user = find_user(session, email)
+    if user.is_operator:
+        raise Conflict(f"{user.email} is the operator, and is not shut out; `tunesmith sign-in` prints a link", param="email")
     user.disabled_at = user.disabled_at or func.clock_timestamp()
     users.sign_out_everywhere(session, user)
     return user
@@ -79,6 +81,7 @@ def enable_user(session: orm.Session, email: str) -> User:
     """Let in again, by the password that they had. Raises NotFound."""
     user = find_user(session, email)
     user.disabled_at = None
+    users.sign_out_everywhere(session, user)  # also a browser that was signing in while they were shut out
     return user
 
 

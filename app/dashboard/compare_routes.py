@@ -22,7 +22,7 @@ Ids = Annotated[list[str], Query(default_factory=list)]
 @router.get("")
 def compare_jobs(request: Request, session: Session, caller: Caller, prices: Prices, ids: Ids) -> HTMLResponse:
     """The curves come by themselves. The names of what differs are the same in all jobs that have been looked at."""
-    found = comparing.compare(session, caller, ids, points=0, prices=prices).data
+    found = comparing.compare(session, caller, ids, points=None, prices=prices).data
     chosen = next((job.resolved for job in found if job.resolved is not None), {})
     graders = dict.fromkeys(
         (evaluation.file, evaluation.id, grader)

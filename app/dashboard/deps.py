@@ -8,6 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from app.accounts.browser import SAFE_METHODS, Browser
 from app.accounts.users import Visitor
 from app.core.errors import AppError
+from app.deps import Settings
 
 
 class NotSignedIn(AppError):
@@ -33,4 +34,10 @@ async def get_visitor(request: Request, browser: OurBrowser) -> Visitor:
     return visitor
 
 
+def get_base_url(request: Request, settings: Settings) -> str:
+    """Of the API, for programs: where people are told to find the dashboard, or as this browser has."""
+    return f"{settings.dashboard.url.rstrip('/')}/v1" if settings.dashboard.url else str(request.base_url.replace(path="/v1"))
+
+
+BaseUrl = Annotated[str, Depends(get_base_url)]
 SignedIn = Annotated[Visitor, Depends(get_visitor)]

@@ -1,6 +1,7 @@
 """Models: all of a project's, one by itself, and several asked at once."""
 
 import json
+import shlex
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -13,9 +14,9 @@ from app.accounts.caller import Caller as ApiCaller
 from app.adapters import aliases
 from app.adapters import service as adapters
 from app.core import manifest
-from app.dashboard.deps import get_visitor
+from app.dashboard.deps import BaseUrl, get_visitor
 from app.dashboard.rendering import render
-from app.dashboard.route import PageRoute, base_url_of
+from app.dashboard.route import PageRoute
 from app.deps import BaseModels, Caller, Session, Sessions, Settings, Storage
 from app.evaluations import service as evaluations
 from app.files import service as files
@@ -43,10 +44,11 @@ def show_manifest(request: Request, sessions: Sessions, caller: Caller, storage:
 
 
 @router.get("/models/{name:path}")
-def show_model(request: Request, session: Session, caller: Caller, name: str) -> HTMLResponse:
+def show_model(request: Request, session: Session, caller: Caller, base_url: BaseUrl, name: str) -> HTMLResponse:
     """A final model, or a checkpoint by its own name."""
     model = adapters.get(session, caller, name)
     job = jobs.get(session, caller, model.job_id)
+    asking = evaluations.list_naming(session, caller, [name], limit=EVALUATIONS)
     return render(
         request,
         "model.html",
@@ -55,20 +57,27 @@ def show_model(request: Request, session: Session, caller: Caller, name: str) ->
         quantization=adapters.quantization_of(session, model).scheme,
         valid_loss=adapters.valid_loss_of(session, model),
         file=files.find(session, caller, job.training_file_id),
-        calls=_calls(base_url_of(request), name),
-        aliases=_aliases(session, caller)[name],
-        evaluations=[
-            (one, comparing.grades_of(one, name)) for one in evaluations.list_naming(session, caller, [name])[:EVALUATIONS]
-        ],
+        is_start_there=bool(job.continue_from and adapters.find(session, caller, job.continue_from)),
+        calls=_calls(base_url, name),
+        aliases=_aliases(session, caller).get(name, []),
+        evaluations=[(one, comparing.grades_of(one, name)) for one in asking],
+        most=EVALUATIONS,
     )
 
 
 @router.delete("/models/{name:path}")
-def delete_model(request: Request, session: Session, caller: Caller, catalog: BaseModels, name: str, then: str = "") -> Response:
-    """Answers with what is left, which is where its own page leads then."""
+def delete_model(request: Request, session: Session, caller: Caller, catalog: BaseModels, name: str) -> HTMLResponse:
+    """From the list, which is what is left then."""
     adapters.delete(session, caller, catalog, name)
     session.flush()
-    return Response(headers={"HX-Redirect": "/models"}) if then else _listed(request, session, caller)
+    return _listed(request, session, caller)
+
+
+@router.post("/models/{name:path}/delete")
+def delete_shown_model(session: Session, caller: Caller, catalog: BaseModels, name: str) -> Response:
+    """From its own page, which there is no more then."""
+    adapters.delete(session, caller, catalog, name)
+    return Response(headers={"HX-Redirect": "/models"})
 
 
 @router.get("/playground")
@@ -91,16 +100,17 @@ def _aliases(session: orm.Session, caller: ApiCaller) -> Mapping[str, list[Model
 
 
 def _calls(base_url: str, model: str) -> dict[str, str]:
-    """One question to it, by language: JSON is Python too, and in single quotes a shell's, but for those in it."""
+    """One question to it, by language. JSON is Python too."""
     messages = [{"role": "user", "content": "Hello"}]
-    body = json.dumps({"model": model, "messages": messages}).replace("'", r"'\''")
+    body = shlex.quote(json.dumps({"model": model, "messages": messages}))
+    url = shlex.quote(f"{base_url}/chat/completions")
     return {
         "Python": f"""\
 from openai import OpenAI
 
-client = OpenAI(base_url="{base_url}")  # OPENAI_API_KEY: one of {base_url.removesuffix("/v1")}/keys
+client = OpenAI(base_url={json.dumps(base_url)})  # OPENAI_API_KEY: one of {base_url.removesuffix("/v1")}/keys
 answer = client.chat.completions.create(model={json.dumps(model)}, messages={json.dumps(messages)})
 print(answer.choices[0].message.content)""",
         "curl": f"""\
-curl {base_url}/chat/completions -H "Authorization: Bearer $OPENAI_API_KEY" -H 'Content-Type: application/json' -d '{body}'""",
+curl {url} -H "Authorization: Bearer $OPENAI_API_KEY" -H 'Content-Type: application/json' -d {body}""",
     }

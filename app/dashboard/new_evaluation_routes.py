@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -58,7 +58,7 @@ def show_form(
     """With the newest files to choose from. Models that are named are chosen; the first is what others are compared with."""
     found, _ = files.list_page(session, caller, purpose=data.TO_EVALUATE, after=None, limit=CHOICES, order="desc")
     live = engines.list_live(session, timeout_seconds=settings.inference.heartbeat_timeout_seconds)
-    groups = dict(_models(session, caller, catalog, served={engine.base for engine in live}))
+    groups = dict(_models(session, caller, catalog, served={engine.base for engine in live}, named=(model or ())[:MAX_MODELS]))
     named = [name for name in model or () if any(name in group for group in groups.values())]
     usual = catalog.resolve(settings.inference.base).id
     return render(
@@ -147,9 +147,14 @@ async def create(
     return Response(headers={"HX-Redirect": f"/evaluations/{made.id}"})
 
 
-def _models(session: orm.Session, caller: ApiCaller, catalog: Catalog, *, served: set[str]) -> Iterator[tuple[str, list[str]]]:
-    """Names that can be asked, by what they are. Bases that no engine serves and no model is of are left out."""
-    tuned = adapters.list_published(session, caller)
+def _models(
+    session: orm.Session, caller: ApiCaller, catalog: Catalog, *, served: set[str], named: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Names that can be asked, by what they are: of checkpoints those that are named, and no base that no engine serves and no
+    model is of."""
+    found = [adapters.find(session, caller, name) for name in named]
+    checkpoints = [model for model in found if model is not None and model.step is not None]
+    tuned = [*checkpoints, *adapters.list_published(session, caller)]
     wanted = served | {model.base for model in tuned}
     yield "Bases", [base.id for base in catalog.values() if base.id in wanted]
     yield "Your models", [model.name for model in tuned]

@@ -51,11 +51,6 @@ def told(request: Request, error: Exception) -> Response:
     return render(request, "error.html", status=said.status_code, heading=heading, message=message)
 
 
-def base_url_of(request: Request) -> str:
-    """Of the API, as whoever sees this page reaches it."""
-    return str(request.base_url.replace(path="/v1"))
-
-
 def _in_header(text: str) -> str:
     """Headers hold Latin-1 on one line."""
     return " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")[:500]

@@ -113,13 +113,13 @@ def list_page(session: orm.Session, caller: Caller, *, after: str | None, limit:
 
 
 def list_naming(
-    session: orm.Session, caller: Caller, models: Sequence[str], *, file_id: str | None = None
+    session: orm.Session, caller: Caller, models: Sequence[str], *, file_id: str | None = None, limit: int = MOST_NAMING
 ) -> Sequence[Evaluation]:
-    """Those that ask any of these models, about this file or any, the newest first; not more than the last few hundred."""
+    """Those that ask any of these models, about this file or any, the newest first."""
     query = _visible(caller).where(Evaluation.request["models"].has_any(cast(models, ARRAY(Text))))
     if file_id is not None:
         query = query.where(Evaluation.file_id == file_id)
-    return session.scalars(query.order_by(Evaluation.id.desc()).limit(MOST_NAMING)).all()
+    return session.scalars(query.order_by(Evaluation.id.desc()).limit(limit)).all()
 
 
 def list_samples(

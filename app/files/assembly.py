@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 from asyncio import Task
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 from weakref import WeakValueDictionary
@@ -21,7 +20,6 @@ from app.accounts.caller import Caller
 from app.core import crash
 from app.core.errors import BadRequest, NotFound, RateLimited
 from app.core.storage import Storage, Stored
-from app.files import service as files
 from app.files import uploads
 from app.files.settling import settling, throw_away
 from app.files.upload_schemas import UploadComplete, UploadOut
@@ -69,8 +67,6 @@ class Assembler:
     async def _complete(self, caller: Caller, upload_id: str, request: UploadComplete) -> UploadOut:
         plan = await run_in_threadpool(self._plan, caller, upload_id, request)
         if isinstance(plan, UploadOut):
-            if request.md5 is not None and plan.file is not None:
-                await to_thread.run_sync(self._check, caller, plan.file.id, request.md5, limiter=self._turns)
             return plan
         line = self._lines.setdefault(caller.organization_id, asyncio.Lock())
         async with line:  # planned before, since an upload must not expire here
@@ -80,14 +76,6 @@ class Assembler:
         with db.organization_session(self.sessions, caller.organization_id) as session:
             plan = uploads.plan(session, caller, upload_id, part_ids=request.part_ids)
             return plan or uploads.show(session, caller, upload_id)
-
-    def _check(self, caller: Caller, file_id: str, md5: str) -> None:
-        """Of what was put together before, perhaps without asking for its md5. Raises BadRequest."""
-        whole = hashlib.md5(usedforsecurity=False)
-        with suppress(NotFound):  # the file has been deleted since, which is the answer
-            for chunk in self.storage.stream(files.key_for(caller, file_id)):
-                whole.update(chunk)
-            _require_same(whole.hexdigest(), md5)
 
     def _carry_out(self, caller: Caller, plan: Plan, md5: str | None) -> UploadOut:
         try:
@@ -132,15 +120,10 @@ def assemble(storage: Storage, plan: Plan, *, md5: str | None) -> Stored:
                 upload.write(chunk)
                 if md5 is not None:
                     whole.update(chunk)
-        if md5 is not None:
-            _require_same(whole.hexdigest(), md5)
+        if md5 is not None and whole.hexdigest() != md5.lower():
+            message = f"the md5 of these parts is {whole.hexdigest()}: name them in the file's order, or send them again"
+            raise BadRequest(message, param="md5", code="md5_mismatch")
         return upload.finish()
-
-
-def _require_same(found: str, md5: str) -> None:
-    if found != md5.lower():
-        message = f"the md5 of these parts is {found}: name them in the file's order, or send them again"
-        raise BadRequest(message, param="md5", code="md5_mismatch")
 
 
 def _read(storage: Storage, piece: Piece) -> Iterator[bytes]:

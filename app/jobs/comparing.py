@@ -117,8 +117,8 @@ class _Differences:
     resolved: Mapping[str, dict[str, Any]]
 
 
-def compare(session: orm.Session, caller: Caller, ids: Sequence[str], *, points: int, prices: PriceBook) -> ComparisonOut:
-    """With curves of so many points, or without any for 0: long runs take long to read.
+def compare(session: orm.Session, caller: Caller, ids: Sequence[str], *, points: int | None, prices: PriceBook) -> ComparisonOut:
+    """With curves of so many points, or without any: long runs take long to read.
 
     Raises NotFound, naming the jobs that do not exist or are not the caller's; BadRequest for too few or too many.
     """
@@ -177,7 +177,7 @@ def _compared(
     job: Job,
     differences: _Differences,
     evaluated: list[EvaluatedModel],
-    points: int,
+    points: int | None,
     prices: PriceBook,
 ) -> ComparedJob:
     took = job.finished_at - job.started_at if job.finished_at and job.started_at else None
@@ -202,7 +202,7 @@ def _compared(
         resolved=differences.resolved.get(job.id),
         validation=_valid_losses(job, validation_of(session, job.id)),
         held_out=job.held_out,
-        curves=_curves(session, job, points) if points else Curves(train=[], validation=[]),
+        curves=_curves(session, job, points) if points is not None else Curves(train=[], validation=[]),
         evaluations=evaluated,
     )
 

@@ -1,6 +1,7 @@
 """Organizations and people, let in by whoever runs the service."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -61,6 +62,10 @@ def test_whoever_is_disabled_is_out_at_once_and_comes_in_again(tunesmith: Tunesm
         for asked in (("users", "add", email, "--organization", slug), ("sign-in", "--email", email))
     )
     with signed_in(link, api_url) as browser:
+        token = re.search(r'name="csrf-token" content="([^"]+)"', browser.get("/account").text)
+        assert token is not None
+        set_by = {"x-csrf-token": token[1]}
+        browser.post("/account/password", data={"password": "correct horse"}, headers=set_by).raise_for_status()
         assert browser.get("/account").url.path == "/account"
         assert json.loads(tunesmith("users", "disable", email.upper(), "--json").out) == {"email": email, "is_disabled": True}
         assert browser.get("/account").url.path == "/sign-in"
@@ -70,9 +75,19 @@ def test_whoever_is_disabled_is_out_at_once_and_comes_in_again(tunesmith: Tunesm
     assert "disabled" in next(line for line in tunesmith("users", "list").out.splitlines() if email in line)
 
     assert tunesmith("users", "enable", email).status == 0
+    with httpx.Client(base_url=api_url, follow_redirects=True, headers={"origin": api_url}, verify=False) as browser:
+        signed = browser.post("/sign-in", data={"email": email, "password": "correct horse"})
+        assert signed.url.path == "/" and email in browser.get("/account").text
     again = json.loads(tunesmith("sign-in", "--email", email, "--json").out)["link"]
     with signed_in(again, api_url) as browser:
         assert email in browser.get("/account").text
+
+
+def test_the_operator_is_not_shut_out(tunesmith: Tunesmith) -> None:
+    assert tunesmith("sign-in").status == 0  # who makes the operator, where there is none
+    refused = tunesmith("users", "disable", "operator@localhost")
+    assert (refused.status, refused.out) == (1, "") and "is not shut out" in refused.err
+    assert tunesmith("sign-in").status == 0
 
 
 def test_what_cannot_be_is_told_in_a_line(tunesmith: Tunesmith, slug: str) -> None:

@@ -4,9 +4,11 @@ import html
 import json
 import re
 from datetime import timedelta
+from urllib.parse import quote
 
 import httpx
 import pytest
+from fastapi import Request
 from sqlalchemy import func, select, update
 
 from app import processes, standing
@@ -17,6 +19,7 @@ from app.core.engine import Heartbeat
 from app.core.events import Stepped
 from app.core.settings import Settings
 from app.core.storage import Storage
+from app.dashboard.deps import get_base_url
 from app.dashboard.rendering import POLICY
 from app.files import service as files
 from app.inference import engines
@@ -286,11 +289,33 @@ def test_a_model_tells_where_it_comes_from_how_it_did_and_how_it_is_called(
     assert "<dd>0.48</dd>" in told and f"model=&#34;{name}&#34;" in told and page.url + "/v1" in told
     assert name in page.get("/models").text
     assert f"at step {checkpoint.step}" in page.get(f"/models/{checkpoint.fine_tuned_model}").text
+    form = page.get(f"/evaluations/new?model={make.TINY}&model={checkpoint.fine_tuned_model}").text
+    assert f'value="{checkpoint.fine_tuned_model}" checked' in form
     assert strange_page.get(f"/models/{name}").status_code == 404
 
-    assert strange_page.ask("DELETE", f"/models/{name}?then=list").status_code == 404
-    assert page.ask("DELETE", f"/models/{name}?then=list").headers["hx-redirect"] == "/models"
+    assert strange_page.ask("POST", f"/models/{name}/delete").status_code == 404
+    assert page.ask("POST", f"/models/{name}/delete").headers["hx-redirect"] == "/models"
     assert page.get(f"/models/{name}").status_code == 404
+
+
+def test_what_a_model_came_from_may_be_gone(page: Page, system_sessions: Sessions, organization: Caller) -> None:
+    with system_sessions.begin() as session:
+        start = make.tuned_model(session, organization)
+        job = make.queued_job(session, organization, continue_from=start)
+        make.complete(session, make.claim(session, job))
+        name, file_id = str(job.fine_tuned_model), job.training_file_id
+    assert f'href="/models/{quote(start)}"' in page.get(f"/models/{name}").text
+    for gone in (f"/models/{start}", f"/files/{file_id}"):
+        assert page.ask("DELETE", gone).status_code == 200
+    told = page.get(f"/models/{name}").text
+    assert told.count("which is deleted") == 2 and f'href="/models/{quote(start)}"' not in told
+
+
+def test_programs_are_told_the_address_that_people_are(settings: Settings) -> None:
+    seen = Request({"type": "http", "scheme": "http", "server": ("10.0.0.5", 8000), "path": "/keys", "headers": []})
+    assert get_base_url(seen, settings) == "http://10.0.0.5:8000/v1"
+    at = settings.model_copy(update={"dashboard": settings.dashboard.model_copy(update={"url": "https://tune.example/"})})
+    assert get_base_url(seen, at) == "https://tune.example/v1"
 
 
 def test_jobs_are_compared_by_what_differs(page: Page, system_sessions: Sessions, organization: Caller, storage: Storage) -> None:

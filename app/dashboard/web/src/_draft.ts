@@ -39,6 +39,8 @@ async function bring(form: HTMLFormElement, absent: Entries): Promise<void> {
   for (const [name, kind] of absent) {
     if (!name.endsWith(".type")) continue;
     const query = new URLSearchParams({ kind, key: name.slice(0, -".type".length) });
-    await htmx.ajax("get", `${place.dataset["parts"]}?${query}`, { target: place, swap: "beforeend" });
+    form.inert = true; // until it is whole nobody sends it
+    await htmx.ajax("get", `${place.dataset["parts"]}?${query}`, { target: place, swap: "beforeend" }).catch(() => undefined);
   }
+  form.inert = false;
 }

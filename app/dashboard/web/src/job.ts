@@ -44,7 +44,9 @@ function follow(page: HTMLElement, id: string): void {
     series: [{ label: "speed", colour: "--live" }],
   });
   let curves: Curves = { train: [], validation: [], last_event_id: null };
-  const share = smoothing(() => draw());
+  const share = smoothing(() => {
+    if (page.dataset["curves"] === "drawn") draw();
+  });
   const refreshed = throttled(() => htmx.trigger("#job-state", "refresh", {}), 1000);
   const outcomeRefreshed = throttled(() => htmx.trigger("#outcome", "refresh", {}), 1000);
 
