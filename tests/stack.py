@@ -16,9 +16,9 @@ import psutil
 from app.core.storage import Storage
 from bench.chaos.house import open_s3
 from tests import make
+from tests.embedded.patience import PATIENCE_SECONDS
 from worker.embedded.state import State
 
-UP_SECONDS = 120
 COMMAND = (sys.executable, "-m", "cli.main")
 
 
@@ -34,7 +34,7 @@ class Stack:
     def children(self, *words: str) -> list[psutil.Process]:
         """Its processes whose command line holds all these words."""
         found = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in found if all(word in _command(child) for word in words)]
+        return [child for child in found if all(word in command_of(child) for word in words)]
 
     def storage(self) -> Storage:
         return open_s3(State.load(self.data_dir / "stack.json"))
@@ -66,17 +66,17 @@ def running_stack(
         )
         try:
             credentials = data_dir / "credentials.json"
-            deadline = time.monotonic() + UP_SECONDS
+            deadline = time.monotonic() + PATIENCE_SECONDS
             while not credentials.exists():
                 assert process.poll() is None and time.monotonic() < deadline, (data_dir / "console").read_text()[-5000:]
                 time.sleep(0.1)
             yield Stack(process, data_dir, **json.loads(credentials.read_text()))
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=60) == 0
+            assert process.wait(timeout=PATIENCE_SECONDS) == 0
 
 
-def _command(process: psutil.Process) -> str:
+def command_of(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
     except psutil.Error:  # it has just died

@@ -28,7 +28,7 @@ from worker.embedded.state import State
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "tiny-random-llama"
-UP_SECONDS, STOP_SECONDS = 180.0, 90.0
+UP_SECONDS, STOP_SECONDS, EVENTUALLY_SECONDS = 180.0, 90.0, 60.0
 LEASE_SECONDS = 3.0
 SETTINGS = {
     "INFERENCE__BASE": BASE,
@@ -139,8 +139,9 @@ def house(data_dir: Path, cache_dir: Path, *, crash_at: Path | None = None) -> I
             process.wait(timeout=STOP_SECONDS)
 
 
-def eventually(found: Callable[[], T], what: str, *, seconds: float = 60.0, pause_seconds: float = 0.1) -> T:
+def eventually(found: Callable[[], T], what: str, *, seconds: float | None = None, pause_seconds: float = 0.1) -> T:
     """What `found` finds in the end. Raises Stuck."""
+    seconds = EVENTUALLY_SECONDS if seconds is None else seconds
     give_up_at = time.monotonic() + seconds
     while not (value := found()):
         if time.monotonic() > give_up_at:

@@ -146,17 +146,14 @@ class Customers:
         job_id, drawn = self._disturbed.popleft(), self._rng.random()
         if drawn < CANCELLED_SHARE:
             time.sleep(self._rng.uniform(0, 5))
-            try:
+            with _unless_it_has_ended():
                 client.fine_tuning.jobs.cancel(job_id)
-            except APIStatusError as error:
-                if error.code != "illegal_state":  # it has ended meanwhile
-                    raise
-            else:
                 self._ledger.note("cancelled", id=job_id)
         elif drawn < CANCELLED_SHARE + PAUSED_SHARE:
-            client.fine_tuning.jobs.pause(job_id)
-            time.sleep(self._rng.uniform(0, 2))
-            self._resume(client, job_id)
+            with _unless_it_has_ended():
+                client.fine_tuning.jobs.pause(job_id)
+                time.sleep(self._rng.uniform(0, 2))
+                self._resume(client, job_id)
 
     def _resume(self, client: OpenAI, job_id: str) -> None:
         """A job that its owner has halted must not wait for ever for a customer who met an outage."""
@@ -233,3 +230,13 @@ class Customers:
             return  # it was just deleted
         if hashlib.sha256(content).hexdigest() != file["sha256"]:
             self._ledger.note("riddle", what="read", error=f"{file['id']} is not what was uploaded")
+
+
+@contextmanager
+def _unless_it_has_ended() -> Iterator[None]:
+    """A job that is over cannot be stopped any more, and says so."""
+    try:
+        yield
+    except APIStatusError as error:
+        if error.code != "illegal_state":
+            raise

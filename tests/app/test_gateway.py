@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import delete, func, orm, select, update
 
-from app.core.engine import AdapterRef, Heartbeat
+from app.core.engine import AdapterRef
 from app.core.settings import Settings
 from app.core.storage import Storage
 from app.inference import engines
@@ -45,9 +45,7 @@ def serve(settings: Settings, storage: Storage, system_sessions: Sessions) -> It
 
     def one(runner: SayingRunner | None = None, **limits: int) -> NativeDriver:
         url, driver = opened.enter_context(served.served(runner or Paced(), renderer, settings, **limits))
-        beat = Heartbeat(engine_id=url, url=url, base=make.TINY, base_digest=served.DIGEST, running=0, waiting=0)
-        with system_sessions.begin() as session:
-            engines.record(session, beat)
+        served.make_known(system_sessions, url)
         return driver
 
     with opened:

@@ -12,10 +12,8 @@ from openai import OpenAI
 from sqlalchemy import delete, orm
 
 from app.accounts.caller import Caller
-from app.core.engine import Heartbeat
 from app.core.settings import Settings
 from app.core.storage import Storage
-from app.inference import engines
 from app.models import Engine, File, WebhookEndpoint
 from tests import make
 from tests.inference import served
@@ -162,9 +160,7 @@ def engine(settings: Settings, storage: Storage) -> Iterator[str]:
 def at(
     http: httpx.Client, client: OpenAI, system_sessions: orm.sessionmaker[orm.Session], organization: Caller, engine: str
 ) -> Iterator[At]:
-    beat = Heartbeat(engine_id=engine, url=engine, base=make.TINY, base_digest=served.DIGEST, running=0, waiting=0)
-    with system_sessions.begin() as session:
-        engines.record(session, beat)
+    served.make_known(system_sessions, engine)
     yield At(http, client, system_sessions, organization)
     with system_sessions.begin() as session:
         session.execute(delete(Engine))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +54,7 @@ class Terminal:
 
     def status(self) -> int:
         """Once the command has ended."""
-        status = self._process.wait(timeout=60)
+        status = self._process.wait(timeout=PATIENCE_SECONDS)
         self._reader.join()
         return status
 

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import delete, orm
 
-from app.core.engine import Heartbeat
 from app.core.settings import Settings
 from app.core.storage import Storage
-from app.inference import engines
 from app.models import Engine
 from cli.chat import parsed_adapter
 from tests import make
@@ -30,9 +28,7 @@ def answer(settings: Settings, storage: Storage, system_sessions: Sessions) -> I
     renderer = served.renderer(settings, storage)
     (*_, token) = renderer.plain("a")
     with served.served(SayingRunner([token]), renderer, settings) as (url, _):
-        beat = Heartbeat(engine_id=url, url=url, base=make.TINY, base_digest=served.DIGEST, running=0, waiting=0)
-        with system_sessions.begin() as session:
-            engines.record(session, beat)
+        served.make_known(system_sessions, url)
         yield renderer.decode([token] * 4)
         with system_sessions.begin() as session:
             session.execute(delete(Engine))

@@ -11,6 +11,7 @@ from openai import OpenAI
 from cli.main import main
 from tests import make
 from tests.cli.conftest import Home, Tunesmith
+from tests.embedded.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("httpx", "openai", "sqlalchemy", "fastapi", "pydantic_settings", "boto3", "numpy", "torch", "app", "worker")
@@ -63,6 +64,7 @@ def test_a_shell_completes_commands_jobs_and_models(
     home: Home, capfd: pytest.CaptureFixture[str], client: OpenAI, file_id: str
 ) -> None:
     job = client.fine_tuning.jobs.create(model=make.TINY, training_file=file_id)
+    home.patch.setattr("cli.complete.PATIENCE_SECONDS", PATIENCE_SECONDS)
 
     assert completed(home, capfd, "tunesmith jobs wa") == ["watch"]
     assert completed(home, capfd, "tunesmith jobs watch ") == [job.id]

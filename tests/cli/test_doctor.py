@@ -18,6 +18,7 @@ from app.core.settings import Settings
 from cli.doctor import cgroup, folders, gpu
 from cli.doctor.gpu import Driver, Gpu
 from cli.doctor.training import Report
+from tests.embedded.patience import PATIENCE_SECONDS
 from worker.embedded import environment
 from worker.embedded.paths import hold
 
@@ -68,12 +69,20 @@ def place(tmp_path: Path) -> tuple[str, ...]:
         return "--data-dir", str(tmp_path / "data"), "--port", str(free.getsockname()[1])
 
 
-def doctor(*arguments: str, without: tuple[str, ...] = ("torch",), variables: Mapping[str, str] | None = None) -> Told:
-    """The real command. Without torch, which takes seconds to load, unless a test is about it."""
-    program = f"import sys; sys.modules.update(dict.fromkeys({without})); from cli.main import main; sys.exit(main())"
+def doctor(
+    *arguments: str,
+    without: tuple[str, ...] = ("torch",),
+    variables: Mapping[str, str] | None = None,
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> Told:
+    """The real command. Without torch, which takes seconds to load, unless a test is about it. It waits for servers so long."""
+    loaded = f"import sys; sys.modules.update(dict.fromkeys({without}))"
+    waits = f"from cli.doctor import services; services.CONNECT_SECONDS = services.ANSWER_SECONDS = {patience_seconds:g}"
+    program = f"{loaded}; {waits}; from cli.main import main; sys.exit(main())"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(environment.PREFIX)}
     command = [sys.executable, "-c", program, "doctor", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=clean | dict(variables or {}), timeout=120, check=False)
+    given, limit = clean | dict(variables or {}), 2 * PATIENCE_SECONDS
+    done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=limit, check=False)
     assert done.stderr == ""
     return Told(done.returncode, done.stdout)
 
@@ -343,7 +352,7 @@ def test_a_server_that_never_says_a_word_is_not_waited_for(place: tuple[str, ...
             "TUNESMITH_BROKER_URL": f"redis://{address}/0",
             "TUNESMITH_STORAGE__ENDPOINT_URL": f"http://{address}",
         }
-        told = doctor(*place[:2], "--json", variables=variables)
+        told = doctor(*place[:2], "--json", variables=variables, patience_seconds=3)
 
     assert {"database api", "broker", "bucket"} <= told.failures
     assert "database owner" not in told.names

@@ -11,6 +11,7 @@ import pytest
 from app.core import data
 from tests import make
 from tests.cli.test_models import Said
+from tests.embedded.patience import PATIENCE_SECONDS
 
 CORPUS = Path(__file__).parents[1] / "data" / "corpus"
 
@@ -19,7 +20,7 @@ def check(*arguments: str | Path) -> Said:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
     environment["TUNESMITH_CACHE_DIR"] = os.environ["TUNESMITH_CACHE_DIR"]
     command = [sys.executable, "-m", "cli.main", "files", "check", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
     return Said(done.returncode, done.stdout, done.stderr)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cli.main import main
+from tests.embedded.patience import PATIENCE_SECONDS
 from tests.model import hub as double
 from tests.model.hub import Hub, Repository
 from tests.model.test_base import STOCK, TINY, saved_base
@@ -213,6 +214,6 @@ def test_a_reader_that_leaves_early_is_no_failure_to_tell_of(arguments: tuple[st
     os.close(reading)
     with os.fdopen(writing, "w") as stdout:
         command = [sys.executable, "-m", "cli.main", *arguments]
-        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=PATIENCE_SECONDS)
 
     assert (done.returncode, done.stderr) == (141, "")

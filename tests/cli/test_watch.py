@@ -23,7 +23,7 @@ from cli.jobs.watch import Event, Json, watch
 from tests import make
 from tests.cli.conftest import Tunesmith
 from tests.cli.terminal import terminal
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 from tests.jobs.test_comparing import finished_job, stepped
 from tests.jobs.test_feed import end, say
 
@@ -94,7 +94,7 @@ def test_every_event_is_told_once_while_the_service_comes_and_goes(
                 eventually(lambda: len(watcher.troubles) > troubles)  # noqa: B023
                 is_away.clear()
             count = end(system_sessions, organization, job_id)
-            status = watching.result(timeout=60)
+            status = watching.result(timeout=PATIENCE_SECONDS)
 
     assert status == 1  # it was cancelled
     assert [event["sequence"] for event in watcher.told] == list(range(1, count + 1)) and count > 36

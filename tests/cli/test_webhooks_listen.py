@@ -21,7 +21,7 @@ from app.webhooks import signing
 from app.webhooks.emit import EventType
 from tests.cli.conftest import Home, Tunesmith
 from tests.conftest import serving_api
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 from tests.webhooks import receiver
 from tests.webhooks.steps import deliver, emit_event
 
@@ -43,7 +43,7 @@ class Listener:
 
     def end(self) -> int:
         self._process.send_signal(signal.SIGINT)
-        status = self._process.wait(timeout=60)
+        status = self._process.wait(timeout=PATIENCE_SECONDS)
         self._reader.join()
         for pipe in (self._process.stdout, self._process.stderr):
             assert pipe

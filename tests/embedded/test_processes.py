@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 from worker.embedded import StackError
 from worker.embedded.output import Output
 from worker.embedded.processes import Program, Supervisor, signals
@@ -26,7 +26,10 @@ def shell(name: str, script: str, **changes: object) -> Program:
 
 
 def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_killed_process_is_started_again(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -36,7 +39,7 @@ def test_a_killed_process_is_started_again(supervisor: Supervisor, tmp_path: Pat
     os.kill(first, signal.SIGKILL)
 
     eventually(lambda: supervisor.pids().get("a", first) != first)
-    assert "a was ended by SIGKILL after 0." in (tmp_path / "tunesmith.log").read_text()
+    assert "a was ended by SIGKILL after " in (tmp_path / "tunesmith.log").read_text()
 
 
 def test_a_program_that_is_not_there_is_told_and_tried_again(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -51,10 +54,10 @@ def test_one_that_keeps_dying_waits_longer_and_is_given_up(supervisor: Superviso
 
     supervisor.start(shell("a", "echo no licence >&2; exit 1"))
     with pytest.raises(StackError, match="a does not stay up: 'no licence'"):
-        supervisor.wait_for("a", ask, failures=(OSError,), seconds=30)
+        supervisor.wait_for("a", ask, failures=(OSError,), seconds=PATIENCE_SECONDS)
 
     deaths = (tmp_path / "tunesmith.log").read_text().splitlines()
-    assert [line.rsplit("again in ")[1] for line in deaths] == ["0.5 s", "1 s", "2 s", "4 s"]
+    assert [line.rsplit("again in ")[1] for line in deaths[:4]] == ["0.5 s", "1 s", "2 s", "4 s"]
     assert all("a exited with status 1 after" in line for line in deaths)
 
 

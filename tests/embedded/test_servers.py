@@ -15,6 +15,7 @@ from app.core.errors import Unavailable
 from app.core.settings import Settings
 from app.core.storage import Storage, open_storage
 from tests.embedded.patience import eventually
+from tests.stack import command_of
 from worker.embedded import AlreadyRunning, Servers, StackError, roles, servers
 from worker.embedded.servers import NO_RETRY
 from worker.embedded.state import INTERNAL_PORTS, is_free, usable_ports
@@ -210,7 +211,7 @@ def test_what_a_killed_s3_server_left_half_written_is_in_nobodys_way(running: Se
     half_written = sidecar.with_name("half.json.json.tmp"), sidecar.parents[2] / "orgs" / f".tmp.{0:032x}"
     for path in half_written:
         path.write_bytes(b"{")
-    (server,) = (child for child in psutil.Process().children(recursive=True) if str(running.paths.s3) in child.cmdline())
+    (server,) = (child for child in psutil.Process().children(recursive=True) if str(running.paths.s3) in command_of(child))
     server.kill()
     server.wait()
     eventually(lambda: _is_put(storage, "orgs/half.json"))

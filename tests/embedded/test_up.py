@@ -17,12 +17,13 @@ import pytest
 
 from cli.main import main
 from migrations.upgrade import upgrade
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
+from tests.stack import command_of
 from worker.embedded import Servers, stack
 from worker.embedded.paths import hold
 from worker.embedded.state import State, usable_ports
 
-STOP_SECONDS = 60
+STOP_SECONDS = PATIENCE_SECONDS
 
 
 class Up:
@@ -66,7 +67,14 @@ def ready(data_dir: Path, port: int) -> Iterator[Up]:
 
 
 def are_gone(processes: list[psutil.Process]) -> bool:
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    return not any(map(_lives, processes))
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_the_life_of_a_stack(tmp_path: Path) -> None:
@@ -78,9 +86,9 @@ def test_the_life_of_a_stack(tmp_path: Path) -> None:
         assert credentials["api_key"].startswith("ts-")
         assert f"tunesmith |   API          {credentials['base_url']}\n" in up.ready_lines
         children = up.children()
-        next(child for child in children if "engine" in child.cmdline()).kill()
+        next(child for child in children if "engine" in command_of(child)).kill()
         up.read_until("engine was ended by SIGKILL")
-        eventually(lambda: "engine" in [word for child in up.children() for word in child.cmdline()])
+        eventually(lambda: any("engine" in command_of(child) for child in up.children()))
         children += up.children()
         up.end(signal.SIGKILL)
 

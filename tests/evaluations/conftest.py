@@ -6,10 +6,8 @@ import pytest
 from sqlalchemy import delete, orm, update
 
 from app.accounts.caller import Caller
-from app.core.engine import Heartbeat
 from app.core.settings import Settings
 from app.core.storage import Storage
-from app.inference import engines
 from app.models import Engine as EngineRow
 from app.models import Evaluation, EvaluationState
 from app.models.evaluations import UNDECIDED
@@ -43,8 +41,7 @@ def model(engine: tuple[str, ScriptedRunner], system_sessions: orm.sessionmaker[
     with system_sessions.begin() as session:
         over = update(Evaluation).where(Evaluation.state.in_(UNDECIDED))
         session.execute(over.values(state=EvaluationState.CANCELLED, lease_owner=None, lease_expires_at=None))
-        beat = Heartbeat(engine_id="scripted", url=url, base=rows.TINY, base_digest=served.DIGEST, running=0, waiting=0)
-        engines.record(session, beat)
+    served.make_known(system_sessions, url, engine_id="scripted")
     yield runner
     with system_sessions.begin() as session:
         session.execute(delete(EngineRow).where(EngineRow.id == "scripted"))

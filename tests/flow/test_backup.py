@@ -12,10 +12,11 @@ from openai.types.fine_tuning import FineTuningJob
 
 from tests import make
 from tests.clock import Clock
+from tests.embedded.patience import PATIENCE_SECONDS
 from tests.flow.test_survival import begin, losses, messages, wait_for_checkpoint, wait_for_end, wait_until
 from tests.stack import COMMAND, Stack, running_stack
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 EPOCHS = 16  # of 16 steps: it is backed up, and the second stack's clock has jumped, long before it is over
 HOUR_SECONDS = 3600
@@ -23,7 +24,7 @@ HOOK = "http://127.0.0.1:9/hooks"
 
 
 def tunesmith(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
 
 
 def answer(client: OpenAI, model: str) -> str:

@@ -16,7 +16,9 @@ from app.core.settings import Settings
 from app.core.storage import Storage
 from app.models import File, FileStatus
 from tests import make
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
+from tests.stack import command_of
+from worker import in_hand
 from worker.celery import make_celery
 from worker.embedded import environment
 from worker.embedded.programs import WORKER_GRACE_SECONDS
@@ -32,21 +34,22 @@ def files(system_sessions: Sessions, storage: Storage, organization: Caller) -> 
     with system_sessions.begin() as session:
         later = func.clock_timestamp() + timedelta(hours=1)
         session.execute(update(File).where(File.status == FileStatus.UPLOADED).values(not_before=later))
-        made = [make.stored_file(session, organization, storage, make.chat_file()) for _ in range(2)]
+        made = [make.stored_file(session, organization, storage, make.chat_file(20_000)) for _ in range(2)]
         for file in made:
             file.status = FileStatus.UPLOADED
         return [file.id for file in made]
 
 
 @contextmanager
-def examining(settings: Settings) -> Iterator[tuple["subprocess.Popen[bytes]", psutil.Process]]:
-    """A worker with a file in hand, whose examiner does not get on."""
-    command = (sys.executable, "-m", "celery", "-A", "worker.celery", *celery_arguments("cpu", "cpu"))
+def examining(settings: Settings, *, finish_seconds: float) -> Iterator[tuple["subprocess.Popen[bytes]", psutil.Process]]:
+    """A worker with a file in hand, whose examiner does not get on. It takes so long for what it has in hand when it leaves."""
+    begin = f"from worker.celery import celery; celery.start({[*celery_arguments('cpu', 'cpu')]})"
+    command = (sys.executable, "-c", f"from worker import in_hand; in_hand.FINISH_SECONDS = {finish_seconds}; {begin}")
     worker = subprocess.Popen(command, env=environment.of(settings, secrets=SECRETS))
     try:
         make_celery(settings).send_task("cpu.look", args=["cpu"], queue="cpu")
         eventually(lambda: any(_examiners(worker)))
-        (examiner,) = _examiners(worker)
+        (examiner,) = _examiners(worker)  # which has much to read
         examiner.suspend()
         worker.send_signal(signal.SIGTERM)
         yield worker, examiner
@@ -56,7 +59,7 @@ def examining(settings: Settings) -> Iterator[tuple["subprocess.Popen[bytes]", p
 
 
 def _examiners(worker: "subprocess.Popen[bytes]") -> Iterator[psutil.Process]:
-    return (child for child in psutil.Process(worker.pid).children() if "worker.examiner" in child.cmdline())
+    return (child for child in psutil.Process(worker.pid).children() if "worker.examiner" in command_of(child))
 
 
 def states(sessions: Sessions, files: list[str]) -> list[tuple[str, bool]]:
@@ -69,12 +72,13 @@ def states(sessions: Sessions, files: list[str]) -> list[tuple[str, bool]]:
 def test_what_it_has_in_hand_is_finished_or_left_to_others(
     settings: Settings, system_sessions: Sessions, files: list[str]
 ) -> None:
-    with examining(settings) as (worker, examiner):
+    assert in_hand.FINISH_SECONDS < WORKER_GRACE_SECONDS
+    with examining(settings, finish_seconds=PATIENCE_SECONDS) as (worker, examiner):
         examiner.resume()
-        assert worker.wait(WORKER_GRACE_SECONDS) == 0
+        assert worker.wait(PATIENCE_SECONDS) == 0
     assert states(system_sessions, files) == [(FileStatus.PROCESSED, False), (FileStatus.UPLOADED, True)]
 
-    with examining(settings) as (worker, _):
+    with examining(settings, finish_seconds=15) as (worker, _):
         assert states(system_sessions, files)[1] == (FileStatus.UPLOADED, False)
-        assert worker.wait(WORKER_GRACE_SECONDS) == 0
+        assert worker.wait(PATIENCE_SECONDS) == 0
     assert states(system_sessions, files)[1] == (FileStatus.UPLOADED, True)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
@@ -100,6 +101,16 @@ def left(sessions: orm.sessionmaker[orm.Session]) -> list[OutboxMessage]:
         return list(session.scalars(select(OutboxMessage).order_by(OutboxMessage.id)))
 
 
+def now(sessions: orm.sessionmaker[orm.Session]) -> datetime:
+    with sessions.begin() as session:
+        return session.scalars(select(func.clock_timestamp())).one()
+
+
+def make_due(sessions: orm.sessionmaker[orm.Session], later: timedelta = timedelta()) -> None:
+    with sessions.begin() as session:
+        session.execute(update(OutboxMessage).values(not_before=func.clock_timestamp() + later))
+
+
 def tell(outbox: Outbox) -> float:
     async def run() -> float:
         async with httpx.AsyncClient() as engines:
@@ -122,20 +133,24 @@ def test_what_fails_is_tried_ever_more_seldom_and_holds_up_nothing_behind_it(
 ) -> None:
     unreadable = [{"unreadable": n} for n in range(BATCH)]
     put(system_sessions, Topic.PREFETCH, *unreadable)
+    began_at = now(system_sessions)
     assert tell(outbox) == 0.0
+    assert all(message.not_before >= began_at + timedelta(seconds=5) for message in left(system_sessions))
+    make_due(system_sessions, timedelta(hours=1))
     put(system_sessions, Topic.PREFETCH, {"unreadable": "later"})
     assert tell(outbox) > 0.0  # the first ones are not due, and nobody spins
     assert [message.attempts for message in left(system_sessions)] == [1] * (BATCH + 1)
 
-    pauses = list[float]()
-    for _ in range(MAX_PREFETCHES - 1):
-        with system_sessions.begin() as session:
-            until = func.extract("epoch", OutboxMessage.not_before - func.clock_timestamp())
-            pauses.append(float(session.scalars(select(func.max(until))).one()))
-            session.execute(update(OutboxMessage).values(not_before=func.clock_timestamp()))
-        while tell(outbox) == 0.0:
-            pass
-    assert [5 * 2**n - 4 < pause <= 5 * 2**n for n, pause in enumerate(pauses)] == [True] * len(pauses)
+    for n in range(1, MAX_PREFETCHES - 1):
+        make_due(system_sessions)
+        before = now(system_sessions)
+        while any(message.attempts == n for message in left(system_sessions)):
+            tell(outbox)
+        after, pause = now(system_sessions), timedelta(seconds=5 * 2**n)
+        assert all(before + pause <= message.not_before <= after + pause for message in left(system_sessions))
+    make_due(system_sessions)
+    while tell(outbox) == 0.0:
+        pass
     assert left(system_sessions) == []  # at last they are given up
 
 
@@ -172,7 +187,7 @@ def test_all_that_is_old_goes_at_once_and_what_cannot_go_keeps_the_rest_from_not
             ),
             owner | {"many": 2 * idempotency.MAX_EXPIRED + 1},
         )
-    hasty = db.open_sessions(settings.database.system_url, statement_seconds=1)
+    hasty = db.open_sessions(settings.database.system_url, statement_seconds=5)
     relay = Relay(Services(settings, hasty, storage, catalog.load()))
     with psycopg.connect(servers.superuser_dsn, dbname=DATABASE) as owner_of_files:
         owner_of_files.execute("LOCK TABLE files IN ACCESS EXCLUSIVE MODE")  # the first that is cleaned

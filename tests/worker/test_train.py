@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from app.core.settings import GpuSettings, Settings, TrainingSettings
+from tests.embedded.patience import PATIENCE_SECONDS
 from worker.gpu import Card, CardRefused
 from worker.train import queues_of
 
@@ -90,7 +91,7 @@ sys.modules[__name__] = Machine({", ".join(boards)})
 
 def test_two_cards_end_the_worker_with_a_reason(start) -> None:
     worker = start(L40S, "Board(uuid='GPU-bbbb-0002')")
-    said = worker.communicate(timeout=60)[1]
+    said = worker.communicate(timeout=PATIENCE_SECONDS)[1]
 
     assert worker.returncode == 1
     (line,) = said.splitlines()
@@ -109,7 +110,7 @@ def test_a_worker_says_what_it_serves(start) -> None:
 
 def test_a_card_that_torch_cannot_use_is_no_card(start) -> None:
     worker = start(L40S, with_cuda=False, CUDA_VISIBLE_DEVICES="0", TUNESMITH_TRAINING__TIERS='["48"]')
-    unusable, refused = map(json.loads, worker.communicate(timeout=60)[1].splitlines())
+    unusable, refused = map(json.loads, worker.communicate(timeout=PATIENCE_SECONDS)[1].splitlines())
 
     assert worker.returncode == 1
     assert (unusable["event"], unusable["card"]) == ("gpu_unusable", "NVIDIA L40S")
