@@ -23,7 +23,7 @@ from tests.stack import Stack
 HUNG_SECONDS, KILLED_SECONDS = 10.0, 3.0
 LONGEST_ANSWER_SECONDS = 40.0  # on a machine that has other work too
 RECOVERY_SECONDS = PATIENCE_SECONDS
-EPOCHS = 6  # of 16 steps
+EPOCHS = 9  # of 16 steps
 GAP_SECONDS = 0.2  # between the requests of one client
 
 

@@ -18,7 +18,7 @@ SECONDS = PATIENCE_SECONDS
 T = TypeVar("T")
 
 
-def begin(client: OpenAI, *, epochs: int = 6, batch_size: int = 4) -> FineTuningJob:
+def begin(client: OpenAI, *, epochs: int = 9, batch_size: int = 4) -> FineTuningJob:
     """A job that is busy for some seconds and keeps checkpoints on the way."""
     training = client.files.create(file=("train.jsonl", make.chat_file(64)), purpose="fine-tune")
     return client.fine_tuning.jobs.create(
