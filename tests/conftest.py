@@ -32,6 +32,7 @@ from app.files import service as files
 from app.main import create_app
 from migrations.upgrade import upgrade
 from tests import make
+from tests.embedded.patience import PATIENCE_SECONDS
 from worker.embedded import Servers
 
 hypothesis.settings.register_profile("here", deadline=None)  # a machine may be busy
@@ -157,7 +158,12 @@ def serving_api(settings: Settings) -> Iterator[str]:
 
 def sdk(api_url: str, key: str) -> OpenAI:
     """The SDK. It reads no certificates, which takes longer than most tests do: nothing here speaks TLS."""
-    return OpenAI(base_url=f"{api_url}/v1", api_key=key, max_retries=0, http_client=DefaultHttpxClient(verify=False))
+    return OpenAI(
+        base_url=f"{api_url}/v1",
+        api_key=key,
+        max_retries=0,
+        http_client=DefaultHttpxClient(verify=False, timeout=PATIENCE_SECONDS),
+    )
 
 
 @pytest.fixture
@@ -188,5 +194,7 @@ def stranger(api_url: str, settings: Settings, system_sessions: orm.sessionmaker
 @pytest.fixture
 def http(api_url: str, client: OpenAI) -> Iterator[httpx.Client]:
     """Plain HTTP with the client's key, for what the SDK would not send."""
-    with httpx.Client(base_url=api_url, headers={"Authorization": f"Bearer {client.api_key}"}, verify=False) as made:
+    with httpx.Client(
+        base_url=api_url, headers={"Authorization": f"Bearer {client.api_key}"}, verify=False, timeout=PATIENCE_SECONDS
+    ) as made:
         yield made

@@ -16,6 +16,7 @@ from app.main import create_app
 from app.models import Table
 from tests import make
 from tests.conftest import make_key, make_organization, sdk
+from tests.embedded.patience import PATIENCE_SECONDS
 
 Sessions = orm.sessionmaker[orm.Session]
 
@@ -61,7 +62,9 @@ def owner(system_sessions: Sessions) -> Caller:
 def stranger(api_url: str, settings: Settings, system_sessions: Sessions) -> Iterator[httpx.Client]:
     """Of another one, which asks for all of it."""
     key = make_key(system_sessions, settings, make_organization(system_sessions))
-    with httpx.Client(base_url=api_url, headers={"Authorization": f"Bearer {key}"}, verify=False) as made:
+    with httpx.Client(
+        base_url=api_url, headers={"Authorization": f"Bearer {key}"}, verify=False, timeout=PATIENCE_SECONDS
+    ) as made:
         yield made
 
 

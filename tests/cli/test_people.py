@@ -11,6 +11,7 @@ import pytest
 from app.core import ids
 from app.core.settings import Settings
 from tests.cli.conftest import Tunesmith
+from tests.embedded.patience import PATIENCE_SECONDS
 from worker.embedded import environment
 
 
@@ -29,7 +30,9 @@ def slug() -> str:
 
 @contextmanager
 def signed_in(link: str, api_url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=api_url, follow_redirects=True, headers={"origin": api_url}, verify=False) as browser:
+    with httpx.Client(
+        base_url=api_url, follow_redirects=True, headers={"origin": api_url}, verify=False, timeout=PATIENCE_SECONDS
+    ) as browser:
         browser.post(link).raise_for_status()
         yield browser
 
@@ -75,7 +78,9 @@ def test_whoever_is_disabled_is_out_at_once_and_comes_in_again(tunesmith: Tunesm
     assert "disabled" in next(line for line in tunesmith("users", "list").out.splitlines() if email in line)
 
     assert tunesmith("users", "enable", email).status == 0
-    with httpx.Client(base_url=api_url, follow_redirects=True, headers={"origin": api_url}, verify=False) as browser:
+    with httpx.Client(
+        base_url=api_url, follow_redirects=True, headers={"origin": api_url}, verify=False, timeout=PATIENCE_SECONDS
+    ) as browser:
         signed = browser.post("/sign-in", data={"email": email, "password": "correct horse"})
         assert signed.url.path == "/" and email in browser.get("/account").text
     again = json.loads(tunesmith("sign-in", "--email", email, "--json").out)["link"]

@@ -7,6 +7,7 @@ import pytest
 
 from app.core.settings import Settings
 from tests.cli.conftest import Tunesmith
+from tests.embedded.patience import PATIENCE_SECONDS
 from worker.embedded import environment
 
 
@@ -21,8 +22,8 @@ def test_a_link_signs_the_operator_in_once(
     link = json.loads(said.out)["link"]
     assert link.startswith(f"{api_url}/sign-in/")
 
-    with httpx.Client(follow_redirects=True, headers={"origin": api_url}, verify=False) as browser:
+    with httpx.Client(follow_redirects=True, headers={"origin": api_url}, verify=False, timeout=PATIENCE_SECONDS) as browser:
         came = browser.post(link)
         assert (came.status_code, came.url.path) == (200, "/")
         assert 'href="/service"' in came.text  # which only operators are shown
-    assert httpx.post(link, headers={"origin": api_url}, verify=False).status_code == 404
+    assert httpx.post(link, headers={"origin": api_url}, verify=False, timeout=PATIENCE_SECONDS).status_code == 404

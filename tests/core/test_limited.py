@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from app.core import limited
+from tests.embedded.patience import PATIENCE_SECONDS
 
 
 def run(order: str, *, memory_mib: int = 256, cpu_seconds: int = 20, wall_seconds: float = 60) -> str:
@@ -61,4 +62,4 @@ def test_it_dies_with_whoever_started_it() -> None:
     starter.kill()
     starter.wait()
 
-    children[0].wait(timeout=20)
+    children[0].wait(timeout=PATIENCE_SECONDS)

@@ -13,6 +13,7 @@ from app.accounts.caller import Caller
 from app.core import ids
 from app.core.settings import Settings
 from tests.conftest import make_organization
+from tests.embedded.patience import PATIENCE_SECONDS
 
 Sessions = orm.sessionmaker[orm.Session]
 Open = Callable[[], "Page"]
@@ -23,7 +24,7 @@ class Page:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.http = httpx.Client(base_url=url, follow_redirects=True, verify=False)
+        self.http = httpx.Client(base_url=url, follow_redirects=True, verify=False, timeout=PATIENCE_SECONDS)
 
     def get(self, path: str) -> httpx.Response:
         return self.http.get(path)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.deploy import compose
 
-INSTALL_SECONDS = 280
+INSTALL_SECONDS = 900
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from app.core.storage import open_storage
 from migrations.upgrade import upgrade
 from tests import make, small_disk
 from tests.conftest import serving_api
+from tests.embedded.patience import PATIENCE_SECONDS
 from worker.embedded import servers, stack
 
 MOST_JOBS = 200  # of a page each: no table has as much room in it
@@ -49,7 +50,7 @@ def _create_job(http: httpx.Client, file_id: str) -> httpx.Response:
 
 @contextmanager
 def _client(url: str, key: str | None) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"{url}/v1", headers={"Authorization": f"Bearer {key}"}, timeout=30) as http:
+    with httpx.Client(base_url=f"{url}/v1", headers={"Authorization": f"Bearer {key}"}, timeout=PATIENCE_SECONDS) as http:
         yield http
 
 

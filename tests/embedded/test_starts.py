@@ -169,7 +169,7 @@ def test_a_disk_that_fills_up_refuses_uploads_and_harms_nothing(tmp_path: Path) 
         stack.ensure_key(running)
         with serving_api(running.settings) as url:
             headers = {"Authorization": f"Bearer {running.state.api_key}"}
-            with httpx.Client(base_url=f"{url}/v1", headers=headers, timeout=30) as http:
+            with httpx.Client(base_url=f"{url}/v1", headers=headers, timeout=PATIENCE_SECONDS) as http:
 
                 def upload(content: bytes) -> httpx.Response:
                     return http.post("/files", files={"file": ("a.jsonl", content)}, data={"purpose": "fine-tune"})

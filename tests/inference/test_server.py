@@ -78,7 +78,9 @@ def serve(oracle: LoadedBase) -> Serve:
         port = server.servers[0].sockets[0].getsockname()[1]
         headers = {"Authorization": f"Bearer {TOKEN}"}
         try:
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=20) as client:
+            async with httpx.AsyncClient(
+                base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=PATIENCE_SECONDS
+            ) as client:
                 yield Served(client, driver, server)
         finally:
             server.should_exit = True

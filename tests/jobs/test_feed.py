@@ -22,7 +22,7 @@ from app.jobs import service as jobs
 from app.jobs.feed import Feed
 from app.models import Job
 from tests import make
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 from worker.embedded import Servers
 
 Sessions = orm.sessionmaker[orm.Session]
@@ -39,7 +39,7 @@ class Follower:
 
     def follow(self, http: httpx.Client, job_id: str, *, most: int = 10**9, cursor: str | None = None) -> "Follower":
         headers = {"Last-Event-ID": cursor} if cursor else {}
-        with http.stream("GET", path(job_id), params={"stream": "true"}, headers=headers, timeout=30) as answer:
+        with http.stream("GET", path(job_id), params={"stream": "true"}, headers=headers, timeout=PATIENCE_SECONDS) as answer:
             assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
             for line in answer.iter_lines():
                 if line.startswith("id: "):
@@ -123,7 +123,7 @@ def test_all_who_follow_are_told_everything_as_it_comes(
             say(system_sessions, job_id, *map(str, range(number % 4 + 1)))
         count = end(system_sessions, organization, job_id)
         for one in following:
-            one.result(timeout=30)
+            one.result(timeout=PATIENCE_SECONDS)
 
     assert all(follower.sequences == list(range(1, count + 1)) and follower.is_done for follower in followers)
 
@@ -239,5 +239,5 @@ class following:
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=PATIENCE_SECONDS)
         assert not self._thread.is_alive()

@@ -23,14 +23,14 @@ from app.standing import Standing, Waiting, Webhooks
 from cli.status import report
 from tests import make
 from tests.deploy import compose
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 from tests.observability.conftest import Observed
 from worker.embedded.servers import settings_of
 
 
 def asked(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     command = (sys.executable, "-m", "cli.main", "status", *arguments)
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
 
 
 def told(observed: Observed) -> dict[str, Any]:
