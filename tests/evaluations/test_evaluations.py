@@ -169,12 +169,12 @@ def test_an_engine_that_is_away_is_waited_for_and_the_owner_is_told(
         evaluation = session.get_one(Evaluation, made["id"])
         assert evaluation.failures == 0
         evaluation.not_before = func.clock_timestamp()
-        session.execute(engine_aged(by=timedelta(minutes=-1)))
+        session.execute(engine_aged(by=timedelta(hours=-2)))
     model.says = lambda prompt, _adapter: successor(prompt)
     assert make.finish(client, services, made)["status"] == "succeeded"
 
 
-def engine_aged(*, by: timedelta = timedelta(minutes=1)) -> Update:
+def engine_aged(*, by: timedelta = timedelta(hours=2)) -> Update:
     """And with it those of this base that other tests have left a moment ago."""
     return update(Engine).where(Engine.base == rows.TINY).values(heartbeat_at=Engine.heartbeat_at - by)
 
