@@ -18,6 +18,7 @@ STATEMENT_TIMEOUT_SECONDS = 30
 LOCK_TIMEOUT_SECONDS = 10
 REQUEST_TIMEOUT_SECONDS = 5  # for statements that a client of the API waits for
 CONNECT_SECONDS = 3
+POOL_SECONDS = 5  # for a connection that others have
 MARGIN_SECONDS = 1.0  # a server that lives says itself that a statement took too long
 CHECK_SECONDS = 0.1
 LISTEN_AGAIN_SECONDS = 1.0
@@ -37,7 +38,7 @@ def open_sessions(
         url.get_secret_value(),
         pool_size=pool_size,
         max_overflow=pool_size,
-        pool_timeout=5,
+        pool_timeout=POOL_SECONDS,
         pool_pre_ping=True,
         connect_args={"connect_timeout": CONNECT_SECONDS, "application_name": "tunesmith", **KEEPALIVES},
     )

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -136,7 +136,12 @@ def make_key(sessions: orm.sessionmaker[orm.Session], settings: Settings, caller
 
 @pytest.fixture(scope="session")
 def api_url(settings: Settings) -> Iterator[str]:
-    with serving_api(settings) as url:
+    """Of an API that is as patient with its database as tests are."""
+    with ExitStack() as running:
+        with pytest.MonkeyPatch.context() as patched:  # it reads them when it starts
+            for name in ("POOL_SECONDS", "CONNECT_SECONDS", "REQUEST_TIMEOUT_SECONDS"):
+                patched.setattr(db, name, int(PATIENCE_SECONDS))
+            url = running.enter_context(serving_api(settings))
         yield url
 
 

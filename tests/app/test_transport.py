@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 from app import db, handlers
 from app.accounts import keys
 from app.core.settings import Settings
+from tests.embedded.patience import PATIENCE_SECONDS
 
 
 def test_every_answer_has_a_request_id_and_every_error_the_envelope(http: httpx.Client) -> None:
@@ -31,7 +32,7 @@ def test_every_answer_has_a_request_id_and_every_error_the_envelope(http: httpx.
     ids=["empty", "nonsense", "short", "unknown", "mistyped"],
 )
 def test_a_wrong_key_is_told_what_is_wrong_with_it(api_url: str, key: str) -> None:
-    answer = httpx.get(f"{api_url}/v1/models", headers={"Authorization": f"Bearer {key}".strip()})
+    answer = httpx.get(f"{api_url}/v1/models", headers={"Authorization": f"Bearer {key}".strip()}, timeout=PATIENCE_SECONDS)
 
     assert answer.status_code == 401
     assert answer.json()["error"]["code"] in {"invalid_api_key", "missing_api_key"}
@@ -55,7 +56,7 @@ def test_only_uploads_may_be_large(http: httpx.Client, api_url: str, settings: S
     headers = {"content-type": "multipart/form-data; boundary=x"}
     chunks = (b" " * 1_000_000 for _ in range(settings.limits.body_bytes // 1_000_000 + 2))
     assert http.post("/v1/chat/completions", content=chunks, headers=headers).status_code == 413
-    assert httpx.post(f"{api_url}/internal/engines", content=b"{}", headers=headers).status_code == 401
+    assert httpx.post(f"{api_url}/internal/engines", content=b"{}", headers=headers, timeout=PATIENCE_SECONDS).status_code == 401
 
 
 def test_a_header_that_names_another_organization_is_refused(http: httpx.Client) -> None:
@@ -84,13 +85,13 @@ def test_models_are_listed_and_found_by_alias(client: OpenAI) -> None:
 
 
 def test_docs_and_health_need_no_key(api_url: str) -> None:
-    assert httpx.get(f"{api_url}/healthz").status_code == 200
-    manual = httpx.get(f"{api_url}/docs")
+    assert httpx.get(f"{api_url}/healthz", timeout=PATIENCE_SECONDS).status_code == 200
+    manual = httpx.get(f"{api_url}/docs", timeout=PATIENCE_SECONDS)
     assert manual.status_code == 200
     for words in ("POST /v1/fine_tuning/jobs", "training_file", "LoraSpec", "target_modules"):
         assert words in manual.text
     assert "//" not in re.sub(r"<!doctype.*?>", "", manual.text)  # it takes nothing from elsewhere: it is read offline too
-    paths = httpx.get(f"{api_url}/openapi.json").json()["paths"]
+    paths = httpx.get(f"{api_url}/openapi.json", timeout=PATIENCE_SECONDS).json()["paths"]
     assert "/v1/fine_tuning/jobs" in paths
     assert not any(path.startswith("/internal") for path in paths)
 
@@ -103,8 +104,11 @@ def test_the_internal_routes_want_the_engine_token(http: httpx.Client) -> None:
 def test_more_requests_at_once_than_threads_and_connections_are_all_answered(http: httpx.Client) -> None:
     async def ask() -> set[int]:
         unlimited = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=http.base_url, headers=http.headers, limits=unlimited, timeout=60) as client:
-            return {one.status_code for one in await asyncio.gather(*(client.get("/v1/fine_tuning/jobs") for _ in range(300)))}
+        async with httpx.AsyncClient(
+            base_url=http.base_url, headers=http.headers, limits=unlimited, timeout=PATIENCE_SECONDS
+        ) as client:
+            answers = await asyncio.gather(*(client.get("/v1/fine_tuning/jobs") for _ in range(300)))
+            return {one.status_code for one in answers}
 
     assert asyncio.run(ask()) == {200}
 

@@ -27,8 +27,8 @@ from app.core import ids
 from app.core.errors import NotFound
 from app.core.settings import MIB, Settings
 from app.core.storage import Storage, Stored
+from app.files import assembly, uploads
 from app.files import service as files
-from app.files import uploads
 from app.files.assembly import MOST_ASKED, Assembler
 from app.files.upload_schemas import MAX_PARTS
 from app.files.uploads import MAX_PENDING, Plan
@@ -39,7 +39,7 @@ from app.models import UploadPart as PartRow
 from app.outbox import Topic
 from tests import make
 from tests.conftest import sdk
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 from worker.embedded import Servers
 from worker.embedded.programs import as_program, service
 from worker.embedded.state import Ports
@@ -546,7 +546,9 @@ def test_who_began_to_complete_in_time_may_ask_again_for_an_hour(
     assert refusal(refused.value) == (400, "upload_expired", "upload_id")
 
 
-def test_whoever_completes_much_keeps_nobody_waiting_but_itself(client: OpenAI, stranger: OpenAI) -> None:
+def test_whoever_completes_much_keeps_nobody_waiting_but_itself(
+    client: OpenAI, stranger: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = bytes(8 * MIB)
     large, small = begin(client, len(body)), begin(stranger)
     named, theirs = [send(client, large, body)], send_all(stranger, small)
@@ -556,16 +558,22 @@ def test_whoever_completes_much_keeps_nobody_waiting_but_itself(client: OpenAI, 
             client.uploads.complete(large.id, part_ids=named, md5=f"{number:032x}")
         return refused.value.code, refused.value.response.headers.get("retry-after")
 
-    with ThreadPoolExecutor(MOST_ASKED + 4) as threads:
-        asked = [threads.submit(complete_wrongly, number) for number in range(MOST_ASKED + 4)]
-        eventually(lambda: sum(one.done() for one in asked) >= 4)
-        time.sleep(0.5)  # what was not refused waits in line by now
-        before = sum(one.done() for one in asked)
+    may_go_on, assemble = threading.Event(), assembly.assemble
+
+    def assemble_late(storage: Storage, plan: Plan, *, md5: str | None) -> Stored:
+        if plan.upload_id == large.id:
+            assert may_go_on.wait(PATIENCE_SECONDS)
+        return assemble(storage, plan, md5=md5)
+
+    monkeypatch.setattr(assembly, "assemble", assemble_late)
+    with ThreadPoolExecutor(MOST_ASKED + 4) as pool:
+        asked = [pool.submit(complete_wrongly, number) for number in range(MOST_ASKED + 4)]
+        eventually(lambda: sum(one.done() for one in asked) == 4)
         assert stranger.uploads.complete(small.id, part_ids=theirs).status == "completed"
-        done_meanwhile = sum(one.done() for one in asked) - before
+        assert sum(one.done() for one in asked) == 4
+        may_go_on.set()
         told = Counter(one.result() for one in asked)
     assert told == {("md5_mismatch", None): MOST_ASKED, ("too_many_completions", "10"): 4}
-    assert done_meanwhile < MOST_ASKED // 2
 
 
 def test_while_storage_is_away_nothing_is_lost(client: OpenAI, settings: Settings) -> None:

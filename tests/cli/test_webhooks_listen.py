@@ -90,7 +90,10 @@ def test_with_the_secret_of_an_endpoint_none_is_made_and_what_is_wrongly_signed_
     with listening("--secret", secret, "--json") as listener:
         url = listener.greeting.split()[3].rstrip(";")
         signed = signing.headers([secret], message_id="a", unix_seconds=int(time.time()), body=body)
-        answers = [httpx.post(url, content=content, headers=signed).status_code for content in (body, body + b" ")]
+        answers = [
+            httpx.post(url, content=content, headers=signed, timeout=PATIENCE_SECONDS).status_code
+            for content in (body, body + b" ")
+        ]
         eventually(lambda: listener.lines)
 
     assert answers == [204, 401]

@@ -21,6 +21,7 @@ from app.core.settings import Settings
 from app.core.storage import Storage
 from app.inference import engines
 from tests import make
+from tests.embedded.patience import PATIENCE_SECONDS
 from worker.model import card
 from worker.services import Services, open_services
 from worker.tasks import prepare, validate
@@ -334,7 +335,7 @@ def engine_of_tiny(api_url: str, settings: Settings, storage: Storage) -> None:
     card.publish(storage, make.TINY, card.prepared(catalog.load()[make.TINY], settings.cache_dir))
     beat = {"engine_id": "e", "url": "http://127.0.0.1:9", "base": make.TINY, "base_digest": "d", "running": 0, "waiting": 0}
     headers = {"Authorization": f"Bearer {settings.engine_token.get_secret_value()}"}
-    assert httpx.post(f"{api_url}/internal/engines", json=beat, headers=headers).status_code == 204
+    assert httpx.post(f"{api_url}/internal/engines", json=beat, headers=headers, timeout=PATIENCE_SECONDS).status_code == 204
 
 
 def changed(body: dict[str, Any], change: dict[str, Any]) -> bytes:

@@ -29,6 +29,7 @@ from app.models import Adapter, Job, SignIn, Snapshot, User
 from tests import make
 from tests.browser import seeding
 from tests.dashboard.conftest import Open, Page, Sessions, link_of
+from tests.embedded.patience import PATIENCE_SECONDS
 
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
@@ -360,7 +361,7 @@ def test_a_password_is_set_and_signs_in(page: Page, open_page: Open) -> None:
     assert "is wrong" in wrong.text
 
     assert old != dict(page.http.cookies)
-    assert httpx.get(f"{page.url}/account", cookies=old).status_code == 303
+    assert httpx.get(f"{page.url}/account", cookies=old, timeout=PATIENCE_SECONDS).status_code == 303
     elsewhere = open_page()
     assert elsewhere.submit("/sign-in", email=email[0], password="correct horse").url.path == "/"
 

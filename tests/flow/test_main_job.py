@@ -291,7 +291,7 @@ def test_a_chat_that_cannot_be_had_names_the_parameter(
 ) -> None:
     body = {"model": make.TINY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4} | change
     headers = {"Authorization": f"Bearer {stack.api_key}"}
-    answer = httpx.post(f"{stack.base_url}/chat/completions", json=body, headers=headers)
+    answer = httpx.post(f"{stack.base_url}/chat/completions", json=body, headers=headers, timeout=PATIENCE_SECONDS)
     error = answer.json()["error"]
 
     assert answer.status_code in {400, 404}

@@ -13,6 +13,7 @@ from app.core.errors import BadRequest, NotFound, Unavailable
 from app.core.manifest import BaseEntry
 from app.core.storage import Storage
 from tests import small_disk
+from tests.embedded.patience import PATIENCE_SECONDS
 from tests.inference.make import Words
 from worker.inference import adapters
 from worker.inference.adapters import AdapterStore, Room
@@ -37,14 +38,19 @@ class Loads:
 
     def __call__(self, wanted: AdapterRef) -> Words:
         self.names.append(wanted.id)
-        assert self.may_finish.wait(10)
+        assert self.may_finish.wait(PATIENCE_SECONDS)
         if self.error:
             raise self.error
         return Words(f"weights of {wanted.id}")
 
 
 @pytest.fixture(autouse=True)
-def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "SLOT_WAIT_SECONDS", PATIENCE_SECONDS)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch, _patience: None) -> None:
     monkeypatch.setattr(adapters, "SLOT_WAIT_SECONDS", 0.2)
 
 
@@ -76,6 +82,7 @@ def test_any_number_of_callers_one_load() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.usefixtures("hurried")
 def test_the_least_recently_used_free_adapter_makes_room() -> None:
     async def story() -> None:
         loads = Loads()
@@ -118,6 +125,7 @@ def test_who_finds_every_slot_leased_waits_in_order_of_arrival() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.usefixtures("hurried")
 def test_nobody_is_called_in_vain_for_ever() -> None:
     async def story() -> None:
         held = store(Loads(), max_adapters=1)

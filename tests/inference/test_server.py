@@ -126,7 +126,7 @@ def test_strangers_learn_only_that_it_lives(serve: Serve) -> None:
     async def story() -> None:
         async with serve() as served:
             for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}):
-                stranger = httpx.AsyncClient(base_url=served.client.base_url, headers=given)
+                stranger = httpx.AsyncClient(base_url=served.client.base_url, headers=given, timeout=PATIENCE_SECONDS)
                 async with stranger:
                     assert (await stranger.post("/generate", content=b"{")).status_code == 401
                     assert (await stranger.get("/stats")).json()["error"]["code"] == "invalid_api_key"
@@ -287,7 +287,9 @@ def test_the_process_announces_itself_answers_and_leaves_when_told(
         assert (beat.base, beat.running, beat.waiting) == (rows.TINY, 0, 0)
         assert Renderers(storage).get(rows.TINY).stop_ids
         wanted = body(make.request(ref=published["first"], max_tokens=200))
-        with httpx.stream("POST", f"{beat.url}/generate", json=wanted, headers={"Authorization": authorization}) as answer:
+        with httpx.stream(
+            "POST", f"{beat.url}/generate", json=wanted, headers={"Authorization": authorization}, timeout=PATIENCE_SECONDS
+        ) as answer:
             lines = answer.iter_lines()
             assert Chunk.model_validate_json(next(lines)).finish_reason is None
             process.send_signal(signal.SIGTERM)

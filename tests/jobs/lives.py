@@ -17,7 +17,7 @@ from app.jobs.life import IllegalMove, Life
 from app.models import Desired, Job, JobState
 from tests import make
 
-SETTINGS = LeaseSettings(max_attempts=4)
+SETTINGS = LeaseSettings(max_attempts=4, backoff_seconds=600, lease_seconds=3600)  # the clock of the model alone moves
 OWNER = "worker"
 
 

@@ -128,16 +128,18 @@ def test_all_who_follow_are_told_everything_as_it_comes(
     assert all(follower.sequences == list(range(1, count + 1)) and follower.is_done for follower in followers)
 
 
-def test_an_event_is_there_at_once(http: httpx.Client, system_sessions: Sessions, organization: Caller, job_id: str) -> None:
+def test_an_event_is_there_at_once(
+    http: httpx.Client, system_sessions: Sessions, organization: Caller, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For it is told of, and nobody looks but then."""
+    monkeypatch.setattr(feed, "KEEP_ALIVE_SECONDS", 1000.0)
     follower = Follower()
     with following(follower, http, job_id):
         eventually(lambda: follower.sequences)
         known = len(follower.sequences)
         time.sleep(0.3)
         say(system_sessions, job_id, "now")
-        said_at = time.monotonic()
         eventually(lambda: len(follower.sequences) > known)
-        assert time.monotonic() - said_at < 5
         end(system_sessions, organization, job_id)
 
 
@@ -148,16 +150,16 @@ def test_a_listener_that_loses_its_connection_loses_no_event(
     organization: Caller,
     job_id: str,
 ) -> None:
-    follower, broken_off = Follower(), 0
+    follower = Follower()
     listening = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query = 'LISTEN tunesmith_events'"
     with psycopg.connect(servers.superuser_dsn, autocommit=True) as superuser, following(follower, http, job_id):
+        eventually(lambda: follower.sequences)
         for number in range(8):
-            broken_off += superuser.execute(listening).rowcount
+            eventually(lambda: superuser.execute(listening).rowcount)
             say(system_sessions, job_id, str(number))
             time.sleep(0.1)
         count = end(system_sessions, organization, job_id)
 
-    assert broken_off
     assert follower.sequences == list(range(1, count + 1)) and follower.is_done
 
 
@@ -224,7 +226,7 @@ def test_an_event_that_nobody_was_notified_of_is_found(
 
 def test_a_stranger_follows_nothing(api_url: str, stranger: OpenAI, job_id: str) -> None:
     headers = {"Authorization": f"Bearer {stranger.api_key}"}
-    answer = httpx.get(f"{api_url}{path(job_id)}?stream=true", headers=headers)
+    answer = httpx.get(f"{api_url}{path(job_id)}?stream=true", headers=headers, timeout=PATIENCE_SECONDS)
 
     assert make.require_envelope(answer.status_code, answer.json())["code"] == "job_not_found"
 

@@ -155,7 +155,7 @@ def test_what_is_taken_counts_and_not_what_was_expected(line: Line) -> None:
             line.add(caller, 100)
     assert line.fill()
     first = line.running[0][1]
-    line.lasts[first], line.running = 500, [(500, first, line.running[0][2])]
+    line.lasts[first], line.running = 450, [(450, first, line.running[0][2])]
     line.end_next()
     owner = line.session.get_one(Job, first).organization_id
     following = [line.session.get_one(Job, job_id).organization_id for job_id in (line.run_until_empty())[:6]]

@@ -12,7 +12,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from tests import make
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 from tests.observability.collector import Collector, collecting
 from tests.stack import Stack, running_stack
 
@@ -32,7 +32,9 @@ class Observed:
     def metrics_of(self, process: str) -> str:
         """As Prometheus reads them."""
         url = self.url_of(process)
-        answer = httpx.get(url, headers={"Authorization": f"Bearer {self.state['metrics_token']}"}, verify=False)
+        answer = httpx.get(
+            url, headers={"Authorization": f"Bearer {self.state['metrics_token']}"}, verify=False, timeout=PATIENCE_SECONDS
+        )
         assert answer.status_code == 200, f"{url}: {answer.text}"
         return answer.text
 

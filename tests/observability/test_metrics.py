@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.core.settings import MetricsSettings, Settings
 from app.main import create_app
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 from tests.observability.conftest import PROCESSES, Observed
 
 SILENCE = "tunesmith_worker_broker_silence_seconds"
@@ -35,10 +35,13 @@ def test_every_process_tells_of_itself(observed: Observed, process: str) -> None
 def test_no_stranger_reads_them(observed: Observed, user: OpenAI) -> None:
     for process in ("api", "engine"):
         for headers in ({}, {"Authorization": f"Bearer {user.api_key}"}):
-            answer = httpx.get(observed.url_of(process), headers=headers, verify=False)
+            answer = httpx.get(observed.url_of(process), headers=headers, verify=False, timeout=PATIENCE_SECONDS)
             assert answer.status_code == 401
     engines_own = {"Authorization": f"Bearer {observed.state['engine_token']}"}
-    told = {process: httpx.get(observed.url_of(process), headers=engines_own, verify=False) for process in ("api", "engine")}
+    told = {
+        process: httpx.get(observed.url_of(process), headers=engines_own, verify=False, timeout=PATIENCE_SECONDS)
+        for process in ("api", "engine")
+    }
     assert {process: answer.status_code for process, answer in told.items()} == {"api": 401, "engine": 200}
 
 
@@ -63,7 +66,7 @@ def test_requests_are_counted_by_route_and_never_by_id(observed: Observed, train
 def test_inventing_addresses_and_methods_makes_no_series(observed: Observed, trained: FineTuningJob) -> None:
     url = observed.stack.base_url.removesuffix("/v1")
     for number, method in enumerate(("PROPFIND", "REPORT", "UNLOCK")):
-        httpx.request(method, f"{url}/nowhere/{number}", verify=False)
+        httpx.request(method, f"{url}/nowhere/{number}", verify=False, timeout=PATIENCE_SECONDS)
     told = observed.metrics_of("api")
 
     assert "PROPFIND" not in told and "nowhere" not in told

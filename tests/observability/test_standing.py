@@ -1,5 +1,6 @@
 """What the relay and `tunesmith status` read of the database, on rows that are made for it."""
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -18,7 +19,7 @@ from app.core.storage import Storage
 from app.models import File, FileStatus, Job, Process, WebhookDelivery, WebhookEndpoint
 from app.standing import Standing
 from tests import make
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 from worker import metrics
 from worker.broker import Polls
 from worker.services import Services
@@ -190,7 +191,10 @@ def test_a_database_that_is_away_is_asked_no_oftener_than_one_that_answers() -> 
     assert len(failures) == 1
 
 
-def test_many_who_ask_cost_the_database_no_more_than_one(system_sessions: Sessions, organization: Caller) -> None:
+def test_many_who_ask_cost_the_database_no_more_than_one(
+    system_sessions: Sessions, organization: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.standing.FRESH_SECONDS", PATIENCE_SECONDS)
     collector = StandingCollector(system_sessions, engine_timeout_seconds=1)
     first = next(family for family in collector.collect() if family.name == "tunesmith_jobs")
     with system_sessions.begin() as session:
@@ -205,8 +209,9 @@ def test_a_worker_at_work_is_not_silent() -> None:
     asked = polls.silent_seconds
     polls.look_begins()
     assert polls.silent_seconds == 0.0 < asked
+    before = time.monotonic()
     polls.look_ends()
-    assert 0.0 < polls.silent_seconds < 1.0
+    assert 0.0 < polls.silent_seconds <= time.monotonic() - before
 
 
 def test_a_port_that_is_taken_stops_nobody() -> None:
@@ -216,7 +221,7 @@ def test_a_port_that_is_taken_stops_nobody() -> None:
     metrics.serve(settings, registry)
     metrics.serve(settings, CollectorRegistry())
 
-    assert "mine 7.0" in httpx.get(f"http://127.0.0.1:{settings.port}/metrics", verify=False).text
+    assert "mine 7.0" in httpx.get(f"http://127.0.0.1:{settings.port}/metrics", verify=False, timeout=PATIENCE_SECONDS).text
 
 
 def _endpoint(session: orm.Session, caller: Caller, *, is_enabled: bool) -> str:

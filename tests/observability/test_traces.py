@@ -15,7 +15,7 @@ from app.core import tracing
 from app.core.settings import Settings, TracingSettings
 from app.main import create_app
 from tests import make
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 from tests.evaluations import make as evaluations
 from tests.observability.collector import Told, collecting
 from tests.observability.conftest import Observed
@@ -117,7 +117,7 @@ def test_an_api_that_ends_has_told_of_its_last_request(settings: Settings, monke
         thread = threading.Thread(target=server.run)
         thread.start()
         eventually(lambda: server.started)
-        httpx.get(f"http://127.0.0.1:{port}/v1/models", verify=False)
+        httpx.get(f"http://127.0.0.1:{port}/v1/models", verify=False, timeout=PATIENCE_SECONDS)
         server.should_exit = True
         thread.join()
 
@@ -127,7 +127,7 @@ def test_an_api_that_ends_has_told_of_its_last_request(settings: Settings, monke
 def test_a_refusal_is_told_by_its_status_and_not_by_its_words(observed: Observed, user: OpenAI) -> None:
     trace_id = secrets.token_hex(16)
     headers = {"Authorization": f"Bearer {user.api_key}", **traceparent(trace_id)}
-    httpx.get(f"{observed.stack.base_url}/files/{SECRET}", headers=headers, verify=False)
+    httpx.get(f"{observed.stack.base_url}/files/{SECRET}", headers=headers, verify=False, timeout=PATIENCE_SECONDS)
     found = spans_of(observed, trace_id, "GET /v1/files/{file_id}")
 
     assert found["GET /v1/files/{file_id}"].attributes["status"] == "404"

@@ -22,7 +22,7 @@ from app.jobs import leases, tracking
 from app.jobs.leases import Lease
 from app.models import Job, JobEvent, JobFollower
 from tests import make
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 from worker.embedded import environment
 from worker.services import Services
 from worker.trackers import follow
@@ -84,7 +84,11 @@ class Followed:
 
     def ask(self, path: str, **asked: Any) -> Any:
         url = f"{self.to.settings.mlflow.tracking_uri}/api/2.0/mlflow/{path}"
-        return httpx.request("POST" if path == "runs/search" else "GET", url, **asked).raise_for_status().json()
+        return (
+            httpx.request("POST" if path == "runs/search" else "GET", url, **asked, timeout=PATIENCE_SECONDS)
+            .raise_for_status()
+            .json()
+        )
 
     def runs(self) -> list[Any]:
         found = self.ask("experiments/get-by-name", params={"experiment_name": self.experiment})
@@ -274,7 +278,12 @@ def test_what_is_not_configured_is_refused_with_the_setting(
     client: OpenAI, file_id: str, integration: dict[str, Any], setting: str, dry_run: bool
 ) -> None:
     body = {"model": make.TINY, "training_file": file_id, "integrations": [integration], "dry_run": dry_run}
-    answer = httpx.post(f"{client.base_url}fine_tuning/jobs", json=body, headers={"Authorization": f"Bearer {client.api_key}"})
+    answer = httpx.post(
+        f"{client.base_url}fine_tuning/jobs",
+        json=body,
+        headers={"Authorization": f"Bearer {client.api_key}"},
+        timeout=PATIENCE_SECONDS,
+    )
 
     error = make.require_envelope(answer.status_code, answer.json())
     assert (answer.status_code, error["code"], error["param"]) == (400, "integration_not_configured", "integrations.0.type")

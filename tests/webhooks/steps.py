@@ -26,6 +26,7 @@ from worker.embedded import environment
 Sessions = orm.sessionmaker[orm.Session]
 
 LOOPBACK = WebhookSettings(allow_loopback=True)
+PATIENT = LOOPBACK.model_copy(update={"timeout_seconds": PATIENCE_SECONDS})  # gives no receiver up while a test lasts
 SECRETS = ("DATABASE__SYSTEM_URL", "STORAGE", "BROKER_URL", "ENGINE_TOKEN")
 HASTY = WebhookSettings(allow_loopback=True, timeout_seconds=0.5)
 
@@ -53,12 +54,14 @@ def emit_event(sessions: Sessions, caller: Caller, type: EventType = EventType.S
         emit(session, organization_id=caller.organization_id, project_id=caller.project_id, type=type, data_id=data_id)
 
 
-def deliver(sessions: Sessions, settings: WebhookSettings = LOOPBACK, **how: Any) -> int:
+def deliver(
+    sessions: Sessions, settings: WebhookSettings = LOOPBACK, *, is_leaving: Callable[[], bool] = lambda: False, **how: Any
+) -> int:
     """What the relay does when it wakes up. Returns how many attempts were made."""
 
     async def run() -> int:
         async with sending.open_client(settings, **how) as client:
-            return await delivery.deliver_due(sessions, client, settings)
+            return await delivery.deliver_due(sessions, client, settings, is_leaving=is_leaving)
 
     return asyncio.run(run())
 

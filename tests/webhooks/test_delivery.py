@@ -33,6 +33,7 @@ from tests.webhooks.receiver import Receiver, answering, running
 from tests.webhooks.steps import (
     HASTY,
     LOOPBACK,
+    PATIENT,
     Sessions,
     age,
     change,
@@ -451,7 +452,7 @@ def test_a_failure_that_comes_late_does_not_undo_a_delivery(
     wait_until(lambda: rows_of(system_sessions, organization)[0].delivered_at is not None)
     (delivered,) = rows_of(system_sessions, organization)
     is_delivered.set()
-    late.join(10)
+    late.join(PATIENCE_SECONDS)
 
     (row,) = rows_of(system_sessions, organization)
     assert row.delivered_at is not None
@@ -471,9 +472,9 @@ def test_five_hanging_receivers_of_twenty_slow_no_healthy_one(
             make_endpoint(api_sessions, organization, receiver.url)
         for _ in range(8):
             emit_event(api_sessions, organization)
-        with relaying(system_sessions):
+        with relaying(system_sessions, PATIENT):
             wait_until(lambda: all(len(receiver.received) == 8 for receiver in healthy))
-            assert [receiver.at_once for receiver in hanging] == [MAX_PER_ENDPOINT] * 5  # none of them has been given up
+            wait_until(lambda: [receiver.at_once for receiver in hanging] == [MAX_PER_ENDPOINT] * 5)  # none has been given up
         assert all(receiver.most_at_once <= MAX_PER_ENDPOINT for receiver in receivers)
 
 
@@ -485,7 +486,7 @@ def test_an_organization_holds_a_share_of_the_places_however_many_endpoints_it_h
         make_endpoint(api_sessions, organization, receiver.url)
     for _ in range(MAX_PER_ENDPOINT):
         emit_event(api_sessions, organization)
-    with relaying(system_sessions):
+    with relaying(system_sessions, PATIENT):
         wait_until(lambda: receiver.at_once == MAX_PER_ORGANIZATION)
         time.sleep(1.5)  # it has looked again
         with system_sessions.begin() as session:
@@ -505,14 +506,14 @@ def test_a_database_that_is_away_for_a_while_makes_nothing_come_twice(
     may_answer = threading.Event()
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
-        may_answer.wait(10)
+        may_answer.wait(PATIENCE_SECONDS)
         answering(200)(handler)
 
     receiver.answer = answer
     make_endpoint(api_sessions, organization, receiver.url)
     emit_event(api_sessions, organization)
     hasty = db.open_sessions(settings.database.system_url, statement_seconds=1)
-    relay = threading.Thread(target=deliver, args=(hasty,))
+    relay = threading.Thread(target=deliver, args=(hasty, PATIENT))
     with psycopg.connect(servers.superuser_dsn, dbname=DATABASE) as away, capture_logs() as logs:
         relay.start()
         wait_until(lambda: bool(receiver.received))
@@ -522,7 +523,7 @@ def test_a_database_that_is_away_for_a_while_makes_nothing_come_twice(
         time.sleep(2.5)
         assert relay.is_alive()
         away.rollback()
-        relay.join(10)
+        relay.join(PATIENCE_SECONDS)
     hasty.kw["bind"].dispose()
 
     (row,) = rows_of(system_sessions, organization)

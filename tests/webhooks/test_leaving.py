@@ -7,7 +7,7 @@ from sqlalchemy import orm
 
 from app.accounts.caller import Caller
 from app.core.settings import Settings
-from tests.embedded.patience import eventually
+from tests.embedded.patience import PATIENCE_SECONDS, eventually
 from tests.webhooks.receiver import Receiver, answering
 from tests.webhooks.steps import LOOPBACK, emit_event, make_endpoint, relay_process, rows_of
 
@@ -18,7 +18,7 @@ def test_a_message_on_its_way_is_settled_before_the_relay_is_gone(
     may_answer = threading.Event()
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
-        assert may_answer.wait(60)
+        assert may_answer.wait(PATIENCE_SECONDS)
         answering(200)(handler)
 
     receiver.answer = answer
@@ -29,7 +29,7 @@ def test_a_message_on_its_way_is_settled_before_the_relay_is_gone(
         relay.terminate()
         emit_event(system_sessions, organization, data_id="ftjob-late")
         threading.Timer(2, may_answer.set).start()
-        assert relay.wait(30) == 0
+        assert relay.wait(PATIENCE_SECONDS) == 0
 
     taken, late = rows_of(system_sessions, organization)
     assert (taken.attempts, taken.delivered_at is None, taken.lease_expires_at) == (1, False, None)

@@ -15,8 +15,10 @@ from app.models import WebhookDelivery
 from app.webhooks import delivery_log
 from app.webhooks.circuit import OPENS_AFTER
 from app.webhooks.emit import EventType
+from tests.embedded.patience import PATIENCE_SECONDS
 from tests.webhooks.receiver import Receiver, answering
 from tests.webhooks.steps import (
+    PATIENT,
     Sessions,
     age,
     change,
@@ -86,7 +88,7 @@ def test_a_message_in_flight_is_not_sent_twice_at_once(
     emit_event(system_sessions, organization)
     (row,) = rows_of(system_sessions, organization)
     receiver.answer = receiver.hang
-    with relaying(system_sessions), relaying(system_sessions):
+    with relaying(system_sessions, PATIENT), relaying(system_sessions, PATIENT):
         wait_until(lambda: bool(receiver.received))
         assert error_code(http.post(f"{endpoint_path}/deliveries/{row.id}/replay")) == "webhook_delivery_in_flight"
         assert http.post(f"{endpoint_path}/replay", json={"since": 0}).json()["replayed"] == 0
@@ -107,11 +109,12 @@ def test_one_who_held_a_message_too_long_does_not_speak_for_its_replay(
     may_fail = threading.Event()
 
     def fail_late(handler: Any) -> None:
-        may_fail.wait(10)
+        may_fail.wait(PATIENCE_SECONDS)
         answering(500)(handler)
 
     receiver.answer = fail_late
-    late = threading.Thread(target=deliver, args=(system_sessions,))
+    claims_one = {"is_leaving": lambda: bool(receiver.received)}
+    late = threading.Thread(target=deliver, args=(system_sessions, PATIENT), kwargs=claims_one)
     late.start()
     wait_until(lambda: bool(receiver.received))
     change(system_sessions, organization, lease_expires_at=func.clock_timestamp() - timedelta(seconds=1))
