@@ -80,11 +80,11 @@ def test_every_process_waits_for_its_servers_and_then_works(tmp_path: Path, base
             "migrate": "waiting up to 900 s",
         }
         eventually(lambda: all(words in (tmp_path / name).read_text() for name, words in waits.items()))
-        before = {name: (tmp_path / name).read_text().count("\n") for name in waits}
+        lines = {name: (tmp_path / name).read_text().count("\n") for name in waits}
         time.sleep(CALM_SECONDS)
         logs = {name: (tmp_path / name).read_text() for name in waits}
         assert {name: log for name, log in logs.items() if "Traceback" in log} == {}
-        assert all(log.count("\n") - before[name] < MOST_LINES for name, log in logs.items()), logs
+        assert all(log.count("\n") - lines[name] < MOST_LINES for name, log in logs.items()), logs
         assert migration.poll() is None and all(process.poll() is None for process in processes.values())
 
         running.enter_context(servers(data_dir, durable=False))
