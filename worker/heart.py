@@ -33,6 +33,7 @@ class Heart:
     def __init__(self, sessions: orm.sessionmaker[orm.Session], lease: Lease, settings: LeaseSettings) -> None:
         self._sessions, self._lease, self._settings = sessions, lease, settings
         self._unsaid: list[events.Event] = []
+        self._words = 0  # that were said, as far as we have heard: a commit may be lost on its way back
         self._pace = Pace()
         self._lock = threading.Lock()  # of what is unsaid
         self._beating = threading.Lock()  # one beat at a time, so that nothing is said twice
@@ -92,10 +93,13 @@ class Heart:
         with self._lock:
             said, seconds_left = list(self._unsaid), self._pace.seconds_left
         with self._sessions.begin() as session:
-            self.wants = leases.heartbeat(session, self._lease, said, settings=self._settings, seconds_left=seconds_left)
+            self.wants = leases.heartbeat(
+                session, self._lease, said, settings=self._settings, seconds_left=seconds_left, words_before=self._words
+            )
         crash.point("beat_committed")
         with self._lock:
             del self._unsaid[: len(said)]
+        self._words += len(said)
         self._last_beat_at = time.monotonic()
 
 

@@ -48,6 +48,7 @@ def claim(session: orm.Session, queue: str, *, owner: str, settings: LeaseSettin
     after = life.claimed(states.life_of(job))
     job.lease_owner = owner
     job.lease_expires_at = _in(settings.lease_seconds)
+    job.words = 0
     if job.started_at is None:
         job.started_at = func.clock_timestamp()
     again = "" if after.attempt == 1 else f" (attempt {after.attempt})"
@@ -71,9 +72,16 @@ def heartbeat(
     *,
     settings: LeaseSettings,
     seconds_left: float | None = None,
+    words_before: int | None = None,
 ) -> Desired:
-    """Extend the lease, record what the engine said since the last one, and hear what the owner wants."""
+    """Extend the lease, record what the engine said since the last one, and hear what the owner wants.
+
+    `words_before` counts what this attempt has said before: a commit whose answer was lost has recorded some of `said` already.
+    """
     job = holding(session, lease)
+    if words_before is not None:
+        said = said[job.words - words_before :]
+    job.words += len(said)
     job.lease_expires_at = _in(settings.lease_seconds)
     if seconds_left is not None:
         job.estimated_finish_at = _in(seconds_left)

@@ -41,8 +41,8 @@ class Job(Owned, Table):
 
     `failures`, the steps and `deaths` are explained in app.jobs.life. `valid_loss` is that of the published adapter.
     `total_tokens` are those of all epochs, or of a supervised job that takes as long; `worker_seconds` what all attempts have
-    taken. Of the running one are `claimed_at` and `charged_seconds`, what its organization was charged in advance. `trace` is
-    the traceparent of the request that made it.
+    taken. Of the running one are `claimed_at`, `charged_seconds`, what its organization was charged in advance, and `words`, how
+    many of its worker's events are recorded. `trace` is the traceparent of the request that made it.
     """
 
     __tablename__ = "jobs"
@@ -105,6 +105,7 @@ class Job(Owned, Table):
 
     claimed_at: Mapped[datetime | None]
     charged_seconds: Mapped[float | None]
+    words: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     worker_seconds: Mapped[float] = mapped_column(server_default=text("0"))
     total_tokens: Mapped[int | None] = mapped_column(BigInteger)
 

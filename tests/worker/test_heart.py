@@ -2,16 +2,19 @@
 
 import random
 
+import psycopg
 import pytest
-from sqlalchemy import orm
+from sqlalchemy import event, orm, select
+from sqlalchemy.exc import OperationalError
 
+from app import db
 from app.accounts.caller import Caller
 from app.core.events import Evaluated, Started, Stepped
 from app.core.settings import LeaseSettings
 from app.jobs import leases
 from app.jobs import service as jobs
 from app.jobs.leases import LeaseLost
-from app.models import Desired
+from app.models import Desired, JobEvent
 from tests import make
 from tests.embedded.patience import eventually
 from worker import heart
@@ -42,6 +45,37 @@ def test_a_lost_lease_is_heard_between_beats(system_sessions: orm.sessionmaker[o
         eventually(lambda: beating._failure)
         with pytest.raises(LeaseLost):
             beating.check()
+
+
+def test_a_commit_whose_answer_is_lost_is_not_said_again(
+    system_sessions: orm.sessionmaker[orm.Session], organization: Caller
+) -> None:
+    """The server dies, or the network does, between its commit and our hearing of it."""
+    with system_sessions.begin() as session:
+        lease = make.claim(session, make.queued_job(session, organization))
+    fragile = orm.sessionmaker(system_sessions.kw["bind"], expire_on_commit=False)
+    lost = [OperationalError("COMMIT", {}, psycopg.OperationalError("server closed the connection unexpectedly"))]
+
+    @event.listens_for(fragile, "after_commit")
+    def lose_the_answer(_: orm.Session) -> None:
+        if lost:
+            raise lost.pop()
+
+    beating = Heart(fragile, lease, RARE)
+    beating.say(stepped(1, tokens=1, left=10 - 1))
+    beating.say(stepped(2, tokens=1, left=10 - 2))
+    with pytest.raises(OperationalError) as heard:
+        beating.flush()
+    assert db.is_outage(heard.value)
+    beating.say(stepped(3, tokens=1, left=10 - 3))
+    beating.flush()
+    beating.say(stepped(4, tokens=1, left=10 - 4))
+    beating.flush()
+
+    with system_sessions() as session:
+        told = session.scalars(select(JobEvent).where(JobEvent.job_id == lease.job_id).order_by(JobEvent.sequence)).all()
+    assert [one.data["step"] for one in told if one.type == "metrics" and one.data] == [1, 2, 3, 4]
+    assert [one.sequence for one in told] == list(range(1, len(told) + 1))
 
 
 def test_the_time_left_is_within_a_fifth_after_a_tenth_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
