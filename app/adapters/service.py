@@ -68,7 +68,7 @@ def quantization_of(session: orm.Session, adapter: Adapter) -> QuantizationSpec:
 def valid_loss_of(session: orm.Session, adapter: Adapter) -> float | None:
     """Nats per token, of the validation at its step; None where nothing was held back."""
     if adapter.step is None:
-        return session.scalar(select(Job.valid_loss).where(Job.id == adapter.job_id))
+        return session.get_one(Job, adapter.job_id).valid_loss
     of_step = JobCheckpoint.job_id == adapter.job_id, JobCheckpoint.step == adapter.step
     metrics = session.scalar(select(JobCheckpoint.metrics).where(*of_step)) or {}
     return metrics.get("valid_loss")

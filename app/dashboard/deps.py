@@ -36,7 +36,7 @@ async def get_visitor(request: Request, browser: OurBrowser) -> Visitor:
 
 def get_base_url(request: Request, settings: Settings) -> str:
     """Of the API, for programs: where people are told to find the dashboard, or as this browser has."""
-    return f"{settings.dashboard.url.rstrip('/')}/v1" if settings.dashboard.url else str(request.base_url.replace(path="/v1"))
+    return f"{settings.dashboard.url}/v1" if settings.dashboard.url else str(request.base_url.replace(path="/v1"))
 
 
 BaseUrl = Annotated[str, Depends(get_base_url)]

@@ -19,6 +19,7 @@ from app.dashboard.rendering import render
 from app.dashboard.route import PageRoute
 from app.deps import BaseModels, Caller, Session, Sessions, Settings, Storage
 from app.evaluations import service as evaluations
+from app.evaluations.schemas import EvaluationOut
 from app.files import service as files
 from app.inference import engines
 from app.jobs import comparing
@@ -60,7 +61,7 @@ def show_model(request: Request, session: Session, caller: Caller, base_url: Bas
         is_start_there=bool(job.continue_from and adapters.find(session, caller, job.continue_from)),
         calls=_calls(base_url, name),
         aliases=_aliases(session, caller).get(name, []),
-        evaluations=[(one, comparing.grades_of(one, name)) for one in asking],
+        evaluations=[(EvaluationOut.of(one), comparing.grades_of(one, name)) for one in asking],
         most=EVALUATIONS,
     )
 

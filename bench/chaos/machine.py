@@ -65,10 +65,10 @@ class Machine:
         frozen: list[psutil.Process] = []
         while more := [process for process in with_children([psutil.Process(self._process.pid)]) if process not in frozen]:
             for process in more:
-                _send(process, signal.SIGSTOP)
+                send(process, signal.SIGSTOP)
             frozen += more
         for process in frozen:
-            _send(process, signal.SIGKILL)
+            send(process, signal.SIGKILL)
         self._process.wait()
         eventually(lambda: not any(map(is_alive, frozen)), "all processes are gone", seconds=GONE_SECONDS)
         self.client.close()
@@ -100,7 +100,8 @@ def is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def _send(process: psutil.Process, sent: signal.Signals) -> None:
+def send(process: psutil.Process, sent: signal.Signals) -> None:
+    """Nothing to one that is gone."""
     with suppress(psutil.NoSuchProcess):
         process.send_signal(sent)
 

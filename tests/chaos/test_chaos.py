@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.core import crash
-from bench.chaos import checks, faults, house, trial
+from bench.chaos import faults, house, trial
 from bench.chaos.__main__ import strike_all
 from bench.chaos.checks import CHECKS
 from bench.chaos.house import House, Stuck
@@ -20,7 +20,6 @@ PAUSE_SECONDS = 1.0  # of customers: their own work takes what else the service 
 POINTS_SECONDS = 1200.0  # a limit: three minutes do where nothing else runs
 
 LIMITS = {
-    checks: ("CLAIMED_WITHIN_SECONDS",),
     faults: ("RECOVERY_SECONDS",),
     house: ("UP_SECONDS", "STOP_SECONDS", "EVENTUALLY_SECONDS"),
     trial: ("REST_SECONDS",),

@@ -315,7 +315,7 @@ def test_what_a_model_came_from_may_be_gone(page: Page, system_sessions: Session
 def test_programs_are_told_the_address_that_people_are(settings: Settings) -> None:
     seen = Request({"type": "http", "scheme": "http", "server": ("10.0.0.5", 8000), "path": "/keys", "headers": []})
     assert get_base_url(seen, settings) == "http://10.0.0.5:8000/v1"
-    at = settings.model_copy(update={"dashboard": settings.dashboard.model_copy(update={"url": "https://tune.example/"})})
+    at = settings.model_copy(update={"dashboard": settings.dashboard.model_copy(update={"url": "https://tune.example"})})
     assert get_base_url(seen, at) == "https://tune.example/v1"
 
 

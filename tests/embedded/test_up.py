@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.chaos.machine import is_alive
 from cli.main import main
 from migrations.upgrade import upgrade
 from tests.embedded.patience import PATIENCE_SECONDS, eventually
@@ -67,14 +68,7 @@ def ready(data_dir: Path, port: int) -> Iterator[Up]:
 
 
 def are_gone(processes: list[psutil.Process]) -> bool:
-    return not any(map(_lives, processes))
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return not any(map(is_alive, processes))
 
 
 def test_the_life_of_a_stack(tmp_path: Path) -> None:
